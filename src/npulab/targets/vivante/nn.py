@@ -17,7 +17,7 @@ NO_CIRCULAR_BUFFER = 0x03FFFFFF
 PLUS_INFINITY, MINUS_INFINITY = 0x7F800000, 0xFF800000
 
 
-class NNDescriptor(Layout, words=34, source="Mesa 25.0.7 etnaviv_ml_nn; vendor kernel driver field names (NN notes 6.1)"):
+class NNDescriptor(Layout, words=34, source="Mesa 25.0.7 etnaviv_ml_nn; vendor kernel driver (NN notes 6.1)"):
     """One convolution job. HW x is the tensor's width, HW y its height; tensors are planes of bytes."""
 
     layer_type: int = field("w0[0]", default=0, doc="0 convolution, 1 fully connected (never set: run as convolution)")
