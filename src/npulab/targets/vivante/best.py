@@ -306,7 +306,7 @@ class _Lowering:
 
     def put(self, held: Held, slot: Place, size: int, node: Node) -> Held:
         """Make `held` live at `slot` of a larger tensor: by placing it there, or by a copy if it has a place."""
-        if held.tensor in self.parents or any(p == held.tensor for p, _ in self.parents.values()):
+        if held.tensor in self.parents:
             self.rescale(held, slot, size, held.zero_point, 1.0, node)
         else:
             self.parents[held.tensor] = slot.tensor, slot.offset

@@ -283,15 +283,16 @@ def symbol_counts(streams: Streams, widths: range) -> NDArray[np.int64]:
 
     A run of L zeros before a value takes floor(L / 2**z) symbols of its own; before a flush, ceil(L / 2**z).
     """
+    z = np.array(widths)
     out = np.zeros((len(streams.gaps), len(widths)), np.int64)
     for core, blocks in enumerate(streams.gaps):
         for g in blocks:
-            flush = g.value < 0
-            lengths, counts = np.unique(g.length[~flush], return_counts=True)
-            tails, tail_counts = np.unique(g.length[flush], return_counts=True)
-            for i, z in enumerate(widths):
-                out[core, i] += (((lengths >> z) + 1) * counts).sum()
-                out[core, i] += ((tails + (1 << z) - 1 >> z) * tail_counts).sum()
+            runs = np.flatnonzero(g.length)  # most weights follow another directly
+            length = g.length[runs]
+            tail = g.value[runs] < 0
+            out[core] += np.count_nonzero(g.value >= 0)
+            out[core] += (length[~tail, None] >> z).sum(axis=0)
+            out[core] += (length[tail, None] + (1 << z) - 1 >> z).sum(axis=0)
     return out
 
 
