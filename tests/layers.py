@@ -38,8 +38,8 @@ class Layers:
         return float(np.float32(self.rng.uniform(0.005, 0.1)))
 
     def _weights(self, shape, sparse=0.0):
-        zero = self.zero()
-        w = self.rng.integers(0, 256, shape) - (128 if self.signed else 0)
+        zero = 0 if self.signed else self.zero()  # int8 weights are symmetric in TFLite
+        w = self.rng.integers(-127, 128, shape) if self.signed else self.rng.integers(0, 256, shape)
         w[self.rng.random(shape) < sparse] = zero
         scale = float(np.float32(self.rng.uniform(0.001, 0.01)))
         return self._tensor(shape, scale, zero, w.astype(self.dtype)), scale

@@ -27,32 +27,33 @@ def differs_by(model, inputs, **options):
 
 @st.composite
 def convolutions(draw):
-    n = Layers(draw(st.integers(0, 2**32)), draw(st.booleans()))
-    ky, kx = draw(st.sampled_from([(1, 1), (3, 3), (5, 5)]) | st.tuples(st.integers(1, 11), st.integers(1, 11)))
-    padding = draw(st.sampled_from(["SAME", "VALID"]))
-    dilation = (1, 1)
-    stride = draw(st.integers(1, 2))
+    kernel = draw(st.sampled_from([(1, 1), (3, 3), (5, 5)]) | st.tuples(st.integers(1, 11), st.integers(1, 11)))
+    padding, stride, dilation = draw(st.sampled_from(["SAME", "VALID"])), draw(st.integers(1, 2)), (1, 1)
     if stride == 1 and draw(st.booleans()):
-        dilation = tuple(draw(st.integers(1, min(3, max(1, 10 // max(k - 1, 1))))) for k in (ky, kx))
-    low = [1, 1] if padding == "SAME" else [(k - 1) * d + 1 for k, d in zip((ky, kx), dilation, strict=True)]
-    h, w = (draw(st.integers(least, least + 17)) for least in low)
+        dilation = tuple(draw(st.integers(1, min(3, max(1, 10 // max(k - 1, 1))))) for k in kernel)
+    reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
+    size = tuple(draw(st.integers(1 if padding == "SAME" else r, r + 14)) for r in reach)
     groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
-    c = groups * draw(st.integers(1, 9))
-    x = n.input(1, h, w, c)
-    activation = draw(st.sampled_from(["NONE", "RELU", "RELU6"]))
-    kind = draw(st.sampled_from(["dense", "dense", "depthwise"]))
-    if kind == "dense":
-        out = n.conv(x, groups * draw(st.integers(1, 21)), (ky, kx), stride, padding, activation, dilation, groups,
-                     sparse=draw(st.sampled_from([0, 0.9])))
+    layer = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation,
+             "activation": draw(st.sampled_from(["NONE", "RELU", "RELU6"]))}
+    if draw(st.integers(0, 2)) == 2:
+        layer["multiplier"] = draw(st.integers(1, 2))
     else:
-        out = n.depthwise(x, (ky, kx), stride, padding, activation, draw(st.integers(1, 2)), dilation)
-    return n.build(out), n.samples()
+        layer |= {"out_c": groups * draw(st.integers(1, 21)), "groups": groups,
+                  "sparse": draw(st.sampled_from([0, 0.9]))}
+    shape = (1, *size, groups * draw(st.integers(1, 9)))
+    return draw(st.integers(0, 2**32)), draw(st.booleans()), shape, layer
 
 
 @settings(max_examples=200, deadline=None)
 @given(convolutions())
 def test_a_convolution_of_any_shape_is_within_one_of_litert(case):
-    assert differs_by(*case) <= 1
+    seed, signed, shape, layer = case
+    n = Layers(seed, signed)
+    x = n.input(*shape)
+    out = n.depthwise(x, **layer) if "multiplier" in layer else n.conv(x, **layer)
+
+    assert differs_by(n.build(out), n.samples()) <= 1
 
 
 @pytest.mark.parametrize("signed", [False, True])

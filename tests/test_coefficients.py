@@ -110,7 +110,7 @@ def kernels(draw):
     in_c = 1 if order == "single" else draw(st.integers(2, 20))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     zero = draw(st.integers(0, 255))
-    depthwise = order == "spatial" and draw(st.booleans())
+    depthwise = order != "single" and draw(st.booleans())
     channels = 1 if depthwise else in_c
     values = rng.integers(0, 256, (out_c, channels, ky, kx)).astype(np.uint8)
     values[rng.random(values.shape) < draw(st.sampled_from([0.0, 0.5, 0.97, 1.0]))] = zero

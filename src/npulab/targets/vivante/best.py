@@ -483,10 +483,11 @@ def addition_weights(scale_a: float, scale_b: float, scale_out: float) -> tuple[
     worst = 255 * scale_a / scale_out * (abs(wa * float(weight_scale) - 1) + abs(wb * float(weight_scale) - ratio))
     if worst <= 0.25:
         return wa, wb, weight_scale
-    a = np.arange(1, 256)
-    b = np.clip(np.rint(a * ratio), 0, 255)
-    best = int(np.argmin(np.abs(b / a - ratio)))
-    return int(a[best]), int(b[best]), np.float32(1.0 / a[best])
+    larger = np.arange(1, 256)
+    smaller = np.rint(larger * min(ratio, 1 / ratio))
+    best = int(np.argmin(np.abs(smaller / larger - min(ratio, 1 / ratio))))
+    big, small = int(larger[best]), int(smaller[best])
+    return (big, small, np.float32(1.0 / big)) if ratio <= 1 else (small, big, np.float32(ratio / big))
 
 
 def average_weight(pixels: int, ratio: float) -> tuple[int, float]:
