@@ -1,4 +1,4 @@
-"""What a target must offer, and how one is found: each family is a folder here with a `FAMILY` of named targets."""
+"""What a target must offer, and how one is found: each family is a folder here with a function `targets`."""
 
 from __future__ import annotations
 
@@ -57,5 +57,5 @@ def all_targets() -> dict[str, Target]:
     found: dict[str, Target] = {}
     for module in pkgutil.iter_modules(home.__path__):
         if module.ispkg and module.name != "facts":
-            found.update(importlib.import_module(f"npulab.targets.{module.name}").family())
+            found.update(importlib.import_module(f"npulab.targets.{module.name}").targets())
     return found

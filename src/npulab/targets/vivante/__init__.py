@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from npulab.targets.target import Target
 
 
-def family() -> dict[str, Target]:
+def targets() -> dict[str, Target]:
     """Every chip of the family as a target, by name."""
     from npulab.targets.vivante.chips import CHIPS
     from npulab.targets.vivante.family import VivanteTarget
