@@ -70,9 +70,9 @@ class Graph:
         """
         count = len(self.values)
         ready = {v.index for v in self.values if v.is_constant or v.is_variable} | set(self.inputs)
-        for i, v in enumerate(self.values):
-            if v.index != i:
-                raise ModelError(f"value {i} of '{self.name}' carries the index {v.index}")
+        for i, value in enumerate(self.values):
+            if value.index != i:
+                raise ModelError(f"value {i} of '{self.name}' carries the index {value.index}")
         for v in (*self.inputs, *self.outputs):
             if not 0 <= v < count:
                 raise ModelError(f"graph '{self.name}' names tensor {v}, which does not exist", want=f"0..{count - 1}")

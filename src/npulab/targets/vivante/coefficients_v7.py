@@ -174,8 +174,8 @@ class Streams:
     def __init__(self, kernels: Kernels) -> None:
         self.kernels = kernels
         if kernels.weights.filler != kernels.zero or kernels.order == "pointwise":
-            # The reference driver's int8 kernels have a filler that is not what the engine takes for zero; the groups of
-            # the pointwise order are laid out below for dense kernels only.
+            # The reference driver's int8 kernels have a filler that is not what the engine takes for zero; and the
+            # groups of the pointwise order are laid out below for dense kernels only.
             self.kernels = kernels = Kernels(kernels.weights.dense(), kernels.order, kernels.split, kernels.zero,
                                              kernels.biases, kernels.offsets, kernels.plane, kernels.cores,
                                              kernels.superblocks)

@@ -111,7 +111,7 @@ class NNJob:
 
     @property
     def kernel_taps(self) -> int:
-        return self.weights.values.shape[2] * self.weights.values.shape[3]
+        return int(self.weights.values.shape[2] * self.weights.values.shape[3])
 
     def descriptor(self, source: int, result: int, coefficients: int, tiling: Tiling, caching: Caching,
                    cores: int) -> NNDescriptor:
