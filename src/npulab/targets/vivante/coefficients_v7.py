@@ -42,7 +42,7 @@ class Weights:
 
     @property
     def out_c(self) -> int:
-        return self.values.shape[0]
+        return int(self.values.shape[0])
 
     def dense(self) -> Weights:
         """The same kernels with every filler written out."""
@@ -300,7 +300,8 @@ def symbol_counts(streams: Streams, widths: range) -> NDArray[np.int64]:
 def stream_bytes(streams: Streams, widths: range) -> NDArray[np.int64]:
     """(cores, widths): bytes of each core's stream at each zero-run width, rounded up to a 32-bit word."""
     bits = 24 + 64 * streams.kernels.kernels_per_core + symbol_counts(streams, widths) * (8 + np.array(widths))
-    return (bits + 31) // 32 * 4
+    out: NDArray[np.int64] = (bits + 31) // 32 * 4
+    return out
 
 
 def best_zero_run_bits(streams: Streams, most: int) -> int:
