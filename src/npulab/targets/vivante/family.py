@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from npulab.exporters.tflite import cut
-
 from npulab.ir import Graph, Node
 from npulab.plan.partition import Part, fewest_regions, partition
 from npulab.plan.types import Reason, Verdict

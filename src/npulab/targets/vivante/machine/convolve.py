@@ -129,13 +129,32 @@ def run(memory: Memory, d: NNDescriptor, p: Prepared, budget: Budget) -> Work:
     low = d.out_zero_point if d.relu else 0
     planes = _depthwise if p.depthwise is not None else _dense
     out = planes(d, p, image, out_y, out_x, step, low)
-    for plane, offset in zip(out, p.offsets.tolist(), strict=True):
-        view, marks = memory.box(d.out_image_address + offset, (1, out_y, out_x), (0, d.out_x_stride, 1), "NN output",
-                                 store=True)
+    _store(memory, d, p.offsets, out)
+    return Work(macs, image.size, out.size)
+
+
+def _store(memory: Memory, d: NNDescriptor, offsets: NDArray[np.int64], out: U8) -> None:
+    """Each kernel's plane to its own byte offset; in one piece where offsets are whole planes, as they always are."""
+    _, high, wide = out.shape
+    pitch = d.out_x_stride * d.out_y_stride
+    numbers, rest = np.divmod(offsets, max(pitch, 1))
+    if not rest.any() and high * d.out_x_stride <= pitch:
+        low = int(numbers.min())
+        shape = (int(numbers.max()) - low + 1, high, wide)
+        base = d.out_image_address + low * pitch
+        view, marks = memory.box(base, shape, (pitch, d.out_x_stride, 1), "NN output", store=True)
+        in_order = len(numbers) == shape[0] and bool((np.diff(numbers) == 1).all())
+        where: slice | NDArray[np.int64] = slice(None) if in_order else numbers - low
+        view[where] = out
+        if marks is not None:
+            marks[where] = True
+        return
+    for plane, offset in zip(out, offsets.tolist(), strict=True):
+        base = d.out_image_address + offset
+        view, marks = memory.box(base, (1, high, wide), (0, d.out_x_stride, 1), "NN output", store=True)
         view[0] = plane
         if marks is not None:
             marks[0] = True
-    return Work(macs, image.size, out.size)
 
 
 def _padded(d: NNDescriptor, image: U8, out_y: int, out_x: int, step: int) -> U8:

@@ -58,12 +58,11 @@ def run(memory: Memory, d: TPDescriptor, budget: Budget) -> Work:
         return Work(0, 0, 0)
     budget.spend("elements", wide * high * deep)
     window = _window(memory, d, (deep, high, wide))
-    rows = list(_tile_rows(d, high, wide))
-    values = _in_tile_order(d, window, rows)
+    values = _in_tile_order(d, window)
     budget.spend("elements", max(0, values.size - wide * high * deep))
     counts = _counts(d)
     if 0 in counts:
-        _store_at(memory, d, values, _with_resets(d, counts, deep, rows))
+        _store_at(memory, d, values, _with_resets(d, counts, deep, list(_tiles(d, high, wide))))
     else:
         _store(memory, d, values, counts)
     return Work(0, window.size, values.size)
@@ -130,7 +129,7 @@ def _piecewise_linear(table: NDArray[np.float64], v: NDArray[np.float64]) -> NDA
     return out
 
 
-def _tile_rows(d: TPDescriptor, high: int, wide: int) -> Iterator[tuple[int, int, int, int]]:
+def _tiles(d: TPDescriptor, high: int, wide: int) -> Iterator[tuple[int, int, int, int]]:
     """(first row, rows, first column, columns) of each tile, window coordinates, clipped at the window's end."""
     if (-(-high // d.in_tile_y_inc)) * (-(-wide // d.in_tile_x_inc)) > 1 << 20:
         raise JobFault("work limit", "a TP window has more than a million tiles")
@@ -139,17 +138,14 @@ def _tile_rows(d: TPDescriptor, high: int, wide: int) -> Iterator[tuple[int, int
             yield y, min(d.in_tile_y_size, high - y), x, min(d.in_tile_x_size, wide - x)
 
 
-def _in_tile_order(d: TPDescriptor, window: U8, tiles: list[tuple[int, int, int, int]]) -> U8:
+def _in_tile_order(d: TPDescriptor, window: U8) -> U8:
     """The window's values in the order in which they are produced."""
     deep, high, wide = window.shape
-    if len(tiles) == 1 and tiles[0][1] == high and tiles[0][3] == wide:
-        return window.reshape(-1)
-    ty, tx = d.in_tile_y_size, d.in_tile_x_size
-    regular = (ty, tx) == (d.in_tile_y_inc, d.in_tile_x_inc)
-    if ty >= high and d.in_tile_y_inc >= high:
-        ty, regular = high, tx == d.in_tile_x_inc
-    if regular and high % ty == 0 and wide % tx == 0:
+    ty, step_y = min(d.in_tile_y_size, high), min(d.in_tile_y_inc, high)
+    tx, step_x = min(d.in_tile_x_size, wide), min(d.in_tile_x_inc, wide)
+    if (ty, tx) == (step_y, step_x) and high % ty == 0 and wide % tx == 0:
         return window.reshape(deep, high // ty, ty, wide // tx, tx).transpose(0, 1, 3, 2, 4).reshape(-1)
+    tiles = list(_tiles(d, high, wide))
     total = sum(rows * columns for _, rows, _, columns in tiles)
     if deep * len(tiles) > 1 << 20 or total * deep > 1 << 28:
         raise JobFault("work limit", "a TP window has too many tiles")
