@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from npulab.plan.types import Verdict
     from npulab.program.types import Program
     from npulab.runtime.device import Device
+    from npulab.runtime.replay import ReplayResult
 
 PlanName = Literal["reference", "best"]
 
@@ -37,6 +39,9 @@ class Target(Protocol):
 
     def device(self) -> Device:
         """A virtual NPU of this chip."""
+
+    def replay(self, case: str | os.PathLike[str]) -> ReplayResult:
+        """Execute a recorded case of this chip's driver on the virtual NPU."""
 
     def disassemble(self, program: Program) -> str:
         """The program's command words, descriptors and origins as text."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from npulab.exporters.tflite import cut
@@ -10,6 +11,7 @@ from npulab.plan.partition import Part, fewest_regions, partition
 from npulab.plan.types import Reason, Verdict
 from npulab.program.types import HostNode, HostStep, Program
 from npulab.runtime.device import Device
+from npulab.runtime.replay import ReplayResult
 from npulab.targets.target import PlanName
 from npulab.targets.vivante import best, constraints, reference
 from npulab.targets.vivante.chips import Chip
@@ -60,6 +62,11 @@ class VivanteTarget:
         from npulab.targets.vivante.machine import VirtualNPU
 
         return VirtualNPU(self.chip)
+
+    def replay(self, case: str | os.PathLike[str]) -> ReplayResult:
+        from npulab.targets.vivante.replay import replay
+
+        return replay(case, self.chip)
 
     def disassemble(self, program: Program) -> str:
         from npulab.targets.vivante.disassemble import disassemble
