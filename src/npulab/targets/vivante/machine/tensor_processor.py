@@ -169,7 +169,7 @@ def _store(memory: Memory, d: TPDescriptor, values: U8, counts: list[int]) -> No
     if inner <= values.size and values.size % inner == 0:
         shape = (values.size // inner, *reversed(counts))
         strides = tuple(reversed(increments))
-        if all(n == 1 or s for n, s in zip(shape, strides, strict=True)):
+        if _apart(shape, strides):
             span = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
             r = memory.find(d.out_image_base_address, span, "TP output")
             start = d.out_image_base_address - r.address
@@ -184,6 +184,16 @@ def _store(memory: Memory, d: TPDescriptor, values: U8, counts: list[int]) -> No
         at += left % count * increment
         left //= count
     _store_at(memory, d, values, at + left * increments[6])
+
+
+def _apart(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """No two steps of the loops fall on one address, so that the order of stores does not matter."""
+    reach = 0
+    for stride, n in sorted((s, n) for n, s in zip(shape, strides, strict=True) if n > 1):
+        if stride <= reach:
+            return False
+        reach += (n - 1) * stride
+    return True
 
 
 def _store_at(memory: Memory, d: TPDescriptor, values: U8, at: I64) -> None:
