@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import npulab
+
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = ROOT / "src" / "npulab" / "samples"
 MODEL = SAMPLES / "digits.tflite"
@@ -93,6 +95,18 @@ def test_default_kernels_give_the_answers_of_the_reference_kernels(script):
         answers.append(run.get_tensor(result["index"])[0].argmax())
 
     assert answers == script.evaluate(MODEL.read_bytes(), images[:50]).argmax(1).tolist()
+
+
+@pytest.mark.parametrize("plan", ["reference", "best"])
+def test_the_virtual_npu_reads_the_digits_as_litert_does(script, plan):
+    images, labels = script.held_out()
+    expected = script.evaluate(MODEL.read_bytes(), images)
+    session = npulab.open_session(npulab.compile(npulab.load(MODEL), target="a311d", plan=plan))
+
+    found = np.stack([session.run({"image": image[None]})["probabilities"][0] for image in images])
+
+    assert np.mean(found.argmax(1) == expected.argmax(1)) >= 0.99
+    assert script.share(found, labels) >= FACTS["accuracy_uint8"] - 0.005
 
 
 def test_every_tensor_has_one_scale_and_every_relu6_range_ends_at_six_or_below(script):

@@ -60,8 +60,8 @@ def fewest_regions(graph: Graph, on_npu: Callable[[Node], bool]) -> list[Part]:
 def _part(graph: Graph, on_npu: bool, nodes: list[Node]) -> Part:
     inside = {n.index for n in nodes}
     made = {v for n in nodes for v in n.outputs}
-    inputs = dict.fromkeys(v for n in nodes for v in n.inputs
-                           if v >= 0 and v not in made and not graph.values[v].is_constant)
+    at_home = {v.index for v in graph.values if v.is_constant or v.is_variable}  # they come along with the nodes
+    inputs = dict.fromkeys(v for n in nodes for v in n.inputs if v >= 0 and v not in made and v not in at_home)
     wanted = set(graph.outputs)
     outputs = [v for n in nodes for v in n.outputs
                if v in wanted or any(c.index not in inside for c in graph.consumers.get(v, ()))]
