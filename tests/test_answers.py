@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from npulab.errors import ModelError, UsageError
 from npulab.program.types import Tensor
 from npulab.runtime.answers import Box, Labels, answer, draw, labels_beside, read_labels
 from npulab.runtime.images import Covered
-from PIL import Image
-
 from programs import program
 
 
@@ -125,7 +125,7 @@ def test_label_files_are_lines_or_an_index_and_a_name(tmp_path):
 
 def test_what_is_no_label_file_is_refused(tmp_path):
     path = tmp_path / "l.txt"
-    with pytest.raises(UsageError, match="cannot read .*l.txt as labels"):
+    with pytest.raises(UsageError, match=r"cannot read .*l\.txt as labels"):
         read_labels(path)
     path.write_bytes(b"\n\n")
     with pytest.raises(ModelError, match=r"l.txt is not a label file\n  want    1..1000000 lines\n  got     0 lines"):

@@ -38,7 +38,7 @@ HAZARDS = {
     "H3": lambda op, d: "CONV" in op["type"] and d[0] > d[1],
     "H4": lambda op, d: "CONV" in op["type"] and op["depthwise"] and op["stride"][0] == 2 and d[0] in (6, 7),
     "H5": lambda op, d: strided_same(op) and (d[0] <= 5 or (op["depthwise"] and d[0] % 2)),
-    "H7": lambda op, d: "CONV" in op["type"] and not op["depthwise"] and d[2] == 1 and op["weight"]["dims"][1] == 5 and d[0] <= 64,
+    "H7": lambda op, d: op["type"] == "CONV" and d[2] == 1 and op["weight"]["dims"][1] == 5 and d[0] <= 64,
     "H8": lambda op, d: op["outputs"][0]["signed"],
     "FC": lambda op, d: op["type"] == "FCON",
 }

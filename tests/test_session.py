@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from npulab.errors import DeviceError, ModelError, UnsupportedError, UsageError
+from npulab.errors import DeviceError, UnsupportedError, UsageError
 from npulab.program.types import HostStep, Tensor
 from npulab.runtime.session import Session, tensor_names
 from programs import FAULT, SHAPE, AddOne, program
@@ -116,7 +116,3 @@ def test_a_missing_litert_is_one_error_that_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "ai_edge_litert.interpreter", None)
     with pytest.raises(UnsupportedError, match=r"try     pip install 'npulab\[litert\]'"):
         Session(program(), AddOne())
-
-
-def test_a_model_error_is_not_a_usage_error():
-    assert not issubclass(ModelError, UsageError)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
-from typing import Any, Literal, cast
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, cast
 
 from npulab.errors import ModelError
 from npulab.formats.flatbuffer import Table
-from npulab.formats.tflite import schema
+from npulab.formats.tflite import IDENTIFIER, VERSION, options_of, schema
 from npulab.ir import DType, Graph, Node, Quantization, Value
 from npulab.ir.ops import (
     Activation,
@@ -33,203 +34,300 @@ from npulab.ir.ops import (
 ELEMENTS_MAX = 2**40
 """Elements of one tensor: far beyond any device, and products of shapes stay small numbers."""
 RANK_MAX = 32
+"""Dimensions of one tensor; LiteRT's kernels stop at 8."""
 CUSTOM = 32
 """BuiltinOperator CUSTOM: the operator's name is text."""
 
+Shape = tuple[int, ...]
+
 
 def read_tflite(data: bytes | memoryview, name: str) -> Graph:
-    """The main subgraph of a TFLite file.
+    """The main subgraph of a TFLite file, under the name `name`.
 
-    `data` is kept: constants are views of it. Raises ModelError for whatever is wrong with the file.
+    `data` is kept: constants are views of it. An operator that the schema lacks becomes ``Generic("BUILTIN_<code>")``.
+
+    Raises: ModelError for whatever is wrong with the file.
     """
-    data = memoryview(data)
+    data = memoryview(data).cast("B").toreadonly()
+    if data[4:8] != IDENTIFIER:
+        found, advice = what_is(data)
+        raise ModelError(f"'{name}' is not a TFLite model", want="identifier TFL3 at byte 4", got=found, try_=advice)
     model = Table.root(schema(), "Model", data)
-    version = model.integer("version")
-    if version != 3:
-        raise ModelError(f"'{name}' has TFLite schema version {version}", want="3")
+    if (version := model.integer("version")) != VERSION:
+        raise ModelError(f"'{name}' has TFLite schema version {version}", want=VERSION,
+                         try_="convert the original model with a current converter")
+    main = next(model.tables("subgraphs"), None)
+    if main is None:
+        raise ModelError(f"'{name}' holds no graph", want="1 subgraph or more", got="0")
     codes = [_operator_code(t) for t in model.tables("operator_codes")]
-    buffers = _Buffers(model, data)
-    subgraph = next(model.tables("subgraphs"), None)
-    if subgraph is None:
-        raise ModelError(f"'{name}' has no subgraph")
-    values = tuple(_value(i, t, buffers) for i, t in enumerate(subgraph.tables("tensors")))
-    nodes = tuple(_node(i, t, codes, values, data) for i, t in enumerate(subgraph.tables("operators")))
-    signatures = [s for s in model.tables("signature_defs") if s.integer("subgraph_index") == 0]
+    buffers = Buffers(model, data)
+    operators = list(main.tables("operators"))
+    computed = {v for t in operators for v in t.numbers("outputs")} | set(main.numbers("inputs"))
+    values = tuple(_value(i, t, buffers, i in computed) for i, t in enumerate(main.tables("tensors")))
+    subgraphs = model.count("subgraphs")
+    nodes = tuple(_node(i, t, codes, values, buffers, subgraphs) for i, t in enumerate(operators))
+    signature = next((s for s in model.tables("signature_defs") if s.integer("subgraph_index") == 0), None)
     graph = Graph(
-        name, values, nodes, _indices(subgraph, "inputs"), _indices(subgraph, "outputs"), data,
-        hashlib.sha256(data).hexdigest(), "tflite",
-        _signature(signatures[0], "inputs", len(values)) if signatures else (),
-        _signature(signatures[0], "outputs", len(values)) if signatures else (),
+        name, values, nodes, main.numbers("inputs"), main.numbers("outputs"), data, hashlib.sha256(data).hexdigest(),
+        "tflite", _signature(signature, "inputs", len(values)), _signature(signature, "outputs", len(values)),
     )
     graph.verify()
     return graph
 
 
-def _indices(table: Table, name: str) -> tuple[int, ...]:
-    return tuple(int(v) for v in table.numbers(name) or ())
+def what_is(data: memoryview) -> tuple[str, str]:
+    """(what a file that is no TFLite model looks like, what to do about it), from its first bytes."""
+    head = bytes(data[:64])
+    for start, found, advice in _KINDS:
+        if head.startswith(start):
+            return found, advice
+    if head[4:8] == b"ORTM":
+        return "an ONNX Runtime model", _FROM_ONNX
+    if len(head) > 2 and head[0] == 0x08 and 0 < head[1] < 32 and head[2] in b"\x12\x1a\x22\x2a\x32\x3a\x42":
+        return "what looks like an ONNX model", _FROM_ONNX  # protobuf: ir_version, then one of the fields 2 to 8
+    if not head:
+        return "an empty file", _GET_AGAIN
+    if len(data) < 8:
+        return f"{len(data)} bytes", _GET_AGAIN
+    return f"bytes {head[:8].hex(' ')}", "give a .tflite file"
 
 
-def _signature(table: Table, name: str, count: int) -> tuple[tuple[str, int], ...]:
-    pairs = ((t.text("name"), t.integer("tensor_index")) for t in table.tables(name))
-    return tuple((text, v) for text, v in pairs if v < count)
+_GET_AGAIN = "get the file again"
+_FROM_ONNX = "convert it to TFLite: this version of npulab does not read ONNX"
+_KINDS = (
+    (b"version https://git-lfs", "a Git LFS pointer in place of the file", "git lfs pull"),
+    (b"NPULAB\r\n", "a program that npulab compiled", "npulab run FILE.npu"),
+    (b"PK\x03\x04", "a zip archive (a Keras or PyTorch model, or packed files)", "unpack it, or convert it to TFLite"),
+    (b"\x89HDF", "an HDF5 file (a Keras model)", "convert it to TFLite"),
+    (b"\x1f\x8b", "a gzip archive", "unpack it"),
+    (b"<", "a web page or other markup", "download the file itself, not the page about it"),
+)
 
 
-def _operator_code(table: Table) -> tuple[int, str]:
-    """(builtin code, custom code). Old files have the code in a byte, new ones in both places or the wide one."""
+def _operator_code(table: Table) -> tuple[int, str, int]:
+    """(builtin code, custom code, version). Old files have the code in a byte, new ones in both places."""
     code = max(table.integer("builtin_code"), table.integer("deprecated_builtin_code"))
-    return code, table.text("custom_code")
+    return code, table.text("custom_code") if code == CUSTOM else "", table.integer("version")
 
 
-class _Buffers:
-    """The file's buffers, inside the FlatBuffer or behind it (`offset` and `size`)."""
+def _signature(table: Table | None, field: str, count: int) -> tuple[tuple[str, int], ...]:
+    pairs = tuple((t.text("name"), t.integer("tensor_index")) for t in table.tables(field)) if table else ()
+    for text, v in pairs:
+        if v >= count:
+            raise ModelError(f"signature {field[:-1]} {shown(text)} names tensor {v}, which does not exist",
+                             want=f"0..{count - 1}")
+    return pairs
+
+
+def shown(name: str) -> str:
+    """A name from a file as errors show it: in quotes, short, and without control characters for the terminal."""
+    plain = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name[:100])
+    return f"'{plain}{'...' if len(name) > 100 else ''}'"
+
+
+class Buffers:
+    """The bytes that a file holds for its tensors, inside the FlatBuffer or behind it (`offset` and `size`)."""
 
     def __init__(self, model: Table, data: memoryview) -> None:
-        self.data = data
-        self.tables = list(model.tables("buffers"))
+        self._data = data
+        self._tables = list(model.tables("buffers"))
 
-    def constant(self, index: int, name: str) -> memoryview | None:
-        """The bytes of buffer `index`, or None where it holds nothing."""
+    def content(self, index: int, who: str) -> memoryview | None:
+        """The bytes of buffer `index`, or None if it holds none; as LiteRT, `data` goes before `offset`.
+
+        Raises: ModelError naming `who` if there is no such buffer or its bytes are not in the file.
+        """
         if not index:
-            return None  # buffer 0 is empty by convention
-        if index >= len(self.tables):
-            raise ModelError(f"tensor '{name}' uses buffer {index}, which does not exist",
-                             want=f"0..{len(self.tables) - 1}")
-        table = self.tables[index]
-        offset, size = table.integer("offset"), table.integer("size")
-        if offset > 1:  # 0 is absent, 1 was a placeholder of writers
-            if offset + size > len(self.data):
-                raise ModelError(f"tensor '{name}' has its bytes outside the file",
-                                 got=f"{size} bytes at {offset} of {len(self.data)}", try_="get the file again")
-            return self.data[offset : offset + size] if size else None
-        inside = table.bytes("data")
-        return inside if inside is not None and len(inside) else None
+            return None  # empty by convention
+        if index >= len(self._tables):
+            raise ModelError(f"{who} uses buffer {index}, which does not exist", want=f"0..{len(self._tables) - 1}")
+        table = self._tables[index]
+        if inside := table.view("data"):
+            return inside
+        return self.behind(table.integer("offset"), table.integer("size"), who)
+
+    def behind(self, offset: int, size: int, who: str) -> memoryview | None:
+        """`size` bytes at `offset` of the file, or None if there are none. Offset 1 is a writer's placeholder."""
+        if offset <= 1 or not size:
+            return None
+        if offset + size > len(self._data):
+            raise ModelError(f"{who} has its bytes outside the file", got=f"{size} bytes at byte {offset}",
+                             want=f"the file's {len(self._data)} bytes", try_="get the file again")
+        return self._data[offset : offset + size]
 
 
-def _value(index: int, table: Table, buffers: _Buffers) -> Value:
+def _value(index: int, table: Table, buffers: Buffers, computed: bool) -> Value:
+    """One tensor. `computed` says that an operator or the caller fills it, so that no bytes means no constant."""
     name = table.text("name")
-    shape = tuple(int(n) for n in table.numbers("shape") or ())
-    if len(shape) > RANK_MAX or any(n < 0 for n in shape) or math.prod(shape) > ELEMENTS_MAX:
-        raise ModelError(f"tensor '{name}' has an impossible shape", got=str(list(shape))[:80],
-                         want=f"at most {RANK_MAX} dimensions of 0 or more, at most 2**40 elements")
+    shape = table.numbers("shape") if table.count("shape") <= RANK_MAX else (-1,)
+    if (shape and min(shape) < 0) or math.prod(shape) > ELEMENTS_MAX:
+        raise ModelError(f"tensor {index} {shown(name)} has an impossible shape",
+                         got=list(table.numbers("shape")[: RANK_MAX + 1]),
+                         want=f"at most {RANK_MAX} dimensions, none negative, at most 2**40 elements")
     code = table.integer("type")
-    type_name = schema().names["TensorType"].get(code)
-    if type_name is None or type_name not in DType.__members__:
-        raise ModelError(f"tensor '{name}' has element type {type_name or code}, which npulab does not know")
-    signature = table.numbers("shape_signature") or ()
-    dynamic = tuple(i for i, n in enumerate(signature) if n < 0)
-    return Value(index, name, shape, DType[type_name], _quantization(table, name),
-                 buffers.constant(table.integer("buffer"), name), bool(table.number("is_variable")), dynamic)
+    type_name = schema().names["TensorType"].get(code, "")
+    if type_name not in DType.__members__:
+        raise ModelError(f"tensor {index} {shown(name)} has an element type that npulab does not know",
+                         got=type_name or code, want=", ".join(d.value for d in DType))
+    signature = table.numbers("shape_signature") if table.count("shape_signature") <= RANK_MAX else (-1,) * 99
+    if signature and len(signature) != len(shape):
+        raise ModelError(f"tensor {index} {shown(name)} has a shape signature of another rank than its shape",
+                         want=f"{len(shape)} dimensions", got=table.count("shape_signature"))
+    constant = buffers.content(table.integer("buffer"), f"tensor {index} {shown(name)}")
+    if constant is None and table.integer("external_buffer"):
+        raise ModelError(f"tensor {index} {shown(name)} keeps its bytes in another file",
+                         got=f"external buffer {table.integer('external_buffer')}",
+                         try_="convert the model to a single file")
+    is_variable = bool(table.number("is_variable"))
+    if constant is None and 0 in shape and not computed and not is_variable:
+        constant = memoryview(b"")  # a constant without elements, such as the axes of nothing
+    return Value(index, name, shape, DType[type_name], _quantization(table, f"tensor {index} {shown(name)}"), constant,
+                 is_variable, tuple(i for i, n in enumerate(signature) if n < 0))
 
 
-def _quantization(tensor: Table, name: str) -> Quantization | None:
+def _quantization(tensor: Table, who: str) -> Quantization | None:
+    """None also where a scale is zero, infinite or no number: such tensors exist and are never computed with."""
     q = tensor.table("quantization")
-    if q is None:
+    scales = q.numbers("scale") if q else ()
+    if q is None or not scales or not all(0 < s < math.inf for s in scales):
         return None
-    scales = q.numbers("scale") or []
-    if not scales or not all(math.isfinite(s) and s > 0 for s in scales):
-        return None
-    zeros = [int(z) for z in q.numbers("zero_point") or ()] or [0]
+    zeros = q.numbers("zero_point") or (0,)
     if len(zeros) == 1:
         zeros *= len(scales)
     if len(zeros) != len(scales):
-        raise ModelError(f"tensor '{name}' has {len(scales)} scales and {len(zeros)} zero points")
-    return Quantization(tuple(scales), tuple(zeros), q.integer("quantized_dimension"))
+        raise ModelError(f"{who} has {len(scales)} scales and {len(zeros)} zero points",
+                         want="as many zero points as scales, or one, or none")
+    return Quantization(scales, zeros, q.integer("quantized_dimension"))
 
 
-def _node(index: int, table: Table, codes: list[tuple[int, str]], values: tuple[Value, ...], data: memoryview) -> Node:
+def _node(index: int, table: Table, codes: list[tuple[int, str, int]], values: tuple[Value, ...], buffers: Buffers,
+          subgraphs: int) -> Node:
     which = table.integer("opcode_index")
     if which >= len(codes):
         raise ModelError(f"node {index} has operator code {which}, which does not exist", want=f"0..{len(codes) - 1}")
-    code, custom = codes[which]
-    inputs, outputs = _indices(table, "inputs"), _indices(table, "outputs")
+    code, custom, version = codes[which]
+    inputs, outputs = table.numbers("inputs"), table.numbers("outputs")
     if code == CUSTOM:
-        return Node(index, Custom(custom, _custom_options(table, data)), inputs, outputs)
-    name = schema().names["BuiltinOperator"].get(code, f"BUILTIN_{code}")
-    options = _options(table)
-    shapes = [values[v].shape if 0 <= v < len(values) else () for v in inputs]
-    return Node(index, _RECORDS.get(name, _generic)(name, _Options(options), shapes), inputs, outputs)
+        op: Op = Custom(custom, _custom_options(table, buffers, f"{shown(custom)} (node {index})"))
+    else:
+        name = schema().names["BuiltinOperator"].get(code, f"BUILTIN_{code}")
+        if make := _RECORDS.get(name):
+            shapes = [values[v].shape if 0 <= v < len(values) else () for v in inputs[:2]]
+            op = make(_options(name, index, table), shapes)
+        else:
+            op = _generic(name, index, table, subgraphs)
+    return Node(index, op, inputs, outputs, version)
 
 
-def _custom_options(table: Table, data: memoryview) -> bytes:
-    offset, size = table.integer("large_custom_options_offset"), table.integer("large_custom_options_size")
-    if offset > 1:
-        if offset + size > len(data):
-            raise ModelError("custom options lie outside the file", got=f"{size} bytes at {offset} of {len(data)}")
-        return bytes(data[offset : offset + size])
-    return bytes(table.bytes("custom_options") or b"")
+def _custom_options(table: Table, buffers: Buffers, who: str) -> bytes:
+    inside = table.view("custom_options")
+    if not inside:
+        offset, size = table.integer("large_custom_options_offset"), table.integer("large_custom_options_size")
+        inside = buffers.behind(offset, size, who)
+    return bytes(inside or b"")
 
 
-def _options(table: Table) -> dict[str, object]:
-    """The options of an operator by field name, of either union, defaults included."""
-    for union, enum in (("builtin_options", "BuiltinOptions"), ("builtin_options_2", "BuiltinOptions2")):
-        member = schema().names[enum].get(table.integer(f"{union}_type"), "NONE")
-        if member in schema().tables:
-            inner = table.table(union, member)
-            fields = schema().tables[member]
-            if inner is not None:
-                return {name: inner.value(name) for name in fields}
-    return {}
+def _generic(name: str, index: int, table: Table, subgraphs: int) -> Generic:
+    options = table.union("builtin_options") or table.union("builtin_options_2")
+    if options is None:
+        return Generic(name, {})
+    attributes = {field: options.value(field) for field in schema().tables[options.name]}
+    called = tuple(v for field, value in attributes.items() if _names_subgraph(field)
+                   for v in (value if isinstance(value, tuple) else (cast(int, value),)))
+    for v in called:
+        if not 0 <= v < subgraphs:
+            raise ModelError(f"{name} (node {index}) calls subgraph {v}, which does not exist",
+                             want=f"0..{subgraphs - 1}")
+    return Generic(name, attributes, called)
 
 
+def _names_subgraph(field: str) -> bool:
+    return field.endswith(("subgraph", "subgraph_index", "subgraph_indices")) or field == "called_computations"
+
+
+@dataclass(frozen=True, slots=True)
 class _Options:
-    """Options read with the type that a record wants."""
+    """The options of a builtin operator that has a record: those of the file, or else the schema's defaults."""
 
-    def __init__(self, options: dict[str, object]) -> None:
-        self.all = options
+    node: str
+    table: Table | None
+    defaults: Mapping[str, int | float]
 
-    def integer(self, name: str, default: int = 0) -> int:
-        return int(cast(int, self.all.get(name, default)))
+    def integer(self, name: str) -> int:
+        return self.table.integer(name) if self.table else int(self.defaults[name])
 
-    def pair(self, name: str, default: int = 0) -> tuple[int, int]:
-        """(height, width) of a pair of options whose names end so."""
-        high, wide = name.replace("?", "h"), name.replace("?", "w")
-        return self.integer(high, default), self.integer(wide, default)
+    def number(self, name: str) -> float:
+        return float(self.table.number(name) if self.table else self.defaults[name])
+
+    def pair(self, high: str, wide: str) -> tuple[int, int]:
+        """(height, width) of what must be at least 1, such as a stride.
+
+        Raises: ModelError naming the operator if one of them is not.
+        """
+        pair = self.integer(high), self.integer(wide)
+        if min(pair) < 1:
+            raise ModelError(f"{self.node} has {high} {pair[0]} and {wide} {pair[1]}", want="at least 1")
+        return pair
+
+    @property
+    def stride(self) -> tuple[int, int]:
+        return self.pair("stride_h", "stride_w")
+
+    @property
+    def dilation(self) -> tuple[int, int]:
+        return self.pair("dilation_h_factor", "dilation_w_factor")
 
     @property
     def padding(self) -> Padding:
-        return "valid" if self.all.get("padding") == "valid" else "same"
+        return cast(Padding, self.table.choice("padding") if self.table else "same")
 
     @property
     def activation(self) -> Activation:
-        return cast(Activation, self.all.get("fused_activation_function", "none"))
+        return cast(Activation, self.table.choice("fused_activation_function") if self.table else "none")
 
 
-def _generic(name: str, o: _Options, _shapes: list[tuple[int, ...]]) -> Op:
-    called = [v for k, v in o.all.items() if k.endswith(("subgraph_index", "subgraph")) and isinstance(v, int)]
-    called += [i for k, v in o.all.items() if k.endswith("subgraph_indices") and isinstance(v, tuple) for i in v]
-    return Generic(name, o.all, tuple(called))
+def _options(name: str, index: int, table: Table) -> _Options:
+    place = options_of(name)
+    assert place is not None, name
+    node = f"{name} (node {index})"
+    options = table.union("builtin_options") or table.union("builtin_options_2")
+    if options is not None and options.name != place[1]:
+        raise ModelError(f"{node} has the options of another operator", want=place[1], got=options.name)
+    return _Options(node, options, {f.name: f.default for f in schema().tables[place[1]].values()})
 
 
-def _depthwise(_name: str, o: _Options, shapes: list[tuple[int, ...]]) -> Op:
-    multiplier = o.integer("depth_multiplier", 1)
-    if len(shapes) > 1 and len(shapes[0]) == 4 and shapes[0][3] and shapes[1]:
-        multiplier = shapes[1][-1] // shapes[0][3]  # the option is wrong in some files; the shapes cannot be
-    return DepthwiseConv2D(o.pair("stride_?"), o.pair("dilation_?_factor", 1), o.padding, o.activation, multiplier)
+def _depthwise(o: _Options, shapes: list[Shape]) -> Op:
+    """The multiplier follows from the shapes where they allow: the option is 0 in some files, and LiteRT ignores it."""
+    multiplier = o.integer("depth_multiplier")
+    match shapes:
+        case [(_, _, _, channels), (_, _, _, outputs)] if channels and outputs and outputs % channels == 0:
+            multiplier = outputs // channels
+    return DepthwiseConv2D(o.stride, o.dilation, o.padding, o.activation, multiplier)
 
 
-def _pool(kind: Literal["average", "max"]) -> Callable[[str, _Options, Any], Op]:
-    def make(_name: str, o: _Options, _shapes: Any) -> Op:
-        window = o.integer("filter_height"), o.integer("filter_width")
-        return Pool2D(kind, window, o.pair("stride_?"), o.padding, o.activation)
-
-    return make
+def _pool(kind: Literal["average", "max"]) -> Callable[[_Options, list[Shape]], Op]:
+    return lambda o, _: Pool2D(kind, o.pair("filter_height", "filter_width"), o.stride, o.padding, o.activation)
 
 
-_RECORDS: dict[str, Callable[[str, _Options, list[tuple[int, ...]]], Op]] = {
-    "CONV_2D": lambda _n, o, _s: Conv2D(o.pair("stride_?"), o.pair("dilation_?_factor", 1), o.padding, o.activation),
+def _mirror_pad(o: _Options, _: list[Shape]) -> Op:
+    return Pad(False, cast(Literal["reflect", "symmetric"], o.table.choice("mode") if o.table else "reflect"))
+
+
+_RECORDS: dict[str, Callable[[_Options, list[Shape]], Op]] = {
+    "CONV_2D": lambda o, _: Conv2D(o.stride, o.dilation, o.padding, o.activation),
     "DEPTHWISE_CONV_2D": _depthwise,
-    "FULLY_CONNECTED": lambda _n, o, _s: FullyConnected(o.activation, bool(o.all.get("keep_num_dims"))),
+    "FULLY_CONNECTED": lambda o, _: FullyConnected(o.activation, bool(o.integer("keep_num_dims"))),
     "AVERAGE_POOL_2D": _pool("average"),
     "MAX_POOL_2D": _pool("max"),
-    "ADD": lambda _n, o, _s: Add(o.activation),
-    "CONCATENATION": lambda _n, o, _s: Concat(o.integer("axis"), o.activation),
-    "SPLIT": lambda _n, o, _s: Split(o.integer("num_splits")),
-    "PAD": lambda _n, _o, _s: Pad(False, "constant"),
-    "PADV2": lambda _n, _o, _s: Pad(True, "constant"),
-    "MIRROR_PAD": lambda _n, o, _s: Pad(False, "symmetric" if o.all.get("mode") == "symmetric" else "reflect"),
-    "RESHAPE": lambda n, _o, _s: Reshape(n),
-    "SQUEEZE": lambda n, _o, _s: Reshape(n),
-    "EXPAND_DIMS": lambda n, _o, _s: Reshape(n),
-    "MEAN": lambda _n, o, _s: Mean(bool(o.all.get("keep_dims"))),
-    "SOFTMAX": lambda _n, o, _s: Softmax(float(cast(float, o.all.get("beta", 0.0)))),
+    "ADD": lambda o, _: Add(o.activation),
+    "CONCATENATION": lambda o, _: Concat(o.integer("axis"), o.activation),
+    "SPLIT": lambda o, _: Split(o.integer("num_splits")),
+    "PAD": lambda _o, _: Pad(False, "constant"),
+    "PADV2": lambda _o, _: Pad(True, "constant"),
+    "MIRROR_PAD": _mirror_pad,
+    "RESHAPE": lambda _o, _: Reshape("RESHAPE"),
+    "SQUEEZE": lambda _o, _: Reshape("SQUEEZE"),
+    "EXPAND_DIMS": lambda _o, _: Reshape("EXPAND_DIMS"),
+    "MEAN": lambda o, _: Mean(bool(o.integer("keep_dims"))),
+    "SOFTMAX": lambda o, _: Softmax(o.number("beta")),
 }

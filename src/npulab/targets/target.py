@@ -34,8 +34,8 @@ class Target(Protocol):
     def support_table(self) -> list[tuple[str, str, str]]:
         """(operator, rule, source) of every declared constraint."""
 
-    def compile(self, graph: Graph, plan: PlanName) -> Program:
-        """Partition, lower, plan and encode."""
+    def compile(self, graph: Graph, plan: PlanName, keep_all: bool = False) -> Program:
+        """Partition, lower, plan and encode. `keep_all` brings back every tensor the NPU computes (plan best)."""
 
     def device(self) -> Device:
         """A virtual NPU of this chip."""

@@ -1,0 +1,5 @@
+"""`python -m npulab` is `npulab`."""
+
+from npulab.cli import main
+
+main()

@@ -1,0 +1,81 @@
+"""The pipeline on one page. Each verb takes one noun to the next; nothing else chains them.
+
+    load         model file              -> Graph
+    check        Graph                   -> one Verdict a node
+    compile      Graph (or model file)   -> Program
+    open_session Program, Device         -> Session; its `run` gives the outputs
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from npulab.ir import Graph
+    from npulab.plan.types import Verdict
+    from npulab.program.types import Program
+    from npulab.runtime.device import Device
+    from npulab.runtime.session import Session
+    from npulab.targets.target import PlanName
+
+def load(path: str | os.PathLike[str] | bytes) -> Graph:
+    """The Graph of a model file. Raises ModelError if it is not one, or is damaged."""
+    from npulab.importers import load
+
+    return load(path)
+
+
+def check(model: Graph | str | os.PathLike[str], target: str = "a311d", plan: PlanName = "best") -> list[Verdict]:
+    """Where each node runs, and every reason why the NPU does not take it."""
+    from npulab.targets.target import find_target
+
+    return find_target(target).check(_graph(model), plan)
+
+
+def compile(model: Graph | str | os.PathLike[str], target: str = "a311d", plan: PlanName = "best",
+            keep_all: bool = False) -> Program:
+    """The Program for `target`. `keep_all` (plan best) brings back every tensor the NPU computes.
+
+    Raises: UsageError for an unknown target; UnsupportedError or CapacityError if the model does not fit it.
+    """
+    from npulab.errors import InvariantError, ModelError
+    from npulab.program.law import verify
+    from npulab.targets.target import find_target
+
+    chip, graph = find_target(target), _graph(model)
+    program = chip.compile(graph, plan, keep_all=True) if keep_all else chip.compile(graph, plan)
+    try:
+        verify(program)
+    except ModelError as e:
+        raise InvariantError(f"the compiler made a program that breaks its own law: {e.message}", **e.facts) from e
+    return program
+
+
+def read_program(path: str | os.PathLike[str] | bytes) -> Program:
+    """The Program of a `.npu` file, verified."""
+    from npulab.program.container import read_program
+
+    return read_program(path)
+
+
+def write_program(program: Program, path: str | os.PathLike[str]) -> None:
+    """Write a `.npu` file, whole or not at all."""
+    from npulab.program.container import write_program
+
+    write_program(program, path)
+
+
+def open_session(program: Program, device: Device | None = None) -> Session:
+    """The program on `device`, ready to run; None: on the virtual NPU of its target."""
+    from npulab.program.types import NpuStep
+    from npulab.runtime.session import Session
+    from npulab.targets.target import find_target
+
+    if device is None and any(isinstance(s, NpuStep) for s in program.steps):
+        device = find_target(program.target).device()
+    return Session(program, device)
+
+
+def _graph(model: Graph | str | os.PathLike[str]) -> Graph:
+    return load(model) if isinstance(model, str | os.PathLike) else model

@@ -1,0 +1,93 @@
+"""npulab compile: a model to the NPU's own commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from npulab.cli.options import Json, ModelPath, Plan, PlanOption, TargetName
+
+if TYPE_CHECKING:
+    from npulab.program.types import Program
+
+
+def compile(
+    model: ModelPath,
+    target: TargetName,
+    plan: PlanOption = Plan.BEST,
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE.npu",
+                                                help="Write the program here.", show_default=False)] = None,
+    dump: Annotated[Path | None, typer.Option("--dump", metavar="DIR", show_default=False,
+                                              help="Write jobs.json and the raw streams here.")] = None,
+    json: Json = False,
+) -> None:
+    """Compile a model, and say what runs where. Writes only what -o and --dump ask for."""
+    from npulab import api
+    from npulab.cli.printing import write_json
+    from npulab.program.dump import dump as write_dump
+
+    program = api.compile(model, target, plan.plan_name)
+    if output is not None:
+        api.write_program(program, output)
+    if dump is not None:
+        write_dump(program, dump)
+    if json:
+        write_json(as_data(program) | {"output": None if output is None else str(output),
+                                       "dump": None if dump is None else str(dump)})
+    else:
+        print_summary(program)
+        if output is not None:
+            print(f"\nwrote {output} ({output.stat().st_size} bytes)")
+        if dump is not None:
+            print(f"\nwrote {dump / 'jobs.json'} and the files it names")
+
+
+def as_data(program: Program) -> dict[str, Any]:
+    """What the summary says, for programs."""
+    from npulab.program.types import NpuStep
+
+    steps = []
+    for i, s in enumerate(program.steps):
+        npu = isinstance(s, NpuStep)
+        steps.append({
+            "step": i, "where": "npu" if npu else "host", "nodes": list(s.nodes),
+            "ops": [program.ops[n] for n in s.nodes],
+            "jobs": len(s.jobs) if isinstance(s, NpuStep) else 0,
+            "macs": sum(j.macs for j in s.jobs) if isinstance(s, NpuStep) else 0,
+            "upload_bytes": sum(t.size for t in s.uploads) if isinstance(s, NpuStep) else 0,
+            "download_bytes": sum(t.size for t in s.downloads) if isinstance(s, NpuStep) else 0,
+        })
+    return {
+        "target": program.target, "plan": program.plan, "model": program.model, "digest": program.digest,
+        "steps": steps, "memory": _memory(program),
+        "host_nodes": [{"node": h.node, "op": h.op, "reasons": list(h.reasons)} for h in program.host_nodes],
+    }
+
+
+def print_summary(program: Program) -> None:
+    from npulab.cli.printing import amount, listed, say, table
+
+    data = as_data(program)
+    say(f"{program.model} for {program.target}, plan {program.plan}")
+    say()
+    table([">step", "where", "operators+", ">jobs", ">MACs", ">up B", ">down B"], [
+        (s["step"], s["where"], listed(s["ops"]), *(
+            (s["jobs"], amount(s["macs"]), s["upload_bytes"], s["download_bytes"]) if s["where"] == "npu"
+            else ("", "", "", ""))) for s in data["steps"]])
+    memory = data["memory"]
+    say()
+    say(f"NPU memory: coefficients {memory['coefficients']} B, tensors {memory['tensor']} B, "
+        f"descriptors {memory['descriptor']} B; {memory['words']} command words.")
+    if program.host_nodes:
+        say()
+        table([">node", "operator", "why the host runs it+"],
+              [(h.node, h.op, "\n".join(h.reasons)) for h in program.host_nodes])
+
+
+def _memory(program: Program) -> dict[str, int]:
+    from npulab.program.types import NpuStep, SectionKind
+
+    found = {k.value: sum(s.size for s in program.sections if s.kind is k) for k in SectionKind}
+    return found | {"words": len(program.init) + sum(len(s.words) for s in program.steps if isinstance(s, NpuStep))}
