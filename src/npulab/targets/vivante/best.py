@@ -52,10 +52,11 @@ from npulab.targets.vivante.jobs import (
 )
 from npulab.targets.vivante.layout import from_planar, pad_planes, rescale_bytes, space_to_depth, to_planar
 from npulab.targets.vivante.reference import (
+    WeightedSum,
     bias_of,
     conv_scale,
     grown,
-    reference_addition_weights,
+    reference_sum,
     scale_of,
     space_to_depth_weights,
     unsigned_zero_point,
@@ -286,9 +287,9 @@ class _Lowering:
             held[i] = self.put(held[i], slot, size, node)
         result = Held(self.tensor(size), self.stored_zero_point(op.activation, out))
         (self.linear if linear else self.planar)[out.index] = result
-        wa, wb, weight_scale = addition_weights(float(scale_of(a)), float(scale_of(b)), float(scale_of(out)))
+        sum_of = weighted_sum(a, b, out, held[0].zero_point, held[1].zero_point)
         rows = align(size, ADDITION_ROW) // ADDITION_ROW
-        kernel = Weights(np.array([wa, 0, 0, 0], np.uint8).reshape(1, 1, 2, 2), np.zeros(1, np.int64), 1, 0)
+        kernel = Weights(np.array([sum_of.first, 0, 0, 0], np.uint8).reshape(1, 1, 2, 2), np.zeros(1, np.int64), 1, 0)
         whole = size // ADDITION_ROW
         pieces = [(r, ADDITION_ROW, min(ROWS_MAX, whole - r)) for r in range(0, whole, ROWS_MAX)]
         if size % ADDITION_ROW:
@@ -299,9 +300,9 @@ class _Lowering:
                 result=Place(result.tensor, row * ADDITION_ROW), input=Box(x, y, 2, ADDITION_ROW, rows),
                 output=Box(x, y, 1, ADDITION_ROW, y), kernel_x=2, kernel_y=2, offset_x=0, offset_y=0, first_pixel=False,
                 stride=1, relu=op.activation in ("relu", "relu6"), in_zp=held[0].zero_point, out_zp=result.zero_point,
-                weight_zp=0, scale=conv_scale(a, weight_scale, out), weights=kernel,
-                bias=np.array([-wb * held[1].zero_point], np.int64), order="single", split=False, tile_extent=(x, y),
-                tile_kernel=(2, 2), last_word=wb, zero_runs=False,
+                weight_zp=0, scale=conv_scale(a, sum_of.weight_scale, out), weights=kernel,
+                bias=np.array([sum_of.bias], np.int64), order="single", split=False, tile_extent=(x, y),
+                tile_kernel=(2, 2), last_word=sum_of.second, zero_runs=False,
             ))
 
     def put(self, held: Held, slot: Place, size: int, node: Node) -> Held:
@@ -472,22 +473,25 @@ def dilated(weights: Weights, dilation: tuple[int, int]) -> Weights:
     return replace(weights, values=values)
 
 
-def addition_weights(scale_a: float, scale_b: float, scale_out: float) -> tuple[int, int, np.float32]:
-    """(weight of a, weight of b, weight scale) with weight * weight_scale near 1 and scale_b / scale_a.
+def weighted_sum(a: Value, b: Value, out: Value, zero_a: int, zero_b: int) -> WeightedSum:
+    """The two bytes to multiply the operands with, so that no sum is rounded more than one step off.
 
-    The reference driver's pair where its error stays below a quarter step of the output; otherwise the pair of bytes
-    whose ratio comes nearest to scale_b / scale_a.
+    The reference driver's pair where its error stays below three quarters of an output step; otherwise the pair whose
+    ratio comes nearest to that of the scales.
     """
+    scale_a, scale_b, scale_out = (float(scale_of(v)) for v in (a, b, out))
     ratio = scale_b / scale_a
-    wa, wb, weight_scale = reference_addition_weights(np.float32(scale_a), np.float32(scale_b))
-    worst = 255 * scale_a / scale_out * (abs(wa * float(weight_scale) - 1) + abs(wb * float(weight_scale) - ratio))
-    if worst <= 0.25:
-        return wa, wb, weight_scale
+    theirs = reference_sum(scale_of(a), scale_of(b), zero_a, zero_b)
+    unit = float(theirs.weight_scale)
+    worst = 255 * scale_a / scale_out * (abs(theirs.first * unit - 1) + abs(theirs.second * unit - ratio))
+    if worst <= 0.75:
+        return theirs
     larger = np.arange(1, 256)
     smaller = np.rint(larger * min(ratio, 1 / ratio))
     best = int(np.argmin(np.abs(smaller / larger - min(ratio, 1 / ratio))))
     big, small = int(larger[best]), int(smaller[best])
-    return (big, small, np.float32(1.0 / big)) if ratio <= 1 else (small, big, np.float32(ratio / big))
+    first, second, unit = (big, small, 1.0 / big) if ratio <= 1 else (small, big, ratio / big)
+    return WeightedSum(first, second, np.float32(unit), -second * zero_b)
 
 
 def average_weight(pixels: int, ratio: float) -> tuple[int, float]:

@@ -178,7 +178,7 @@ def has_shapes(case: Case) -> Found:
             yield f"'{v.name}' has shape {list(v.shape)}", "give the tensor a shape of one to four dimensions"
         elif len(v.shape) == 4 and v.shape[0] != 1:
             yield f"'{v.name}' has a batch of {v.shape[0]}", "run one image at a time"
-        elif v.dynamic_axes:
+        elif any(axis > 0 for axis in v.dynamic_axes):  # a dynamic batch is run with the batch of one it is stored with
             yield f"'{v.name}' has a dynamic dimension", "fix the input size when exporting the model"
 
 

@@ -6,7 +6,7 @@ engine (section 4 and 13) and on the TP engine and lowering (section 3). H1, H2,
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -184,25 +184,19 @@ class _Lowering:
         values = self.graph.values
         a, b, out = values[node.inputs[0]], values[node.inputs[1]], values[node.outputs[0]]
         d1, d2, c = dims(a)
-        s0, s1 = scale_of(a), scale_of(b)
-        ratio = np.float32(s1 / s0)
-        wa, wb, weight_scale = reference_addition_weights(s0, s1)
-        z0, z1 = raw_zero_point(a), raw_zero_point(b)
-        difference = np.float32(np.float32(z0 - z1) * s1)
-        bias = round_half_away(float(np.float32(difference / np.float32(weight_scale * s0))))
-        bias -= round_half_away(float(np.float32(ratio / weight_scale))) * z0
+        sum_of = reference_sum(scale_of(a), scale_of(b), raw_zero_point(a), raw_zero_point(b))
         width = addition_width(d1 * d2)
         height = d1 * d2 * c // width
         in_x, in_y = (height, width) if height > width else (width, height)
         target, detranspose = self.result(out)
-        kernel = np.array([wa, 0, 0, 0], np.uint8).reshape(1, 1, 2, 2)
+        kernel = np.array([sum_of.first, 0, 0, 0], np.uint8).reshape(1, 1, 2, 2)
         self.add(NNJob(
             role="addition", nodes=(node.index,), source=Place(a.index), result=Place(target),
             input=Box(in_x, in_y, 2), output=Box(in_x, in_y, 1), kernel_x=2, kernel_y=2, offset_x=0, offset_y=0,
             first_pixel=False, stride=1, relu=False, in_zp=unsigned_zero_point(a), out_zp=unsigned_zero_point(out),
-            weight_zp=0, scale=conv_scale(a, weight_scale, out),
-            weights=Weights(kernel, np.zeros(1, np.int64), 1, 0), bias=np.array([bias], np.int64),
-            order="single", split=False, tile_extent=(width, height), tile_kernel=(2, 2), last_word=wb,
+            weight_zp=0, scale=conv_scale(a, sum_of.weight_scale, out),
+            weights=Weights(kernel, np.zeros(1, np.int64), 1, 0), bias=np.array([sum_of.bias], np.int64),
+            order="single", split=False, tile_extent=(width, height), tile_kernel=(2, 2), last_word=sum_of.second,
             zero_runs=False,
         ), d1 * d2 * c, d1 * d2 * c, second=b.index)
         if detranspose:
@@ -319,12 +313,29 @@ def conv_scale(data: Value, weight_scale: np.float32, out: Value) -> float:
     return float(np.float32(np.float32(scale_of(data) * weight_scale) / scale_of(out)))
 
 
-def reference_addition_weights(s0: np.float32, s1: np.float32) -> tuple[int, int, np.float32]:
-    """The driver's weights for the two operands of an addition, and their scale (NN notes 4.4)."""
+@dataclass(frozen=True, slots=True)
+class WeightedSum:
+    """An addition as the engine computes it: first * x0 + second * x1 + bias, in steps of weight_scale * scale of x0.
+
+    The zero point of x0 is not in the bias: it is folded in with that of every other job.
+    """
+
+    first: int
+    second: int
+    weight_scale: np.float32
+    bias: int
+
+
+def reference_sum(s0: np.float32, s1: np.float32, z0: int, z1: int) -> WeightedSum:
+    """The driver's weights for two operands with these scales and zero points (NN notes 4.4)."""
     ratio = np.float32(s1 / s0)
     weight_scale = np.float32(max(float(ratio), 1.0) / 255.0)
-    wa = round_half_away(1.0 / float(weight_scale)) & 0xFF
-    return wa, round_half_away(float(ratio) / float(weight_scale)) & 0xFF, weight_scale
+    first = round_half_away(1.0 / float(weight_scale)) & 0xFF
+    second = round_half_away(float(ratio) / float(weight_scale)) & 0xFF
+    difference = np.float32(np.float32(z0 - z1) * s1)
+    bias = round_half_away(float(np.float32(difference / np.float32(weight_scale * s0))))
+    bias -= round_half_away(float(np.float32(ratio / weight_scale))) * z0
+    return WeightedSum(first, second, weight_scale, bias)
 
 
 def round_half_away(x: float) -> int:
