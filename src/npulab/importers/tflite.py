@@ -100,6 +100,8 @@ _KINDS = (
     (b"PK\x03\x04", "a zip archive (a Keras or PyTorch model, or packed files)", "unpack it, or convert it to TFLite"),
     (b"\x89HDF", "an HDF5 file (a Keras model)", "convert it to TFLite"),
     (b"\x1f\x8b", "a gzip archive", "unpack it"),
+    (b"\x89PNG", "a PNG image", "give the model, a .tflite file, here"),
+    (b"\xff\xd8\xff", "a JPEG image", "give the model, a .tflite file, here"),
     (b"<", "a web page or other markup", "download the file itself, not the page about it"),
 )
 
@@ -192,6 +194,8 @@ def _quantization(tensor: Table, who: str) -> Quantization | None:
     if q is None or not scales or not all(0 < s < math.inf for s in scales):
         return None
     zeros = q.numbers("zero_point") or (0,)
+    if any(not -(2**31) <= z < 2**31 for z in zeros):
+        raise ModelError(f"{who} has a zero point that no element type holds", got=max(zeros, key=abs), want="32 bits")
     if len(zeros) == 1:
         zeros *= len(scales)
     if len(zeros) != len(scales):

@@ -141,7 +141,8 @@ def _missing(node: Node) -> str:
 
 
 _WHY_NOT = {
-    "SOFTMAX": ("The engines keep 8 bits between jobs; a softmax needs exponentials and their sum with more.",
+    "SOFTMAX": ("A softmax needs the largest value and a sum of exponentials; what the engines are known to do between "
+                "jobs is 8-bit sums and tables, which cannot hold either within a step of the output.",
                 "NN notes 9.2, TP notes 2.5"),
     "MAX_POOL_2D": ("The descriptor has a max pooling field, but what it does on silicon is not known.",
                     "NN notes, section 14, item 8"),
@@ -192,6 +193,13 @@ def eight_bits(case: Case) -> Found:
             yield f"'{v.name}' has no quantization", "quantize the model to 8 bits"
         elif not v.quantization.per_tensor:
             yield f"'{v.name}' has {len(v.quantization.scales)} scales", "quantize activations per tensor"
+        elif not _holds_zero_point(v):
+            yield f"'{v.name}' has the zero point {v.quantization.zero_point}", "fix the export"
+
+
+def _holds_zero_point(v: Value) -> bool:
+    low = -128 if v.dtype is DType.INT8 else 0
+    return v.quantization is None or low <= v.quantization.zero_point <= low + 255
 
 
 @rule(*WEIGHTED)
@@ -251,6 +259,8 @@ def constant_weights(case: Case) -> Found:
     elif not w.quantization.per_tensor:
         yield (f"weights have {len(w.quantization.scales)} scales, one for each output channel",
                "quantize weights per tensor: the v7 engine has one multiplier for a job")
+    elif not _holds_zero_point(w):
+        yield f"weights have the zero point {w.quantization.zero_point}", "fix the export"
     bias = case.input(2)
     if bias is not None and (not bias.is_constant or bias.dtype is not DType.INT32):
         computed = "" if bias.is_constant else " and computed"
@@ -268,7 +278,7 @@ def square_stride(case: Case) -> Found:
         yield f"stride {op.stride[0]}x{op.stride[1]}", "use stride 1 or 2, or a convolution and a pooling"
 
 
-@rule(*WEIGHTED, Add, Pad, Pool2D, Mean)
+@rule(*WEIGHTED, Add, Concat, Pad, Pool2D, Mean)
 def fitting_scales(case: Case) -> Found:
     """Scales of inputs over those of outputs lie between 2**-64 and 2**8 (a 7-bit shift)."""
     scales = [v.quantization.scale for v in case.activations() if v.quantization is not None]
@@ -363,10 +373,17 @@ def two_computed_operands(case: Case) -> Found:
 
 
 @rule(Add)
-def four_dimensions(case: Case) -> Found:
-    """An addition's result has the shape of its operands; plan reference wants four dimensions."""
+def same_result(case: Case) -> Found:
+    """An addition's result has the shape of its operands."""
     if case.output.shape != case.data.shape:
         yield f"{list(case.data.shape)} becomes {list(case.output.shape)}", "fix the export"
+
+
+@rule(Add, plans=("reference",), source=TEFLON)
+def four_dimensions(case: Case) -> Found:
+    """Operands of an addition have four dimensions; others make that driver divide by zero."""
+    if len(case.data.shape) != 4:
+        yield f"shape {list(case.data.shape)}", "use plan best"
 
 
 @rule(Add, plans=("best",))
@@ -488,6 +505,8 @@ def whole_image_average(case: Case) -> Found:
             yield "axes are not constant", "fix the export"
         elif sorted(int(a) % 4 for a in axes.array().reshape(-1)) != [1, 2]:
             yield f"axes {axes.array().reshape(-1).tolist()}", "average over rows and columns"
+        elif case.output.elements != c:
+            yield f"{case.output.elements} results for {c} channels", "fix the export"
     if h * w > 16383:
         yield f"{h * w} pixels", "average in two steps"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from npulab.errors import CapacityError
 from npulab.ir import Graph
 from npulab.program.types import (
     HostNode,
@@ -39,6 +40,10 @@ PAGE = 4096
 
 DESCRIPTOR_SLOT = 256
 """Distance of descriptors in their section: 64 would do, 256 is what the register's annotation asks for."""
+
+
+ELEMENTS_MAX = 1 << 27
+"""Elements of a tensor that crosses a border: 1 GiB of the widest type, as much as a program may map."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +112,9 @@ def encode(graph: Graph, target: str, plan: str, chip: Chip, steps: Sequence[Reg
 
 def _tensor(graph: Graph, v: int) -> Tensor:
     value = graph.values[v]
+    if value.elements > ELEMENTS_MAX or len(value.shape) > 8:
+        raise CapacityError(f"tensor '{value.name}' is too large", got=f"{list(value.shape)}",
+                            want=f"at most 8 dimensions and {ELEMENTS_MAX} elements")
     q = value.quantization
     one = q is not None and q.per_tensor
     return Tensor(v, value.name, value.dtype.value, value.shape, q.scale if q and one else None,
