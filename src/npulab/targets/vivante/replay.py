@@ -7,13 +7,14 @@ each other one is a subgraph. What a recording holds counts as written: it is al
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import re
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -88,18 +89,48 @@ def replay(path: str | os.PathLike[str], chip: Chip, limits: Limits | None = Non
     """
     case = _Case(path, chip.name)
     index, reference = case.index(), case.reference()
+    outputs: list[ReplayedOutput] = []
+    faults: list[str] = []
+    jobs = 0
+    submits = _submits(case, index, reference, chip, limits)
+    while True:
+        with _lawful(path):
+            submit = next(submits, None)
+        if submit is None:
+            return ReplayResult(tuple(outputs), tuple(faults), jobs)
+        number, npu, words, subgraph = submit
+        stopped = [f"submit {number}: {f}" for f in npu.submit(words)]  # an exception here is our defect: let it show
+        jobs += len(npu.trace)
+        faults += stopped
+        if subgraph is not None and not stopped:
+            with _lawful(path):
+                outputs += _compare(npu, number - 1, subgraph, reference)
+
+
+def open_submits(path: str | os.PathLike[str], chip: Chip,
+                 limits: Limits | None = None) -> list[tuple[VirtualNPU, list[int]]]:
+    """Each stream of a case with a virtual NPU that holds its memory: to submit as often as wanted.
+
+    Raises: ModelError for whatever is wrong with the file.
+    """
+    case = _Case(path, chip.name)
+    with _lawful(path):
+        return [(npu, words) for _, npu, words, _ in _submits(case, case.index(), case.reference(), chip, limits)]
+
+
+@contextlib.contextmanager
+def _lawful(path: str | os.PathLike[str]) -> Iterator[None]:
+    """An index that is not what it should be shows in many ways; they are all the file's fault."""
     try:
-        return _replay(case, index, reference, chip, limits)
+        yield
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as e:
         raise ModelError(f"the index of {path} is not that of a recorded case",
                          got=f"{type(e).__name__}: {str(e)[:80]}") from None
 
 
-def _replay(case: _Case, index: Mapping[str, Any], reference: Mapping[str, NDArray[np.generic]], chip: Chip,
-            limits: Limits | None) -> ReplayResult:
-    outputs: list[ReplayedOutput] = []
-    faults: list[str] = []
-    jobs = 0
+def _submits(case: _Case, index: Mapping[str, Any], reference: Mapping[str, NDArray[np.generic]], chip: Chip,
+             limits: Limits | None) -> Iterator[tuple[int, VirtualNPU, list[int], Mapping[str, Any] | None]]:
+    """(number, an NPU with the memory of that submit, its words, its subgraph; None for the initialisation)."""
     for number, submit in enumerate(index["submits"]):
         npu = VirtualNPU(chip, limits)
         raw = case.read(f"{case.npu}/{submit['file']}")
@@ -118,12 +149,7 @@ def _replay(case: _Case, index: Mapping[str, Any], reference: Mapping[str, NDArr
             raise ModelError(f"{case.path} has no memory image of submit {number}", try_="compare its bytes instead")
         if subgraph is not None and number > 1:
             _fill_inputs(npu, subgraph, reference)
-        stopped = [f"submit {number}: {f}" for f in npu.submit(words)]
-        jobs += len(npu.trace)
-        faults += stopped
-        if subgraph is not None and not stopped:
-            outputs += _compare(npu, number - 1, subgraph, reference)
-    return ReplayResult(tuple(outputs), tuple(faults), jobs)
+        yield number, npu, words, subgraph
 
 
 def _fill_inputs(npu: VirtualNPU, subgraph: Mapping[str, Any], reference: Mapping[str, NDArray[np.generic]]) -> None:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from npulab.errors import DeviceError
 from npulab.runtime.device import Fault
+from npulab.targets.vivante import commands
 from npulab.targets.vivante.chips import Chip
 from npulab.targets.vivante.machine import convolve, tensor_processor
 from npulab.targets.vivante.machine.convolve import Prepared, Work
@@ -20,6 +21,13 @@ from npulab.targets.vivante.nn import NNDescriptor
 from npulab.targets.vivante.tp import TPDescriptor
 
 __all__ = ["JobTrace", "Limits", "VirtualNPU"]
+
+KEPT_MAX = 1 << 29
+"""Bytes of decoded kernels kept for the next submission."""
+DESCRIPTORS_MAX = 1 << 12
+"""Decoded descriptors kept."""
+_MODES = (commands.GL_OCB_REMAP_START, commands.GL_OCB_REMAP_END, commands.GL_TP_CONFIG)
+"""Registers whose values other than 0 change what a job means, in ways nobody has described."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,30 +73,50 @@ class VirtualNPU:
         self._budget = Budget(self.limits)
         return self._front.run(words, self.limits.words)
 
+    def _keep(self, words: tuple[int, ...], d: NNDescriptor | TPDescriptor) -> None:
+        if len(self._descriptors) >= DESCRIPTORS_MAX:
+            self._descriptors.clear()
+        self._descriptors[words] = d
+
+    def _check_modes(self) -> None:
+        """Fault on registers that would change what a job means."""
+        registers = self._front.registers
+        cores = registers.get(commands.GL_NN_CONFIG, 0) >> 8 & 15
+        if cores not in (0, self.chip.nn_cores):
+            raise JobFault("unimplemented feature", f"GL_NN_CONFIG asks for {cores} NN cores of {self.chip.nn_cores}")
+        for register in _MODES:
+            if registers.get(register, 0):
+                raise JobFault("unimplemented feature",
+                               f"{commands.REGISTERS[register]} = {registers[register]:#x} while a job starts")
+
     def _nn(self, address: int) -> None:
+        self._check_modes()
         words = (*self.memory.words(address, NNDescriptor.words - 2, "NN descriptor"), 0, 0)
         d = self._descriptors.get(words)
         if d is None:
             _refuse_unknown(NNDescriptor, words, address)
             d = NNDescriptor.decode(words)
             convolve.check_features(d)
-            self._descriptors[words] = d
+            self._keep(words, d)
         assert isinstance(d, NNDescriptor)
         version = self.memory.find(d.kernel_address, 1, "coefficient buffer").version
         known = self._prepared.get(words)
         if known is None or known[0] != version:
-            known = version, convolve.prepare(self.memory, d, self.chip.nn_cores, self._budget)
+            known = version, convolve.prepare(self.memory, d, self.chip, self._budget)
+            if sum(p.size for _, p in self._prepared.values()) + known[1].size > KEPT_MAX:
+                self._prepared.clear()
             self._prepared[words] = known
         self.trace.append(JobTrace("nn", address, convolve.run(self.memory, d, known[1], self._budget)))
 
     def _tp(self, address: int) -> None:
+        self._check_modes()
         words = tuple(self.memory.words(address, TPDescriptor.words, "TP descriptor"))
         d = self._descriptors.get(words)
         if d is None:
             _refuse_unknown(TPDescriptor, words, address)
             d = TPDescriptor.decode(words)
             tensor_processor.check_features(d)
-            self._descriptors[words] = d
+            self._keep(words, d)
         assert isinstance(d, TPDescriptor)
         self.trace.append(JobTrace("tp", address, tensor_processor.run(self.memory, d, self._budget)))
 

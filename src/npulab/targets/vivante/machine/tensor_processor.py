@@ -9,7 +9,8 @@ between table entries, and that elements outside the image are the border consta
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -24,6 +25,10 @@ U8 = NDArray[np.uint8]
 I64 = NDArray[np.int64]
 NO_CIRCULAR_BUFFER = 0x03FFFFFF
 TABLE_ENTRIES = 1024
+ELEMENTS_MAX = 1 << 28
+"""Elements of one descriptor, so that memory has a bound."""
+WALK_MAX = 1 << 24
+"""Elements of one descriptor where each needs its own address."""
 
 _ONLY = {
     "in_tile_sequence": 0, "in_tile_global_mem": 0, "in_image_global_mem": 1, "alu_i2f_enable": 1,
@@ -56,16 +61,69 @@ def run(memory: Memory, d: TPDescriptor, budget: Budget) -> Work:
     deep = d.in_window_z_start_overfetch + d.in_image_z_size + d.in_window_z_end_overfetch
     if not deep:
         return Work(0, 0, 0)
-    budget.spend("elements", wide * high * deep)
+    rows, columns = _cut(high, d.in_tile_y_size, d.in_tile_y_inc), _cut(wide, d.in_tile_x_size, d.in_tile_x_inc)
+    elements = deep * int(rows[1].sum()) * int(columns[1].sum())
+    budget.spend("elements", max(wide * high * deep, elements))
+    if max(wide * high * deep, elements) > ELEMENTS_MAX:
+        raise JobFault("work limit", f"a TP job of {max(wide * high * deep, elements)} elements")
     window = _window(memory, d, (deep, high, wide))
-    values = _in_tile_order(d, window)
-    budget.spend("elements", max(0, values.size - wide * high * deep))
+    walk = None if _regular(d, high, wide) else _walk(rows, columns, deep)
+    values = _in_tile_order(d, window) if walk is None else window[:, walk.y, walk.x].reshape(-1)
     counts = _counts(d)
     if 0 in counts:
-        _store_at(memory, d, values, _with_resets(d, counts, deep, list(_tiles(d, high, wide))))
+        _store_at(memory, d, values, _with_resets(d, counts, deep, walk or _walk(rows, columns, deep)))
     else:
         _store(memory, d, values, counts)
     return Work(0, window.size, values.size)
+
+
+def _cut(extent: int, size: int, step: int) -> tuple[I64, I64]:
+    """Along one axis of the window: where each tile starts, and its size, clipped at the window's end."""
+    starts = np.arange(0, extent, step, dtype=np.int64)
+    return starts, np.minimum(size, extent - starts)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Walk:
+    """One slice, element by element in the order of production; all arrays of one length.
+
+    y, x     place in the window.           tile     number of the tile in the slice.
+    row      number of the row in its tile. column   number of the element in its row.
+    rows_before   rows of earlier tiles of the slice.
+    """
+
+    y: I64
+    x: I64
+    tile: I64
+    row: I64
+    column: I64
+    within: I64
+    rows_before: I64
+    tiles: int
+    rows: int
+
+
+def _walk(rows: tuple[I64, I64], columns: tuple[I64, I64], deep: int) -> _Walk:
+    (top, high), (left, wide) = rows, columns
+    tiles = len(top) * len(left)
+    elements = int(high.sum()) * int(wide.sum())
+    if elements * deep > WALK_MAX:
+        raise JobFault("work limit", f"a TP job of {elements * deep} elements whose tiles do not divide its window")
+    sizes = np.outer(high, wide).reshape(-1)
+    tile = np.repeat(np.arange(tiles), sizes)
+    within = np.arange(elements) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    down, across = np.divmod(tile, len(left))
+    row, column = np.divmod(within, wide[across])
+    rows_per_tile = np.repeat(high, len(left))
+    before = (np.cumsum(rows_per_tile) - rows_per_tile)[tile]
+    return _Walk(top[down] + row, left[across] + column, tile, row, column, within, before, tiles,
+                 int(rows_per_tile.sum()))
+
+
+def _regular(d: TPDescriptor, high: int, wide: int) -> bool:
+    """Tiles side by side that divide the window."""
+    ty, tx = min(d.in_tile_y_size, high), min(d.in_tile_x_size, wide)
+    return (ty, tx) == (min(d.in_tile_y_inc, high), min(d.in_tile_x_inc, wide)) and high % ty == 0 and wide % tx == 0
 
 
 def _window(memory: Memory, d: TPDescriptor, shape: tuple[int, int, int]) -> U8:
@@ -129,28 +187,11 @@ def _piecewise_linear(table: NDArray[np.float64], v: NDArray[np.float64]) -> NDA
     return out
 
 
-def _tiles(d: TPDescriptor, high: int, wide: int) -> Iterator[tuple[int, int, int, int]]:
-    """(first row, rows, first column, columns) of each tile, window coordinates, clipped at the window's end."""
-    if (-(-high // d.in_tile_y_inc)) * (-(-wide // d.in_tile_x_inc)) > 1 << 20:
-        raise JobFault("work limit", "a TP window has more than a million tiles")
-    for y in range(0, high, d.in_tile_y_inc):
-        for x in range(0, wide, d.in_tile_x_inc):
-            yield y, min(d.in_tile_y_size, high - y), x, min(d.in_tile_x_size, wide - x)
-
-
 def _in_tile_order(d: TPDescriptor, window: U8) -> U8:
-    """The window's values in the order in which they are produced."""
+    """The window's values in the order in which they are produced, where tiles are regular."""
     deep, high, wide = window.shape
-    ty, step_y = min(d.in_tile_y_size, high), min(d.in_tile_y_inc, high)
-    tx, step_x = min(d.in_tile_x_size, wide), min(d.in_tile_x_inc, wide)
-    if (ty, tx) == (step_y, step_x) and high % ty == 0 and wide % tx == 0:
-        return window.reshape(deep, high // ty, ty, wide // tx, tx).transpose(0, 1, 3, 2, 4).reshape(-1)
-    tiles = list(_tiles(d, high, wide))
-    total = sum(rows * columns for _, rows, _, columns in tiles)
-    if deep * len(tiles) > 1 << 20 or total * deep > 1 << 28:
-        raise JobFault("work limit", "a TP window has too many tiles")
-    return np.concatenate([plane[y : y + rows, x : x + columns].reshape(-1)
-                           for plane in window for y, rows, x, columns in tiles])
+    ty, tx = min(d.in_tile_y_size, high), min(d.in_tile_x_size, wide)
+    return window.reshape(deep, high // ty, ty, wide // tx, tx).transpose(0, 1, 3, 2, 4).reshape(-1)
 
 
 def _counts(d: TPDescriptor) -> list[int]:
@@ -163,7 +204,7 @@ def _increments(d: TPDescriptor) -> list[int]:
 
 def _store(memory: Memory, d: TPDescriptor, values: U8, counts: list[int]) -> None:
     """Store where every loop has a count: the odometer is a number in mixed radix."""
-    inner = int(np.prod([c for c in counts], dtype=np.float64))
+    inner = math.prod(counts)
     increments = _increments(d)
     # Loops that never get to their end would only add empty space to the view.
     if inner <= values.size and values.size % inner == 0:
@@ -178,21 +219,18 @@ def _store(memory: Memory, d: TPDescriptor, values: U8, counts: list[int]) -> No
                 as_strided(r.written[start:], shape, strides)[...] = True
             memory.touched(r)
             return
-    at = np.zeros(values.size, np.int64)
-    left = np.arange(values.size, dtype=np.int64)
-    for count, increment in zip(counts, increments[:6], strict=True):
-        at += left % count * increment
-        left //= count
-    _store_at(memory, d, values, at + left * increments[6])
+    if values.size > WALK_MAX:
+        raise JobFault("work limit", f"a TP job that stores {values.size} elements one by one")
+    _store_at(memory, d, values, _odometer(np.arange(values.size, dtype=np.int64), [*counts, 0], increments))
 
 
 def _apart(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """No two steps of the loops fall on one address, so that the order of stores does not matter."""
+    """Whether no two elements of a strided view share an address, so that the order of stores does not matter."""
     reach = 0
-    for stride, n in sorted((s, n) for n, s in zip(shape, strides, strict=True) if n > 1):
-        if stride <= reach:
+    for step, n in sorted((s, n) for s, n in zip(strides, shape, strict=True) if n > 1):
+        if step <= reach:
             return False
-        reach += (n - 1) * stride
+        reach += step * (n - 1)
     return True
 
 
@@ -206,35 +244,35 @@ def _store_at(memory: Memory, d: TPDescriptor, values: U8, at: I64) -> None:
     memory.touched(r)
 
 
-def _with_resets(d: TPDescriptor, counts: list[int], deep: int, tiles: list[tuple[int, int, int, int]]) -> I64:
-    """Byte offsets where loops without a count end with a tile row (loop 1) or a tile (loop 2)."""
-    total = deep * sum(rows * columns for _, rows, _, columns in tiles)
-    if total > 1 << 21:
-        raise JobFault("work limit", "a TP job with reset loops has more than two million elements")
-    increments = _increments(d)
-    position = [0] * 7
-    out = np.empty(total, np.int64)
+def _with_resets(d: TPDescriptor, counts: list[int], deep: int, walk: _Walk) -> I64:
+    """Byte offsets where loops without a count end with a tile row (loop 1) or a tile (loop 2).
 
-    def bump(k: int) -> None:
-        while True:
-            position[k] += 1
-            if k == 6 or counts[k] == 0 or position[k] < counts[k]:
-                return
-            position[k] = 0
-            k += 1
+    Ending a loop zeroes it and all faster ones and carries one step into the next (TP notes 2.3). So the faster loops
+    count elements since the last end, and the slower ones count ends.
+    """
+    counts, steps = [*counts, 0], _increments(d)
+    z = np.arange(deep)[:, None]
+    tile, row = z * walk.tiles + walk.tile, z * walk.rows + walk.rows_before + walk.row
+    by_row, by_tile = counts[1] == 0 and d.out_loop_1_reset, counts[2] == 0 and d.out_loop_2_reset
+    if by_row:
+        at = _odometer(walk.column, counts[:2], steps[:2])
+        if by_tile:
+            at = at + walk.row * steps[2] + _odometer(tile, counts[3:], steps[3:])
+        else:
+            at = at + _odometer(row, counts[2:], steps[2:])
+    elif by_tile:
+        at = _odometer(walk.within, counts[:3], steps[:3]) + _odometer(tile, counts[3:], steps[3:])
+    else:
+        at = _odometer(z * len(walk.y) + np.arange(len(walk.y)), counts, steps)
+    return at.reshape(-1)
 
-    n = 0
-    for _ in range(deep):
-        for _, rows, _, columns in tiles:
-            for _ in range(rows):
-                for _ in range(columns):
-                    out[n] = sum(i * step for i, step in zip(position, increments, strict=True))
-                    n += 1
-                    bump(0)
-                if counts[1] == 0 and d.out_loop_1_reset:
-                    position[0] = position[1] = 0
-                    bump(2)
-            if counts[2] == 0 and d.out_loop_2_reset:
-                position[0] = position[1] = position[2] = 0
-                bump(3)
+
+def _odometer(n: I64, counts: list[int], steps: list[int]) -> I64:
+    """Sum of loop index times increment after `n` steps, fastest loop first. A loop without a count takes all."""
+    out = np.zeros_like(n)
+    for count, step in zip(counts, steps, strict=True):
+        if not count:
+            return out + n * step
+        n, index = np.divmod(n, count)
+        out += index * step
     return out
