@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layers import Layers
+from npulab.errors import UnsupportedError
 from npulab.importers import load
 from npulab.ir import DType, Graph, Node, Value
 from npulab.ir.ops import Generic
@@ -103,3 +104,19 @@ def test_the_reference_refuses_a_relu6_that_ends_above_six_and_best_takes_it():
     best, = target.check(model, "best")
     assert reference.reasons[0].found.startswith("the range ends at 6.0000")
     assert best.where == "npu"
+
+
+def test_an_output_that_the_file_stores_is_refused_by_name():
+    n = Layers(1, False)
+    x = n.input(1, 4, 4, 2)
+    n.conv(x, 3, (1, 1))
+    model = load(n.model.build([x], [3, 1]))
+
+    with pytest.raises(UnsupportedError) as e:
+        find_target("a311d").compile(model, "best")
+
+    assert str(e.value) == (
+        "output 't1' is stored in the file of 'model'\n"
+        "  rule    Outputs of a program are computed tensors.\n"
+        "  try     take it out of the outputs"
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from npulab.errors import CapacityError
+from npulab.errors import CapacityError, UnsupportedError
 from npulab.ir import Graph
 from npulab.program.types import (
     HostNode,
@@ -88,6 +88,10 @@ def coefficients_of(job: NNJob, tiling: Tiling, chip: Chip, options: EncodeOptio
 def encode(graph: Graph, target: str, plan: str, chip: Chip, steps: Sequence[Region | HostStep],
            host_nodes: Sequence[HostNode], options: EncodeOptions) -> Program:
     """The Program of a plan. Deterministic: the same steps give the same bytes."""
+    for v in graph.outputs:
+        if graph.values[v].is_constant or graph.values[v].is_variable:
+            raise UnsupportedError(f"output '{graph.values[v].name}' is stored in the file of '{graph.name}'",
+                                   rule="Outputs of a program are computed tensors.", try_="take it out of the outputs")
     memory = _Memory()
     out: list[NpuStep | HostStep] = []
     crossing: dict[int, None] = dict.fromkeys((*graph.inputs, *graph.outputs))
