@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from npulab.exporters.tflite_builder import ModelBuilder
 
 
