@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import npulab
 from layers import Layers, litert
+from npulab.errors import CapacityError
 from npulab.program.types import HostStep, NpuStep
 
 pytest.importorskip("ai_edge_litert", reason="LiteRT is the oracle: pip install 'npulab[litert]'")
@@ -143,6 +144,15 @@ def test_a_large_addition_is_cut_into_jobs_that_the_engine_takes():
     a, b = n.input(1, 112, 113, 121), n.input(1, 112, 113, 121)
     model, inputs = n.build(n.add(a, b)), n.samples()
 
+    with pytest.raises(CapacityError) as e:
+        npulab.compile(npulab.load(model), plan="reference")
+    assert str(e.value) == (
+        "'model' does not fit the engine: NNDescriptor.in_x_size = 27346 px does not fit\n"
+        "  want    0..8191\n"
+        "  bits    w1[6:18]\n"
+        "  source  Mesa 25.0.7 etnaviv_ml_nn; vendor kernel driver (NN notes 6.1)\n"
+        "  try     --plan best"
+    )
     program = npulab.compile(npulab.load(model))
     (step,) = (s for s in program.steps if isinstance(s, NpuStep))
     assert [j.role for j in step.jobs] == ["addition"] * 3

@@ -247,7 +247,7 @@ def fitting_shapes(case: Case) -> Found:
 
 @rule(*WEIGHTED)
 def constant_weights(case: Case) -> Found:
-    """Weights are constant, int8 or uint8, of the activations' signedness, with one scale for the whole tensor."""
+    """Weights are constant, int8 or uint8, with one scale for the whole tensor."""
     w = case.input(1)
     if w is None or not w.is_constant:
         yield "weights are computed", "fold them to constants when exporting"

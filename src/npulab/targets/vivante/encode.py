@@ -28,7 +28,7 @@ from npulab.targets.vivante.coefficients_v7 import (
     reference_zero_run_bits,
 )
 from npulab.targets.vivante.coefficients_v7 import encode as encode_streams
-from npulab.targets.vivante.jobs import Border, NNJob, Region, TPJob
+from npulab.targets.vivante.jobs import Border, NNJob, Region
 from npulab.targets.vivante.tiling import Tiling, align, tile
 
 FIRST_ADDRESS = 0x0080_0000
@@ -176,5 +176,3 @@ def _region(memory: _Memory, region: Region, chip: Chip, options: EncodeOptions,
     return NpuStep(region.nodes, tuple(transfer(b) for b in region.uploads), tuple(commands.batch(streams)),
                    tuple(jobs), tuple(transfer(b) for b in region.downloads))
 
-
-__all__ = ["EncodeOptions", "TPJob", "encode"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from npulab.errors import CapacityError, InvariantError
 from npulab.exporters.tflite import cut
 from npulab.ir import Graph, Node
 from npulab.plan.partition import Part, fewest_regions, partition
@@ -56,7 +57,12 @@ class VivanteTarget:
             else:
                 steps.append(best.lower(graph, part, self.chip, keep_all))
         host = [HostNode(v.node, v.op, tuple(str(r) for r in v.reasons)) for v in verdicts if v.where == "host"]
-        return encode(graph, self.name, plan, self.chip, steps, host, EncodeOptions(optimal_zero_runs=plan == "best"))
+        try:
+            return encode(graph, self.name, plan, self.chip, steps, host,
+                          EncodeOptions(optimal_zero_runs=plan == "best"))
+        except InvariantError as e:  # a descriptor field, which names its bits and its source
+            advice = {"try_": "--plan best"} if plan == "reference" else {}
+            raise CapacityError(f"'{graph.name}' does not fit the engine: {e.message}", **e.facts, **advice) from e
 
     def device(self) -> Device:
         from npulab.targets.vivante.machine import VirtualNPU

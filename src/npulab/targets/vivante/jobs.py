@@ -7,8 +7,7 @@ all jobs are known; a job speaks of (tensor, byte offset).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -214,8 +213,5 @@ class Region:
     uploads: tuple[Border, ...]
     downloads: tuple[Border, ...]
     buffers: tuple[Buffer, ...]
-    homes: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    homes: Mapping[int, tuple[int, int]]
     """tensor -> (buffer number, byte offset)."""
-
-
-StepKind = Literal["npu", "host"]
