@@ -120,6 +120,14 @@ class Layers:
                       filter_height=h, fused_activation_function="NONE")
         return out
 
+    def pool(self, x, window, stride=1, activation="NONE"):
+        _, h, w, c = self.shapes[x]
+        size = self.extent(h, w, window, stride, "VALID", (1, 1))
+        out = self._tensor((1, *size, c), self.scales[x], self.zeros[x])
+        self.model.op("AVERAGE_POOL_2D", [x], [out], padding="VALID", stride_w=stride, stride_h=stride,
+                      filter_width=window[1], filter_height=window[0], fused_activation_function=activation)
+        return out
+
     def mean(self, x):
         axes = self._tensor((2,), None, None, np.array([1, 2], "int32"), "int32")
         out = self._tensor((1, self.shapes[x][3]), self.scale(), self.zero())

@@ -121,6 +121,16 @@ def test_averages_over_the_image_are_within_one_of_litert(seed, signed, h, w, c)
     assert differs_by(n.build(n.average(x), n.mean(x)), n.samples()) <= 1
 
 
+@settings(max_examples=80, deadline=None)
+@given(st.integers(0, 2**32), st.booleans(), st.tuples(st.integers(1, 11), st.integers(1, 11)), st.integers(1, 2),
+       st.tuples(st.integers(0, 9), st.integers(0, 9)), st.integers(1, 30), st.sampled_from(["NONE", "RELU", "RELU6"]))
+def test_an_average_over_windows_is_within_one_of_litert(seed, signed, window, stride, more, c, activation):
+    n = Layers(seed, signed)
+    x = n.input(1, window[0] + more[0], window[1] + more[1], c)
+
+    assert differs_by(n.build(n.pool(x, window, stride, activation)), n.samples()) <= 1
+
+
 def test_an_unsigned_average_is_exactly_that_of_litert():
     for h, w in ((7, 7), (2, 2), (3, 5), (10, 10), (14, 14), (1, 4)):
         n = Layers(h * w, False)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import npulab
+from npulab.program.types import NpuStep
 from npulab.runtime.compare import compare_layers
 from shared import SHARED, needs_shared
 
@@ -66,5 +67,6 @@ def test_every_layer_is_within_one_of_litert_on_the_same_input(name):
     session.run(noise(program, 2), trace=known.__setitem__)
     rows = [r for r in compare_layers(program, graph, known) if r.is_layer]
 
-    assert len(rows) >= 3
-    assert [r for r in rows if not r.is_close] == []
+    computed = sum(len(s.nodes) for s in program.steps if isinstance(s, NpuStep))
+    assert len(rows) == computed >= 3  # every node the NPU computes, and each with a number
+    assert [r for r in rows if r.max_abs is None or r.max_abs > 1] == []

@@ -8,8 +8,8 @@ What it does otherwise than the reference driver, and why:
   saturates. Readers take the moved zero point; whoever leaves the NPU moves it back.
 - int8 weights are moved into the engine's unsigned domain (H8).
 - A tensor is transposed once, however many read it, and only if someone reads it in that layout.
-- Averages over the whole image run on the NPU: in NHWC order the pixels are channels, and the average is a 1x1
-  convolution with one output.
+- Averages run on the NPU. Over the whole image: in NHWC order the pixels are channels, and the average is a 1x1
+  convolution with one output. Over windows: a depthwise convolution with equal weights.
 - Tensors that are never needed at the same time share memory.
 
 H1, H2, ... are hazards of the project's NN notes, section 13.
@@ -376,10 +376,31 @@ class _Lowering:
         self.convolve(node, "fully_connected", source, result, Box(1, 1, n), Box(1, 1, m), weights,
                       conv_scale(data, scale_of(tensor), out), activation=op.activation)
 
+    def window_average(self, node: Node, op: Pool2D) -> None:
+        """Averages over windows without padding: a depthwise convolution with equal weights."""
+        values = self.graph.values
+        data, out = values[node.inputs[0]], values[node.outputs[0]]
+        h, w, c = extents(data)
+        out_h, out_w, _ = extents(out)
+        ky, kx = op.window
+        source = self.as_planar(data.index, node)
+        weight, scale = average_weight(ky * kx, float(scale_of(data)) / float(scale_of(out)))
+        weights = Weights(np.full((c, 1, ky, kx), weight, np.uint8), np.arange(c, dtype=np.int64), c, 0)
+        if ky == kx == c == 1:
+            weights = grown(weights, 2, 2)
+        result = Held(self.tensor(out.elements), self.stored_zero_point(op.activation, out))
+        self.planar[out.index] = result
+        self.convolve(node, "average", source, result, Box(w, h, c), Box(out_w, out_h, c), weights, scale,
+                      activation=op.activation, first_pixel=op.stride[0] == 2, stride=op.stride[0])
+
     def average(self, node: Node) -> None:
         values = self.graph.values
         data, out = values[node.inputs[0]], values[node.outputs[0]]
         h, w, c = extents(data)
+        op = node.op
+        if isinstance(op, Pool2D) and (op.window != (h, w) or op.activation != "none" or out.elements != c):
+            self.window_average(node, op)
+            return
         pixels = h * w
         source = self.as_linear(data.index, node, model_zero_point=False)
         result = Held(self.tensor(c), unsigned_zero_point(out))

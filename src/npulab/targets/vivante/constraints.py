@@ -485,20 +485,22 @@ def pads_one_pixel(case: Case) -> Found:
 
 
 @rule(Pool2D, Mean, plans=("best",))
-def whole_image_average(case: Case) -> Found:
-    """Averages are taken over the whole image, one value a channel."""
+def averages(case: Case) -> Found:
+    """Averages are taken over the whole image, or over windows of at most 11x11 without padding, stride 1 or 2."""
     op = case.node.op
     if len(case.data.shape) != 4:
         yield f"rank {len(case.data.shape)}", "average over rows and columns of a four-dimensional tensor"
         return
     _, h, w, c = case.data.shape
     if isinstance(op, Pool2D):
+        whole = op.window == (h, w) and case.output.elements == c
         if op.kind != "average":
             text, _source = _WHY_NOT["MAX_POOL_2D"]
             yield f"max pooling. {text}", "use a stride-2 convolution"
-        elif op.window != (h, w) or case.output.elements != c or op.activation != "none":
-            yield (f"window {op.window[0]}x{op.window[1]} on an image of {h}x{w}, fused {op.activation.upper()}",
-                   "average over the whole image, or use a depthwise convolution with equal weights")
+        elif op.activation not in ("none", "relu", "relu6"):
+            yield f"fused {op.activation.upper()}", "use RELU or RELU6"
+        elif not (whole and op.activation == "none"):
+            yield from _windows(case, op)
     elif isinstance(op, Mean):
         axes = case.input(1)
         if axes is None or not axes.is_constant or axes.dtype is not DType.INT32:
@@ -507,8 +509,20 @@ def whole_image_average(case: Case) -> Found:
             yield f"axes {axes.array().reshape(-1).tolist()}", "average over rows and columns"
         elif case.output.elements != c:
             yield f"{case.output.elements} results for {c} channels", "fix the export"
-    if h * w > 16383:
+    if h * w > 16383 and (isinstance(op, Mean) or (isinstance(op, Pool2D) and op.window == (h, w))):
         yield f"{h * w} pixels", "average in two steps"
+
+
+def _windows(case: Case, op: Pool2D) -> Found:
+    """What keeps averages over windows from being a depthwise convolution."""
+    _, h, w, c = case.data.shape
+    found = f"window {op.window[0]}x{op.window[1]}, stride {op.stride[0]}x{op.stride[1]}, on an image of {h}x{w}"
+    if op.stride not in ((1, 1), (2, 2)) or not 1 <= min(op.window) <= max(op.window) <= case.chip.kernel_max:
+        yield found, "use windows of at most 11x11 with stride 1 or 2"
+        return
+    inside = tuple((n - k) // s + 1 for n, k, s in zip((h, w), op.window, op.stride, strict=True))
+    if case.output.shape != (1, *inside, c):
+        yield f"{found}, {op.padding.upper()} padding, result {list(case.output.shape)}", "average without padding"
 
 
 @rule(Concat, Split, Pad)
