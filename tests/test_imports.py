@@ -13,10 +13,10 @@ MODULES = {".".join(p.relative_to(SRC).with_suffix("").parts).removesuffix(".__i
 
 ROWS = (
     ("errors", "units", "bits", "_kernels"),
-    ("ir", "plan.types", "program.types", "runtime.device", "targets.target"),
+    ("ir", "plan.types", "program.types", "profile.types", "runtime.device", "targets.target"),
     ("formats", "importers", "exporters", "reference", "passes", "quantize", "plan", "program", "runtime", "profile"),
     ("targets",),
-    ("api", "report", "sweep", "cli", "__init__", "__main__", ""),
+    ("api", "atlas", "cliffs", "report", "sweep", "cli", "__init__", "__main__", ""),
 )
 
 

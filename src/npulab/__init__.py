@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from npulab.api import check, compile, load, open_session, read_program, write_program
+    from npulab.api import check, compile, load, open_session, profile, read_program, write_program
     from npulab.errors import (
         CapacityError,
         DeviceError,
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "api": ("check", "compile", "load", "open_session", "read_program", "write_program"),
+    "api": ("check", "compile", "load", "open_session", "profile", "read_program",
+            "write_program"),
     "errors": ("CapacityError", "DeviceError", "InvariantError", "ModelError", "NpulabError", "UnsupportedError",
                "UsageError"),
     "ir": ("Graph",),
@@ -45,8 +46,8 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "CapacityError", "DeviceError", "Graph", "InvariantError", "ModelError", "NpulabError", "Program", "Session",
-    "UnsupportedError", "UsageError", "Verdict", "check", "compile", "load", "open_session", "read_program",
-    "write_program",
+    "UnsupportedError", "UsageError", "Verdict", "check", "compile", "load", "open_session", "profile",
+    "read_program", "write_program",
 ]
 
 

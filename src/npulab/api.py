@@ -3,6 +3,7 @@
     load         model file              -> Graph
     check        Graph                   -> one Verdict a node
     compile      Graph (or model file)   -> Program
+    profile      Program (or model)      -> Profile: where the time goes
     open_session Program, Device         -> Session; its `run` gives the outputs
 """
 
@@ -14,10 +15,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from npulab.ir import Graph
     from npulab.plan.types import Verdict
+    from npulab.profile.types import Profile
     from npulab.program.types import Program
     from npulab.runtime.device import Device
     from npulab.runtime.session import Session
-    from npulab.targets.target import PlanName
+    from npulab.targets.target import PlanName, PlanOptions, Settings, Target
+
 
 def load(path: str | os.PathLike[str] | bytes) -> Graph:
     """The Graph of a model file. Raises ModelError if it is not one, or is damaged."""
@@ -26,30 +29,66 @@ def load(path: str | os.PathLike[str] | bytes) -> Graph:
     return load(path)
 
 
-def check(model: Graph | str | os.PathLike[str], target: str = "a311d", plan: PlanName = "best") -> list[Verdict]:
+def check(model: Graph | str | os.PathLike[str], target: str = "a311d", plan: PlanName = "best",
+          options: PlanOptions | None = None) -> list[Verdict]:
     """Where each node runs, and every reason why the NPU does not take it."""
-    from npulab.targets.target import find_target
+    from npulab.targets.target import PlanOptions, find_target
 
-    return find_target(target).check(_graph(model), plan)
+    return find_target(target).check(_graph(model), plan, options or PlanOptions())
 
 
 def compile(model: Graph | str | os.PathLike[str], target: str = "a311d", plan: PlanName = "best",
-            keep_all: bool = False) -> Program:
+            keep_all: bool = False, options: PlanOptions | None = None) -> Program:
     """The Program for `target`. `keep_all` (plan best) brings back every tensor the NPU computes.
 
     Raises: UsageError for an unknown target; UnsupportedError or CapacityError if the model does not fit it.
     """
-    from npulab.errors import InvariantError, ModelError
-    from npulab.program.law import verify
     from npulab.targets.target import find_target
 
-    chip, graph = find_target(target), _graph(model)
-    program = chip.compile(graph, plan, keep_all=True) if keep_all else chip.compile(graph, plan)
+    return _compile(_graph(model), find_target(target), plan, keep_all, options)
+
+
+def _compile(graph: Graph, chip: Target, plan: PlanName, keep_all: bool = False,
+             options: PlanOptions | None = None) -> Program:
+    from npulab.errors import InvariantError, ModelError
+    from npulab.program.law import verify
+    from npulab.targets.target import PlanOptions
+
+    program = chip.compile(graph, plan, keep_all, options or PlanOptions())
     try:
         verify(program)
     except ModelError as e:
         raise InvariantError(f"the compiler made a program that breaks its own law: {e.message}", **e.facts) from e
     return program
+
+
+def profile(model: Program | Graph | str | os.PathLike[str], target: str = "a311d", plan: PlanName = "best",
+            options: PlanOptions | None = None, what_if: Settings | None = None) -> Profile:
+    """Where the time of one inference goes, by the target's timing model.
+
+    `what_if` replaces numbers of the chip: "dram_bandwidth" (B/s), "clock" (Hz), "sram" (B), "nn_cores". For a Program
+    only the first two; its commands were made for the others.
+
+    Raises: UsageError for settings no chip can have; otherwise like `compile`.
+    """
+    from npulab.errors import UsageError
+    from npulab.profile.join import join
+    from npulab.program.types import Program
+    from npulab.targets.target import find_target
+
+    settings = dict(what_if or {})
+    if isinstance(model, Program):
+        fixed = [name for name in settings if name in ("sram", "nn_cores")]
+        if fixed:
+            raise UsageError(f"a compiled program cannot have another {fixed[0]}", try_="give the model it was made of")
+        if options is not None and options.as_text() != model.options:
+            raise UsageError("a compiled program keeps the options it was made with",
+                             got=", ".join(model.options) or "none", try_="give the model it was made of")
+        program, chip = model, find_target(model.target).with_settings(settings)
+    else:
+        chip = find_target(target).with_settings(settings)
+        program = _compile(_graph(model), chip, plan, options=options)
+    return join(program, chip.title, chip.timing(program), settings)
 
 
 def read_program(path: str | os.PathLike[str] | bytes) -> Program:

@@ -26,7 +26,18 @@ import numpy as np
 from npulab.errors import ModelError
 from npulab.program import law
 from npulab.program.files import read_bounded, write_atomically
-from npulab.program.types import HostNode, HostStep, Job, NpuStep, Program, Section, SectionKind, Tensor, Transfer
+from npulab.program.types import (
+    Choice,
+    HostNode,
+    HostStep,
+    Job,
+    NpuStep,
+    Program,
+    Section,
+    SectionKind,
+    Tensor,
+    Transfer,
+)
 
 MAGIC = b"NPULAB\r\n"
 VERSION = 1
@@ -75,6 +86,8 @@ class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     outputs: tuple[int, ...]
     host_nodes: tuple[HostNode, ...]
     ops: tuple[str, ...]
+    options: dict[str, str] = {}
+    choices: tuple[Choice, ...] = ()
 
 
 def write_program(program: Program, path: str | os.PathLike[str]) -> None:
@@ -95,7 +108,7 @@ def program_bytes(program: Program) -> bytes:
     )
     header = msgspec.json.encode(_Header(
         program.target, program.plan, program.model, program.digest, init, sections, steps, program.tensors,
-        program.inputs, program.outputs, program.host_nodes, program.ops,
+        program.inputs, program.outputs, program.host_nodes, program.ops, program.options, program.choices,
     ))
     gap = bytes(-(PREFIX.size + len(header)) % ALIGNMENT)
     rest = b"".join([struct.pack("<II", VERSION, len(header)), header, gap, *payload.parts])
@@ -219,5 +232,5 @@ def _assemble(h: _Header, payload: memoryview) -> Program:
         raise ModelError("it does not end where its content ends", want=f"{reader.end} bytes of payload",
                          got=f"{len(payload)} bytes")
     kept: dict[str, Any] = {"init": init, "sections": sections, "steps": tuple(steps)}
-    same = ("target", "plan", "model", "digest", "tensors", "inputs", "outputs", "host_nodes", "ops")
+    same = ("target", "plan", "model", "digest", "tensors", "inputs", "outputs", "host_nodes", "ops", "options", "choices")
     return Program(**kept, **{name: getattr(h, name) for name in same})

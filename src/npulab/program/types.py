@@ -89,8 +89,25 @@ class HostNode(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reasons: tuple[str, ...]
 
 
+class Choice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the search chose for a source operator, instead of what, and the nanoseconds it saves by the timing model.
+
+    `feature` is the option it rests on ("" if none), `state` how far that is proven: "witnessed" or "inferred".
+    """
+
+    node: int
+    choice: str
+    instead: str
+    saved_ns: int
+    feature: str = ""
+    state: str = "witnessed"
+
+
 class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A compiled model. `digest` is the SHA-256 (hex) of the model file; `ops` names every source operator."""
+    """A compiled model. `digest` is the SHA-256 (hex) of the model file; `ops` names every source operator.
+
+    `options` are the plan options that are not default, `choices` those of the search: for reports, nothing runs on them.
+    """
 
     target: str
     plan: str
@@ -104,3 +121,5 @@ class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     outputs: tuple[int, ...]
     host_nodes: tuple[HostNode, ...]
     ops: tuple[str, ...]
+    options: dict[str, str] = {}
+    choices: tuple[Choice, ...] = ()

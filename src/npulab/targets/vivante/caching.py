@@ -45,6 +45,8 @@ def cache(coefficient_bytes: int, tiling: Tiling, kernel_x: int, in_c: int, out_
     `coefficient_bytes` is the streams without their header. `kernels` and `image` switch either cache off.
     """
     size = chip.vip_sram
+    if size <= RESERVED:
+        kernels = image = False
     tile_bytes = 0
     if tiling.superblocks > 1 and image:
         side = kernel_x - 1

@@ -127,6 +127,17 @@ def reasons(graph: Graph, node: Node, chip: Chip, plan: str) -> tuple[Reason, ..
     return tuple(broken)
 
 
+def uneven_channels(graph: Graph, node: Node, chip: Chip) -> tuple[Reason, ...]:
+    """What the open driver refused until February 2024; an option asks for it again."""
+    if not isinstance(node.op, WEIGHTED) or not node.outputs:
+        return ()
+    channels = graph.values[node.outputs[0]].shape[-1:] or (0,)
+    if channels[0] % chip.nn_cores == 0:
+        return ()
+    return (Reason(f"Output channels are a multiple of the {chip.nn_cores} NN cores.", f"{channels[0]} channels",
+                   "option --channels multiple-of-cores: the open driver until February 2024", "--channels any"),)
+
+
 def _missing(node: Node) -> str:
     """What a node of a supported operator lacks: its operands, present; at least one result."""
     op = node.op

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
-from npulab.errors import CapacityError, InvariantError
+import msgspec
+
+from npulab.errors import CapacityError, InvariantError, UsageError
 from npulab.exporters.tflite import cut
 from npulab.ir import Graph, Node
 from npulab.plan.partition import Part, fewest_regions, partition
@@ -13,11 +17,14 @@ from npulab.plan.types import Reason, Verdict
 from npulab.program.types import HostNode, HostStep, Program
 from npulab.runtime.device import Device
 from npulab.runtime.replay import ReplayResult
-from npulab.targets.target import PlanName
-from npulab.targets.vivante import best, constraints, reference
-from npulab.targets.vivante.chips import Chip
+from npulab.targets.target import PlanName, PlanOptions, Prediction, Settings, Timing
+from npulab.targets.vivante import best, constraints, reference, timing
+from npulab.targets.vivante.chips import Chip, varied
 from npulab.targets.vivante.encode import EncodeOptions, encode
 from npulab.targets.vivante.jobs import Region
+
+DEFAULT = PlanOptions()
+FEATURES: Mapping[str, str] = MappingProxyType({})
 
 COMPUTES = ("CONV_2D", "DEPTHWISE_CONV_2D", "ADD", "FULLY_CONNECTED", "AVERAGE_POOL_2D", "MEAN")
 """Operators worth a transfer. A region of others alone only moves bytes, which the host does where they are."""
@@ -28,6 +35,7 @@ class VivanteTarget:
     """One chip of the family."""
 
     chip: Chip
+    settings: Settings = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -40,12 +48,20 @@ class VivanteTarget:
     def support_table(self) -> list[tuple[str, str, str]]:
         return constraints.support_table()
 
-    def check(self, graph: Graph, plan: PlanName) -> list[Verdict]:
-        return self._divide(graph, plan)[1]
+    @property
+    def features(self) -> Mapping[str, str]:
+        return FEATURES
 
-    def compile(self, graph: Graph, plan: PlanName, keep_all: bool = False) -> Program:
+    def with_settings(self, settings: Settings) -> VivanteTarget:
+        return VivanteTarget(varied(self.chip, settings), {**self.settings, **settings})
+
+    def check(self, graph: Graph, plan: PlanName, options: PlanOptions = DEFAULT) -> list[Verdict]:
+        return self._divide(graph, plan, options)[1]
+
+    def compile(self, graph: Graph, plan: PlanName, keep_all: bool = False, options: PlanOptions = DEFAULT) -> Program:
         """`keep_all` (plan best only) downloads every tensor the NPU computes, to look at layers one by one."""
-        parts, verdicts = self._divide(graph, plan)
+        self._check_features(plan, options)
+        parts, verdicts = self._divide(graph, plan, options)
         steps: list[Region | HostStep] = []
         for part in parts:
             if not part.on_npu:
@@ -58,11 +74,27 @@ class VivanteTarget:
                 steps.append(best.lower(graph, part, self.chip, keep_all))
         host = [HostNode(v.node, v.op, tuple(str(r) for r in v.reasons)) for v in verdicts if v.where == "host"]
         try:
-            return encode(graph, self.name, plan, self.chip, steps, host,
-                          EncodeOptions(optimal_zero_runs=plan == "best"))
+            program = encode(graph, self.name, plan, self.chip, steps, host,
+                             EncodeOptions(plan == "best", options.zero_runs, options.kernel_cache,
+                                           options.image_cache))
         except InvariantError as e:  # a descriptor field, which names its bits and its source
             advice = {"try_": "--plan best"} if plan == "reference" else {}
             raise CapacityError(f"'{graph.name}' does not fit the engine: {e.message}", **e.facts, **advice) from e
+        return msgspec.structs.replace(program, options=options.as_text())
+
+    def _check_features(self, plan: PlanName, options: PlanOptions) -> None:
+        unknown = sorted(options.features - FEATURES.keys())
+        if unknown:
+            raise UsageError(f"{self.name} has no feature '{unknown[0]}'", want=", ".join(sorted(FEATURES)) or "none")
+        if options.features and plan == "reference":
+            raise UsageError("plan reference does what the open driver does; features are for plan best",
+                             got=", ".join(sorted(options.features)))
+
+    def timing(self, program: Program) -> Timing:
+        return timing.timing(program, timing.Speeds.of(self.chip, self.settings))
+
+    def predict(self, row: str) -> Prediction | None:
+        return timing.predict(row, timing.Speeds.of(self.chip, self.settings))
 
     def device(self) -> Device:
         from npulab.targets.vivante.machine import VirtualNPU
@@ -79,8 +111,12 @@ class VivanteTarget:
 
         return disassemble(program)
 
-    def _divide(self, graph: Graph, plan: PlanName) -> tuple[list[Part], list[Verdict]]:
+    def _divide(self, graph: Graph, plan: PlanName,
+                options: PlanOptions = DEFAULT) -> tuple[list[Part], list[Verdict]]:
         why = {n.index: constraints.reasons(graph, n, self.chip, plan) for n in graph.nodes}
+        if options.channels == "multiple-of-cores":
+            for n in graph.nodes:
+                why[n.index] += constraints.uneven_channels(graph, n, self.chip)
 
         def on_npu(node: Node) -> bool:
             return not why[node.index]

@@ -1,0 +1,127 @@
+"""Spans to rows: every nanosecond of a program goes to the source operator that it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from npulab.errors import ModelError
+from npulab.profile.types import TERMS, Decision, Profile, Row, Span, State, Term, span_ns
+from npulab.program.types import Program
+from npulab.targets.target import Settings, Timing
+
+K = TypeVar("K", bound=str)
+
+BESIDE_DRAM: tuple[Term, ...] = ("macs", "sram", "tp")
+IN_TURN: tuple[Term, ...] = ("launch", "host", "transfer")
+
+NO_OPERATOR = {"submit": "(submission)", "transfer": "({})"}
+"""Work of no operator gets a row of its own, by what it is."""
+
+
+def join(program: Program, title: str, timing: Timing, settings: Settings) -> Profile:
+    """The Profile of a program: its spans, and a row for every source operator and every kind of other work."""
+    groups: dict[int | str, list[Span]] = {n: [] for n in range(len(program.ops))}
+    for s in timing.spans:
+        if s.nodes:
+            if s.nodes[0] not in groups:
+                raise ModelError(f"a job names operator {s.nodes[0]}, which the program does not have")
+            groups[s.nodes[0]].append(s)
+        else:
+            groups.setdefault(NO_OPERATOR.get(s.unit, s.unit).format(s.name), []).append(s)
+    rows = tuple(_row(None if isinstance(key, str) else key, key if isinstance(key, str) else program.ops[key], spans,
+                      timing.peak_macs) for key, spans in groups.items())
+    features: dict[str, State] = {}
+    for c in program.choices:
+        if c.feature and c.state == "inferred":
+            features[c.feature] = "inferred"
+    return Profile(
+        program.model, program.digest, program.target, title, program.plan,
+        {**program.options, **{k: f"{v:g}" for k, v in settings.items()}}, timing.spans, rows, timing.interval_ns,
+        timing.peak_macs, timing.constants, timing.witness, timing.host, features,
+        tuple(Decision(c.node, c.choice, c.instead, c.saved_ns, c.feature,
+                       "inferred" if c.state == "inferred" else "witnessed") for c in program.choices),
+    )
+
+
+def _row(node: int | None, op: str, spans: list[Span], peak: float) -> Row:
+    terms = _sum(s.terms for s in spans)
+    gains = {t: sum(s.ns - span_ns(_without(s.terms, t)) for s in spans if t in s.terms) for t in TERMS if t in terms}
+    ns = sum(s.ns for s in spans)
+    useful = sum(s.macs_useful for s in spans)
+    units = dict.fromkeys(s.unit for s in spans)
+    longest = max(spans, key=lambda s: s.ns, default=None)
+    return Row(
+        node, op, longest.name if longest else "", "+".join(units) or "none", ns, _bound(spans), terms, gains,
+        sum(s.macs for s in spans), useful, _sum(s.waste for s in spans), _sum(s.dram for s in spans),
+        _sum(s.sram for s in spans), useful / (peak * ns * 1e-9) if ns else 0.0,
+    )
+
+
+def _bound(spans: Iterable[Span]) -> str:
+    """The term that most of the time goes to: of what overlaps in a span, the longest has it all."""
+    cost: dict[Term, int] = dict.fromkeys(TERMS, 0)
+    for s in spans:
+        t = s.terms.get
+        dram = t("weights", 0) + t("activations", 0)
+        others = max(t("macs", 0), t("sram", 0), t("tp", 0))
+        if dram >= others:
+            cost["weights"] += t("weights", 0)
+            cost["activations"] += t("activations", 0)
+        else:
+            cost[max(BESIDE_DRAM, key=lambda name: s.terms.get(name, 0))] += others
+        for name in IN_TURN:
+            cost[name] += t(name, 0)
+    best = max(TERMS, key=lambda name: cost[name])
+    return best if cost[best] else "none"
+
+
+def _without(terms: Mapping[Term, int], term: Term) -> dict[Term, int]:
+    return {name: ns for name, ns in terms.items() if name != term}
+
+
+def _sum(parts: Iterable[Mapping[K, int]]) -> dict[K, int]:
+    out: dict[K, int] = {}
+    for part in parts:
+        for name, n in part.items():
+            out[name] = out.get(name, 0) + n
+    return out
+
+
+def by_bound(profile: Profile) -> dict[str, int]:
+    """Term -> ns of the rows that it bounds, largest first."""
+    out: dict[str, int] = {}
+    for r in profile.rows:
+        if r.ns:
+            out[r.bound] = out.get(r.bound, 0) + r.ns
+    return dict(sorted(out.items(), key=lambda item: -item[1]))
+
+
+def gains(profile: Profile) -> dict[Term, int]:
+    """Term -> ns that the whole program would be shorter if that resource were free."""
+    return _sum(r.gains for r in profile.rows)
+
+
+def as_data(profile: Profile) -> dict[str, Any]:
+    """The profile for programs: what `npulab profile --json` prints. The `ms` of the nodes add up to `total_ms`."""
+    return {
+        "model": profile.model, "digest": profile.digest, "target": profile.target, "plan": profile.plan,
+        "options": dict(profile.options), "total_ms": profile.total_ns / 1e6,
+        "interval_ms": [t / 1e6 for t in profile.interval_ns], "dram_bytes": profile.dram_bytes,
+        "sram_bytes": profile.sram_bytes,
+        "bound": next(iter(by_bound(profile)), "none"),
+        "gains_ms": {t: ns / 1e6 for t, ns in gains(profile).items()},
+        "nodes": [{
+            "node": r.node, "op": r.op, "shape": r.shape, "unit": r.unit, "ms": r.ns / 1e6, "bound": r.bound,
+            "macs": r.macs, "macs_useful": r.macs_useful, "dram_bytes": r.dram_bytes, "sram_bytes": r.sram_bytes,
+            "waste": dict(r.waste), "dram": dict(r.dram), "sram": dict(r.sram), "utilisation": r.utilisation,
+            "terms_ms": {t: ns / 1e6 for t, ns in r.terms.items()},
+            "gains_ms": {t: ns / 1e6 for t, ns in r.gains.items()},
+        } for r in profile.rows],
+        "constants": [{"name": c.name, "value": c.value, "unit": c.unit, "state": c.state, "source": c.source}
+                      for c in profile.constants],
+        "features": dict(profile.features),
+        "decisions": [{"node": d.node, "choice": d.choice, "instead": d.instead, "saved_ms": d.saved_ns / 1e6,
+                       "feature": d.feature, "state": d.state} for d in profile.decisions],
+        "host": profile.host, "witness": profile.witness,
+    }
