@@ -17,6 +17,7 @@ H1, H2, ... are hazards of the project's NN notes, section 13.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -37,6 +38,7 @@ from npulab.ir.ops import (
     Split,
 )
 from npulab.plan.partition import Part
+from npulab.program.types import Choice
 from npulab.targets.vivante.chips import Chip
 from npulab.targets.vivante.coefficients_v7 import Order, Weights
 from npulab.targets.vivante.jobs import (
@@ -67,8 +69,13 @@ ADDITION_ROW = 128
 """Bytes of a row in an addition; also the alignment of its second operand."""
 ROWS_MAX = 8184
 """Rows of one job: 13 bits, less the border that a kernel may look at."""
+SHARE_LEAST = 8192
+"""Elements of a TP core's share of a transpose: 10 us of work for 5 us of starting it, by the timing model."""
 ALIGNMENT = 64
 """Of every tensor in memory, in bytes."""
+
+
+Improve = Callable[[list[Job]], tuple[list[Job], list[Choice]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +113,8 @@ def convolution_pads(graph: Graph, node: Node) -> tuple[int, int]:
 class _Lowering:
     """One region on its way to jobs."""
 
-    def __init__(self, graph: Graph, part: Part, chip: Chip, keep_all: bool) -> None:
-        self.graph, self.part, self.chip = graph, part, chip
+    def __init__(self, graph: Graph, part: Part, chip: Chip, keep_all: bool, features: frozenset[str]) -> None:
+        self.graph, self.part, self.chip, self.features = graph, part, chip, features
         self.kept = [v for n in part.nodes for v in n.outputs] if keep_all else list(part.outputs)
         self.jobs: list[Job] = []
         self.sizes: list[int] = []
@@ -115,6 +122,10 @@ class _Lowering:
         self.planar: dict[int, Held] = {}
         self.linear: dict[int, Held] = {}
         self.uploads: dict[int, Border] = {}
+
+    def cores(self, elements: int) -> int:
+        """TP cores for a transpose of that many elements; a share of a few would only be started for nothing."""
+        return max(1, min(self.chip.tp_cores, elements // SHARE_LEAST)) if "tp-split" in self.features else 1
 
     # tensors and their two layouts
 
@@ -140,7 +151,7 @@ class _Lowering:
             h, w, c = extents(value)
             planes = self.planar[v]
             held_linear = Held(self.tensor(value.elements), zero_point)
-            shares = from_planar(h, w, c, planes.zero_point)
+            shares = from_planar(h, w, c, planes.zero_point, self.cores(value.elements))
             shares = tuple(replace(s, fields={**s.fields, "out_zp": zero_point}) for s in shares)
             self.jobs.append(TPJob("detranspose", (node.index,), Place(planes.tensor), Place(held_linear.tensor),
                                    shares))
@@ -159,7 +170,7 @@ class _Lowering:
             h, w, c = extents(value)
             planes = Held(self.tensor(value.elements), held.zero_point)
             self.jobs.append(TPJob("transpose", (node.index,), Place(held.tensor), Place(planes.tensor),
-                                   to_planar(h, w, c, held.zero_point)))
+                                   to_planar(h, w, c, held.zero_point, self.cores(value.elements))))
             held = planes
         self.planar[v] = held
         return held
@@ -468,9 +479,13 @@ class _Lowering:
         return (Buffer("tensors", end),), homes
 
 
-def lower(graph: Graph, part: Part, chip: Chip, keep_all: bool = False) -> Region:
-    """The jobs, buffers and transfers of one region. `keep_all` downloads what every node computes."""
-    work = _Lowering(graph, part, chip, keep_all)
+def lower(graph: Graph, part: Part, chip: Chip, keep_all: bool = False, improve: Improve | None = None,
+          features: frozenset[str] = frozenset()) -> Region:
+    """The jobs, buffers and transfers of one region. `keep_all` downloads what every node computes.
+
+    `improve` replaces jobs by cheaper ones that compute the same, and tells what it chose.
+    """
+    work = _Lowering(graph, part, chip, keep_all, features)
     for node in part.nodes:
         work.node(node)
     downloads = []
@@ -478,9 +493,12 @@ def lower(graph: Graph, part: Part, chip: Chip, keep_all: bool = False) -> Regio
         value = graph.values[v]
         held = work.as_linear(v, graph.producer[v])
         downloads.append(Border(v, Place(held.tensor), value.elements, value.dtype is DType.INT8))
+    choices: list[Choice] = []
+    if improve is not None:
+        work.jobs, choices = improve(work.jobs)
     buffers, homes = work.place(downloads)
     return Region(tuple(n.index for n in part.nodes), tuple(work.jobs), tuple(work.uploads.values()),
-                  tuple(downloads), buffers, homes)
+                  tuple(downloads), buffers, homes, tuple(choices))
 
 
 def dilated(weights: Weights, dilation: tuple[int, int]) -> Weights:

@@ -6,6 +6,7 @@ Facts: Mesa 25.0.7 (project notes, NN section 6.4). Caching never changes result
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from npulab.targets.vivante.chips import Chip
 from npulab.targets.vivante.nn import CACHE_FULL, CACHE_NONE, CACHE_PARTIAL
@@ -38,17 +39,22 @@ class Caching:
     kernel_start: int = RESERVED
 
 
-def cache(coefficient_bytes: int, tiling: Tiling, kernel_x: int, in_c: int, out_c: int, chip: Chip, *,
-          kernels: bool = True, image: bool = True) -> Caching:
-    """Divide the SRAM between coefficients and the input tile; the tile goes first, when superblocks re-read it.
+Image = Literal["driver", "first", "never"]
+"""Whether the input tile gets SRAM: as the driver decides, which gives it nothing when the coefficients alone fill the
+SRAM; before the coefficients, whatever their size; not at all."""
 
-    `coefficient_bytes` is the streams without their header. `kernels` and `image` switch either cache off.
+
+def cache(coefficient_bytes: int, tiling: Tiling, kernel_x: int, in_c: int, out_c: int, chip: Chip, *,
+          kernels: bool = True, image: Image = "driver") -> Caching:
+    """Divide the SRAM between coefficients and the input tile, when superblocks re-read it.
+
+    `coefficient_bytes` is the streams without their header. `kernels` False keeps no coefficients.
     """
     size = chip.vip_sram
     if size <= RESERVED:
-        kernels = image = False
+        kernels, image = False, "never"
     tile_bytes = 0
-    if tiling.superblocks > 1 and image:
+    if tiling.superblocks > 1 and image != "never":
         side = kernel_x - 1
         tile_bytes = align(align((tiling.tile_x + side) * (tiling.tile_y + side), 16) * in_c, 128)
     msb = pattern = 0
@@ -59,10 +65,10 @@ def cache(coefficient_bytes: int, tiling: Tiling, kernel_x: int, in_c: int, out_
         mode = CACHE_PARTIAL
         msb, pattern = next((m, p) for least, m, p in _PATTERNS if out_c >= least)
         end = 0
-        if RESERVED + coefficient_bytes >= size:
+        if RESERVED + coefficient_bytes >= size and image != "first":
             end, tile_bytes = size, 0
-        elif tile_bytes > size:
-            tile_bytes = 0
+        elif tile_bytes > size - RESERVED * (image == "first"):
+            end, tile_bytes = (size, 0) if image == "first" else (0, 0)
         else:
             end = size - tile_bytes
     if not kernels:

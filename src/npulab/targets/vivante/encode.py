@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from npulab.errors import CapacityError, UnsupportedError
 from npulab.ir import Graph
@@ -29,6 +28,7 @@ from npulab.targets.vivante.coefficients_v7 import (
 )
 from npulab.targets.vivante.coefficients_v7 import encode as encode_streams
 from npulab.targets.vivante.jobs import Border, NNJob, Region
+from npulab.targets.vivante.options import EncodeOptions
 from npulab.targets.vivante.tiling import Tiling, align, tile
 
 FIRST_ADDRESS = 0x0080_0000
@@ -44,16 +44,6 @@ DESCRIPTOR_SLOT = 256
 
 ELEMENTS_MAX = 1 << 27
 """Elements of a tensor that crosses a border: 1 GiB of the widest type, as much as a program may map."""
-
-
-@dataclass(frozen=True, slots=True)
-class EncodeOptions:
-    """How streams and caches are chosen. `optimal_zero_runs` False repeats the reference driver's search."""
-
-    optimal_zero_runs: bool = True
-    zero_runs: bool = True
-    kernel_cache: bool = True
-    image_cache: bool = True
 
 
 class _Memory:
@@ -72,6 +62,8 @@ class _Memory:
 
 
 def tiling_of(job: NNJob, chip: Chip) -> Tiling:
+    if job.tiling is not None:
+        return job.tiling
     kx, ky = job.tile_kernel
     return tile(*job.tile_extent, job.weights.out_c, kx, ky, job.stride, chip)
 
@@ -149,7 +141,7 @@ def _region(memory: _Memory, region: Region, chip: Chip, options: EncodeOptions,
             tiling = tiling_of(job, chip)
             coded = coefficients_of(job, tiling, chip, options)
             caching = cache(coded.cache_bytes, tiling, job.kernel_x, job.input.z, job.output.z, chip,
-                            kernels=options.kernel_cache, image=options.image_cache)
+                            kernels=options.kernel_cache, image=job.image if options.image_cache else "never")
             base = memory.add(f"job {number + i} coefficients", SectionKind.COEFFICIENTS, len(coded.data), coded.data)
             coefficients = base, len(coded.data)
             encoded = [job.descriptor(source, result, base, tiling, caching, chip.nn_cores).to_bytes()]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 import msgspec
 
@@ -18,13 +17,13 @@ from npulab.program.types import HostNode, HostStep, Program
 from npulab.runtime.device import Device
 from npulab.runtime.replay import ReplayResult
 from npulab.targets.target import PlanName, PlanOptions, Prediction, Settings, Timing
-from npulab.targets.vivante import best, constraints, reference, timing
+from npulab.targets.vivante import best, constraints, reference, search, timing
 from npulab.targets.vivante.chips import Chip, varied
-from npulab.targets.vivante.encode import EncodeOptions, encode
+from npulab.targets.vivante.encode import encode
 from npulab.targets.vivante.jobs import Region
+from npulab.targets.vivante.options import FEATURES, EncodeOptions
 
 DEFAULT = PlanOptions()
-FEATURES: Mapping[str, str] = MappingProxyType({})
 
 COMPUTES = ("CONV_2D", "DEPTHWISE_CONV_2D", "ADD", "FULLY_CONNECTED", "AVERAGE_POOL_2D", "MEAN")
 """Operators worth a transfer. A region of others alone only moves bytes, which the host does where they are."""
@@ -62,6 +61,9 @@ class VivanteTarget:
         """`keep_all` (plan best only) downloads every tensor the NPU computes, to look at layers one by one."""
         self._check_features(plan, options)
         parts, verdicts = self._divide(graph, plan, options)
+        how = EncodeOptions(plan == "best", options.zero_runs, options.kernel_cache, options.image_cache,
+                            options.features)
+        speeds = timing.Speeds.of(self.chip, self.settings)
         steps: list[Region | HostStep] = []
         for part in parts:
             if not part.on_npu:
@@ -71,16 +73,16 @@ class VivanteTarget:
             elif plan == "reference":
                 steps.append(reference.lower(graph, part, self.chip))
             else:
-                steps.append(best.lower(graph, part, self.chip, keep_all))
+                steps.append(best.lower(graph, part, self.chip, keep_all, lambda jobs: search.improve(jobs, speeds, how),
+                                        options.features))
         host = [HostNode(v.node, v.op, tuple(str(r) for r in v.reasons)) for v in verdicts if v.where == "host"]
         try:
-            program = encode(graph, self.name, plan, self.chip, steps, host,
-                             EncodeOptions(plan == "best", options.zero_runs, options.kernel_cache,
-                                           options.image_cache))
+            program = encode(graph, self.name, plan, self.chip, steps, host, how)
         except InvariantError as e:  # a descriptor field, which names its bits and its source
             advice = {"try_": "--plan best"} if plan == "reference" else {}
             raise CapacityError(f"'{graph.name}' does not fit the engine: {e.message}", **e.facts, **advice) from e
-        return msgspec.structs.replace(program, options=options.as_text())
+        choices = tuple(c for s in steps if isinstance(s, Region) for c in s.choices)
+        return msgspec.structs.replace(program, options=options.as_text(), choices=choices)
 
     def _check_features(self, plan: PlanName, options: PlanOptions) -> None:
         unknown = sorted(options.features - FEATURES.keys())

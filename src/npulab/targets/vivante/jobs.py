@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npulab.errors import CapacityError
-from npulab.targets.vivante.caching import Caching
+from npulab.program.types import Choice
+from npulab.targets.vivante.caching import Caching, Image
 from npulab.targets.vivante.coefficients_v7 import Kernels, Order, Weights
 from npulab.targets.vivante.nn import POOLING_FIRST_PIXEL, POOLING_NONE, NNDescriptor
 from npulab.targets.vivante.tiling import Tiling
@@ -59,6 +60,8 @@ class NNJob:
     scale       in_scale * weight_scale / out_scale, as float32 arithmetic leaves it.
     bias        (out_c) int64, in steps of in_scale * weight_scale, before the input zero point is folded in.
     last_word   what follows the last weight instead of the plane's offset (the second operand's weight of an addition).
+    tiling      tiles and superblocks, where something better than the tiler's own was found.
+    image       whether the input tile gets SRAM (caching.py).
     tile_extent output (x, y) that the tiler is told; the reference driver exchanges them on images that are not square.
     """
 
@@ -87,6 +90,8 @@ class NNJob:
     tile_kernel: tuple[int, int]
     last_word: int | None = None
     zero_runs: bool = True
+    tiling: Tiling | None = None
+    image: Image = "driver"
 
     @property
     def engine_macs(self) -> int:
@@ -215,3 +220,5 @@ class Region:
     buffers: tuple[Buffer, ...]
     homes: Mapping[int, tuple[int, int]]
     """tensor -> (buffer number, byte offset)."""
+    choices: tuple[Choice, ...] = ()
+    """What the search chose."""

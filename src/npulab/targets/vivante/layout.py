@@ -10,33 +10,40 @@ from npulab.targets.vivante.jobs import Share
 from npulab.targets.vivante.tiling import cdiv
 
 
-def to_planar(height: int, width: int, channels: int, zero_point: int) -> tuple[Share, ...]:
-    """NHWC bytes -> planes, on one core."""
-    return (Share(0, 0, {
-        "in_image_x_size": channels, "in_image_y_size": width, "in_image_z_size": height,
+def to_planar(height: int, width: int, channels: int, zero_point: int, cores: int = 1) -> tuple[Share, ...]:
+    """NHWC bytes -> planes; rows dealt out to `cores`."""
+    return tuple(Share(first * width * channels, first * width, {
+        "in_image_x_size": channels, "in_image_y_size": width, "in_image_z_size": rows,
         "in_image_stride": channels, "in_image_slice": width * channels,
         "in_window_x_end": channels - 1, "in_window_y_end": width - 1,
         "in_tile_y_size": width, "in_tile_y_inc": width,
         "out_loop_0_count": width,
         "out_loop_1_inc": height * width, "out_loop_1_count": channels,
-        "out_loop_2_inc": width, "out_loop_2_count": height,
+        "out_loop_2_inc": width, "out_loop_2_count": rows,
         "in_zp": zero_point, "out_zp": zero_point,
-    }),)
+    }) for first, rows in dealt(height, cores))
 
 
-def from_planar(height: int, width: int, channels: int, zero_point: int) -> tuple[Share, ...]:
-    """Planes -> NHWC bytes, on one core. The planes are read as one run of H-byte rows."""
-    if width * channels > 0x8000:  # a window's end is a signed 16-bit number: read plane by plane instead
-        return (Share(0, 0, {
-            "in_image_x_size": width, "in_image_y_size": height, "in_image_z_size": channels,
+def dealt(units: int, cores: int) -> list[tuple[int, int]]:
+    """(first, count) of each core's share; no share is empty."""
+    cores = min(cores, units)
+    cuts = [units * i // cores for i in range(cores + 1)]
+    return [(a, b - a) for a, b in zip(cuts, cuts[1:], strict=False)]
+
+
+def from_planar(height: int, width: int, channels: int, zero_point: int, cores: int = 1) -> tuple[Share, ...]:
+    """Planes -> NHWC bytes. On one core the planes are read as one run of H-byte rows; several share the channels."""
+    if width * channels > 0x8000 or cores > 1:  # a window's end is a signed 16-bit number: read plane by plane instead
+        return tuple(Share(first * height * width, first, {
+            "in_image_x_size": width, "in_image_y_size": height, "in_image_z_size": planes,
             "in_image_stride": width, "in_image_slice": height * width,
             "in_window_x_end": width - 1, "in_window_y_end": height - 1,
             "in_tile_x_size": width, "in_tile_y_size": height, "in_tile_x_inc": width, "in_tile_y_inc": height,
             "out_loop_0_inc": channels, "out_loop_0_count": width,
             "out_loop_1_inc": width * channels, "out_loop_1_count": height,
-            "out_loop_2_inc": 1, "out_loop_2_count": channels,
+            "out_loop_2_inc": 1, "out_loop_2_count": planes,
             "in_zp": zero_point, "out_zp": zero_point,
-        }),)
+        }) for first, planes in dealt(channels, cores))
     return (Share(0, 0, {
         "in_image_x_size": height, "in_image_y_size": width * channels, "in_image_z_size": 1,
         "in_image_stride": height, "in_image_slice": height * width * channels,
