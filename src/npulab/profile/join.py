@@ -31,10 +31,8 @@ def join(program: Program, title: str, timing: Timing, settings: Settings) -> Pr
             groups.setdefault(NO_OPERATOR.get(s.unit, s.unit).format(s.name), []).append(s)
     rows = tuple(_row(None if isinstance(key, str) else key, key if isinstance(key, str) else program.ops[key], spans,
                       timing.peak_macs) for key, spans in groups.items())
-    features: dict[str, State] = {}
-    for c in program.choices:
-        if c.feature and c.state == "inferred":
-            features[c.feature] = "inferred"
+    named = program.options.get("features", "")
+    features: dict[str, State] = {name: "inferred" for name in named.split(",") if name}
     return Profile(
         program.model, program.digest, program.target, title, program.plan,
         {**program.options, **{k: f"{v:g}" for k, v in settings.items()}}, timing.spans, rows, timing.interval_ns,

@@ -11,6 +11,7 @@ import msgspec
 from npulab.errors import CapacityError, InvariantError, UsageError
 from npulab.exporters.tflite import cut
 from npulab.ir import Graph, Node
+from npulab.ir.ops import Mean, Pool2D
 from npulab.plan.partition import Part, fewest_regions, partition
 from npulab.plan.types import Reason, Verdict
 from npulab.program.types import HostNode, HostStep, Program
@@ -24,6 +25,8 @@ from npulab.targets.vivante.jobs import Region
 from npulab.targets.vivante.options import FEATURES, EncodeOptions
 
 DEFAULT = PlanOptions()
+SMALL = 1 << 15
+"""Elements from which an average takes the host longer than any detour over the NPU (80 us, by the timing model)."""
 
 COMPUTES = ("CONV_2D", "DEPTHWISE_CONV_2D", "ADD", "FULLY_CONNECTED", "AVERAGE_POOL_2D", "MEAN")
 """Operators worth a transfer. A region of others alone only moves bytes, which the host does where they are."""
@@ -55,12 +58,34 @@ class VivanteTarget:
         return VivanteTarget(varied(self.chip, settings), {**self.settings, **settings})
 
     def check(self, graph: Graph, plan: PlanName, options: PlanOptions = DEFAULT) -> list[Verdict]:
-        return self._divide(graph, plan, options)[1]
+        self._check_features(plan, options)
+        verdicts = self._divide(graph, plan, options)[1]
+        return self._placed(graph, plan, options, verdicts)[1]
 
     def compile(self, graph: Graph, plan: PlanName, keep_all: bool = False, options: PlanOptions = DEFAULT) -> Program:
         """`keep_all` (plan best only) downloads every tensor the NPU computes, to look at layers one by one."""
         self._check_features(plan, options)
         parts, verdicts = self._divide(graph, plan, options)
+        if keep_all:
+            return self._compile(graph, plan, options, parts, verdicts, keep_all)
+        return self._placed(graph, plan, options, verdicts)[0] or self._compile(graph, plan, options, parts, verdicts)
+
+    def _placed(self, graph: Graph, plan: PlanName, options: PlanOptions,
+                verdicts: list[Verdict]) -> tuple[Program | None, list[Verdict]]:
+        """The faster of two placements, if there is a question: small averages on the NPU, or on the host."""
+        small = frozenset(n.index for n, v in zip(graph.nodes, verdicts, strict=True) if v.where == "npu"
+                          and isinstance(n.op, Pool2D | Mean) and graph.values[n.inputs[0]].elements < SMALL)
+        if plan == "reference" or not small:
+            return None, verdicts
+        both = []
+        for host in (frozenset[int](), small):
+            parts, found = self._divide(graph, plan, options, host)
+            program = self._compile(graph, plan, options, parts, found)
+            both.append((sum(s.ns for s in self.timing(program).spans), program, found))
+        return min(both, key=lambda b: b[0])[1:]
+
+    def _compile(self, graph: Graph, plan: PlanName, options: PlanOptions, parts: list[Part], verdicts: list[Verdict],
+                 keep_all: bool = False) -> Program:
         how = EncodeOptions(plan == "best", options.zero_runs, options.kernel_cache, options.image_cache,
                             options.features)
         speeds = timing.Speeds.of(self.chip, self.settings)
@@ -71,7 +96,7 @@ class VivanteTarget:
                 steps.append(HostStep(nodes, part.inputs, part.outputs,
                                       cut(graph, nodes, part.inputs, part.outputs)))
             elif plan == "reference":
-                steps.append(reference.lower(graph, part, self.chip))
+                steps.append(reference.lower(graph, part, self.chip, mended=options.channels != "any"))
             else:
                 steps.append(best.lower(graph, part, self.chip, keep_all, lambda jobs: search.improve(jobs, speeds, how),
                                         options.features))
@@ -113,9 +138,11 @@ class VivanteTarget:
 
         return disassemble(program)
 
-    def _divide(self, graph: Graph, plan: PlanName,
-                options: PlanOptions = DEFAULT) -> tuple[list[Part], list[Verdict]]:
+    def _divide(self, graph: Graph, plan: PlanName, options: PlanOptions = DEFAULT,
+                host: frozenset[int] = frozenset()) -> tuple[list[Part], list[Verdict]]:
         why = {n.index: constraints.reasons(graph, n, self.chip, plan) for n in graph.nodes}
+        for i in host:
+            why[i] += (Reason("What the host does sooner is left to it.", "a small average, by the timing model", "npulab"),)
         if options.channels == "multiple-of-cores":
             for n in graph.nodes:
                 why[n.index] += constraints.uneven_channels(graph, n, self.chip)

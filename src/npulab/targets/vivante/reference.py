@@ -284,16 +284,28 @@ class _Lowering:
         return tuple(Buffer(f"tensors {i}", size) for i, size in enumerate(sizes)), homes
 
 
-def lower(graph: Graph, part: Part, chip: Chip) -> Region:
-    """The jobs, buffers and transfers of one region."""
+def lower(graph: Graph, part: Part, chip: Chip, mended: bool = False) -> Region:
+    """The jobs, buffers and transfers of one region.
+
+    The driver hands out a tensor in planes when the region also reads it itself (TP notes 4.3). `mended` transposes it:
+    for options that part a network where that driver never did.
+    """
     work = _Lowering(graph, part, chip)
     for node in part.nodes:
         work.node(node)
+    linear: dict[int, int] = {}
+    for v in part.outputs:
+        value = graph.values[v]
+        if mended and v in work.read and v in work.made and dims(value)[2] != 1:
+            linear[v] = work.temporary()
+            d1, d2, c = dims(value)
+            work.add(TPJob("detranspose", (graph.producer[v].index,), Place(v), Place(linear[v]),
+                           from_planar(d1, d2, c, unsigned_zero_point(value))), value.elements, value.elements)
     buffers, homes = work.homes()
 
     def border(v: int) -> Border:
         value = graph.values[v]
-        return Border(v, Place(v), value.elements, value.dtype is DType.INT8)
+        return Border(v, Place(linear.get(v, v)), value.elements, value.dtype is DType.INT8)
 
     return Region(tuple(n.index for n in part.nodes), tuple(work.jobs),
                   tuple(border(v) for v in part.inputs if v in homes),

@@ -53,7 +53,7 @@ class Variant:
         out = []
         if self.piece != other.piece:
             out.append(f"pieces of {self.piece} channels" if self.piece else "one job")
-        if self.tiling and other.tiling and self.tiling != other.tiling and not (self.piece and not other.piece):
+        if self.tiling and other.tiling and self.tiling != other.tiling and self.piece == other.piece:
             out.append(f"tiles {self.tiling.tile_x}x{self.tiling.tile_y} in {self.tiling.superblocks} passes")
         if self.image != other.image:
             out.append({"driver": "SRAM as the driver divides it", "first": "SRAM to the input tile first",

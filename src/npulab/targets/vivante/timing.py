@@ -181,12 +181,12 @@ def count_nn(d: NNDescriptor, streams: Streams, chip: Chip, macs_useful: int) ->
     """One convolution. `macs_useful` is what the source operator asks for."""
     if not (d.out_tile_x and d.out_tile_y and d.kernel_x and d.kernel_y and d.out_z_size and d.kernels_per_core):
         raise ModelError("an NN descriptor has an extent of zero", got=repr(d)[:200])
-    wide, high = _Axis.of(d.out_x_size, d.out_tile_x, d.in_x_size, d.kernel_x, d.in_x_offset), \
-        _Axis.of(d.out_y_size, d.out_tile_y, d.in_y_size, d.kernel_y, d.in_y_offset)
+    step = 2 if d.pooling == POOLING_FIRST_PIXEL else 1
+    wide = _Axis.of(d.out_x_size, d.out_tile_x, d.in_x_size, d.kernel_x, d.in_x_offset, step)
+    high = _Axis.of(d.out_y_size, d.out_tile_y, d.in_y_size, d.kernel_y, d.in_y_offset, step)
     tiles = wide.tiles * high.tiles
     per_core = cdiv(d.out_z_size, chip.nn_cores)
     superblocks = cdiv(per_core, d.kernels_per_core)
-    step = 2 if d.pooling == POOLING_FIRST_PIXEL else 1
     out_bytes = cdiv(d.out_x_size, step) * cdiv(d.out_y_size, step) * d.out_z_size
 
     # Memory traffic.
@@ -249,19 +249,18 @@ class _Axis:
     tile: int
 
     @classmethod
-    def of(cls, out: int, tile: int, size: int, kernel: int, offset: int) -> _Axis:
+    def of(cls, out: int, tile: int, size: int, kernel: int, offset: int, step: int) -> _Axis:
         tiles = cdiv(out, tile)
-        read = 0
-        if tiles <= 4:
-            starts = range(tiles)
-        else:  # tiles inside are all alike
-            starts = range(0)
-            read = (tiles - 4) * (tile + kernel - 1)
-            starts = (*range(2), tiles - 2, tiles - 1)  # type: ignore[assignment]
-        for t in starts:
-            first, last = t * tile + offset, min((t + 1) * tile, out) + kernel - 1 + offset
-            read += max(0, min(last, size) - max(first, 0))
-        touched = max(0, min(out + kernel - 1 + offset, size) - max(offset, 0))
+        reach = tile + kernel - 1
+        # Tiles that read nothing outside the image are all alike; the few others are gone through.
+        first = min(tiles, max(0, cdiv(-offset, tile)))
+        last = max(first, min(tiles if out % tile == 0 else tiles - 1, (size - offset - reach) // tile + 1))
+        read = (last - first) * reach
+        for t in (*range(first), *range(last, tiles)):
+            end = min((t + 1) * tile, out) + kernel - 1 + offset
+            read += max(0, min(end, size) - max(t * tile + offset, 0))
+        needed = (cdiv(out, step) - 1) * step + kernel  # of the pixels that are kept
+        touched = max(0, min(needed + offset, size) - max(offset, 0))
         return cls(tiles, read, touched, out, tile)
 
     def groups(self, il: int) -> int:

@@ -39,6 +39,7 @@ class DecodedKernels:
     dense     (kernels, in_c, ky * kx) int16; or None, and then
     kernel, channel, tap, value   say what is not zero, one entry a weight;
     biases    (kernels) int64 as signed 32 bits;  offsets (kernels) of output planes, in bytes.
+    stream_bytes   of the header and the streams.
     """
 
     shape: tuple[int, int, int]
@@ -49,6 +50,7 @@ class DecodedKernels:
     value: NDArray[np.int16]
     biases: I64
     offsets: I64
+    stream_bytes: int
 
 
 def tap_positions(kernel_y: int, kernel_x: int) -> I64:
@@ -240,7 +242,7 @@ def decode(memory: Memory, d: NNDescriptor, cores: int, zero_run_max: int, budge
                 orders[n] = _Order(d, n)
             blocks.append(_Block(s, orders[n], d.coef_zero_point))
         at += size
-    return _joined(blocks, d)
+    return _joined(blocks, d, len(data))
 
 
 class _Block:
@@ -265,7 +267,7 @@ class _Block:
         return at, self.weights[at]
 
 
-def _joined(blocks: list[_Block], d: NNDescriptor) -> DecodedKernels:
+def _joined(blocks: list[_Block], d: NNDescriptor, size: int) -> DecodedKernels:
     zero, taps = d.coef_zero_point, d.kernel_y * d.kernel_x
     biases = np.concatenate([b.biases for b in blocks])
     biases = biases - ((biases >> 31) << 32)
@@ -285,7 +287,8 @@ def _joined(blocks: list[_Block], d: NNDescriptor) -> DecodedKernels:
             else:
                 part[b.order.places(b.at)] = b.values.astype(np.int16) - zero
             first += b.order.n
-        return DecodedKernels(shape, dense, nothing, nothing, nothing, np.empty(0, np.int16), biases, offsets)
+        return DecodedKernels(shape, dense, nothing, nothing, nothing, np.empty(0, np.int16), biases, offsets,
+                              size)
     kernel, channel, tap, value = [], [], [], []
     first = 0
     for b in blocks:
@@ -297,4 +300,4 @@ def _joined(blocks: list[_Block], d: NNDescriptor) -> DecodedKernels:
         value.append(values.astype(np.int16) - zero)
         first += b.order.n
     return DecodedKernels(shape, None, np.concatenate(kernel), np.concatenate(channel), np.concatenate(tap),
-                          np.concatenate(value), biases, offsets)
+                          np.concatenate(value), biases, offsets, size)

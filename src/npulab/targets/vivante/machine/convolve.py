@@ -71,6 +71,7 @@ class Prepared:
     channels: NDArray[np.int64]
     biases: NDArray[np.int32]
     offsets: NDArray[np.int64]
+    stream_bytes: int
 
     @property
     def size(self) -> int:
@@ -80,11 +81,17 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a job did, for traces."""
+    """What a job did, for traces. Bytes are distinct ones: a byte that many taps look at counts once.
+
+    weights   of coefficient streams, header included.
+    read      of the input image; border that is not in memory does not count.
+    written   of the output.
+    """
 
     macs: int
-    bytes_read: int
-    bytes_written: int
+    weights: int
+    read: int
+    written: int
 
 
 def check_features(d: NNDescriptor) -> None:
@@ -121,14 +128,15 @@ def prepare(memory: Memory, d: NNDescriptor, chip: Chip, budget: Budget) -> Prep
     one = _one_channel_each(found, real)
     if one is not None:
         channels, own = one
-        return Prepared((), (), (), own.reshape(len(real), d.kernel_y, d.kernel_x), channels, biases, offsets)
+        return Prepared((), (), (), own.reshape(len(real), d.kernel_y, d.kernel_x), channels, biases, offsets,
+                        found.stream_bytes)
     weights = _written_out(found, d)[real]
     used = np.flatnonzero((weights != 0).any(axis=(0, 1))).tolist() or [0]
     taps = tuple(divmod(t, d.kernel_x) for t in used)
     rows = (weights if len(used) == weights.shape[2] else weights[:, :, used]).reshape(len(real), -1)
     pieces = _pieces(rows)
     dense = tuple(rows[:, a:b].astype(np.float32) for a, b in zip((0, *pieces[:-1]), pieces, strict=True))
-    return Prepared(dense, pieces, taps, None, np.arange(0), biases, offsets)
+    return Prepared(dense, pieces, taps, None, np.arange(0), biases, offsets, found.stream_bytes)
 
 
 def _plane_bytes(d: NNDescriptor) -> int:
@@ -201,7 +209,14 @@ def run(memory: Memory, d: NNDescriptor, p: Prepared, budget: Budget) -> Work:
     planes = _depthwise if p.depthwise is not None else _dense
     out = planes(d, p, image, out_y, out_x, step)
     _store(memory, d, p.offsets, out)
-    return Work(macs, image.size, out.size)
+    rows, columns = _inside(d, out_y, out_x, step)
+    return Work(macs, p.stream_bytes, d.kernel_z * len(rows) * len(columns), out.size)
+
+
+def _inside(d: NNDescriptor, out_y: int, out_x: int, step: int) -> tuple[range, range]:
+    """(rows, columns) of the input image that some tap looks at."""
+    last_y, last_x = d.in_y_offset + (out_y - 1) * step + d.kernel_y, d.in_x_offset + (out_x - 1) * step + d.kernel_x
+    return range(max(0, d.in_y_offset), min(last_y, d.in_y_size)), range(max(0, d.in_x_offset), min(last_x, d.in_x_size))
 
 
 def _store(memory: Memory, d: NNDescriptor, offsets: I64, out: U8) -> None:

@@ -60,7 +60,7 @@ def run(memory: Memory, d: TPDescriptor, budget: Budget) -> Work:
     high = d.in_window_y_end - d.in_window_y_start + 1
     deep = d.in_window_z_start_overfetch + d.in_image_z_size + d.in_window_z_end_overfetch
     if not deep:
-        return Work(0, 0, 0)
+        return Work(0, 0, 0, 0)
     rows, columns = _cut(high, d.in_tile_y_size, d.in_tile_y_inc), _cut(wide, d.in_tile_x_size, d.in_tile_x_inc)
     elements = deep * int(rows[1].sum()) * int(columns[1].sum())
     budget.spend("elements", max(wide * high * deep, elements))
@@ -74,7 +74,9 @@ def run(memory: Memory, d: TPDescriptor, budget: Budget) -> Work:
         _store_at(memory, d, values, _with_resets(d, counts, deep, walk or _walk(rows, columns, deep)))
     else:
         _store(memory, d, values, counts)
-    return Work(0, window.size, values.size)
+    columns = range(max(0, d.in_window_x_start), min(d.in_window_x_end + 1, d.in_image_x_size))
+    lines = range(max(0, d.in_window_y_start), min(d.in_window_y_end + 1, d.in_image_y_size))
+    return Work(0, 0, d.in_image_z_size * len(lines) * len(columns), values.size)
 
 
 def _cut(extent: int, size: int, step: int) -> tuple[I64, I64]:
