@@ -4,7 +4,8 @@
     python scripts/calibrate.py DIRECTORY
 
 DIRECTORY holds mobilenet_v1_1.0_224_quant.tflite and ssdlite_mobiledet_coco_qat_postprocess.tflite, the files that the
-open driver's author timed (they ship in Mesa's source package). Writes calibration.toml and ladder.json beside timing.py.
+open driver's author timed (they ship in Mesa's source package). Writes calibration.toml and ladder.json beside
+timing.py.
 
 Two constants are fitted to MobileNetV1's three points, which prove little. What the model is worth shows on MobileDet's
 four, which the fit never sees.
@@ -82,8 +83,8 @@ rows = {msgspec.json.encode(fit_rows).decode().replace(",", ", ")}
 # Twice the worst error over the rows that were not fitted ({100 * worst:.1f} %).
 spread = {spread:.2f}
 """.encode())
-    write_atomically(HERE / "ladder.json", b"{" + b",\n".join(
-        msgspec.json.encode(row) + b":[\n" + b",\n".join(map(_timed, spans)) + b"]" for row, spans in counts.items()) + b"}\n")
+    rows = (msgspec.json.encode(row) + b":[\n" + b",\n".join(map(_timed, spans)) + b"]" for row, spans in counts.items())
+    write_atomically(HERE / "ladder.json", b"{" + b",\n".join(rows) + b"}\n")
 
 
 def _timed(c: Counts) -> bytes:

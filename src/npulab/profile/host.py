@@ -1,7 +1,7 @@
 """What the host's share costs: a record of a CPU, and an estimate of TFLite operators on it.
 
-A rough model, and always marked so: multiply-accumulates at the rate a published benchmark shows, bytes at the rate of a
-copy, function values at a fixed price. Its interval is a factor of two either way.
+A rough model, and always marked so: multiply-accumulates at the rate a published benchmark shows, bytes at the rate of
+a copy, function values at a fixed price. Its interval is a factor of two either way.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from npulab.profile.types import Constant
 SPREAD = 2.0
 """A host time is expected between a half and the double of what is modelled."""
 
-_MOVES = frozenset({"RESHAPE", "SQUEEZE", "EXPAND_DIMS", "QUANTIZE", "DEQUANTIZE", "CONCATENATION", "TRANSPOSE", "SPLIT",
-                    "SPLIT_V", "SLICE", "STRIDED_SLICE", "GATHER", "PAD", "PADV2", "PACK", "UNPACK", "CAST", "TILE",
+_MOVES = frozenset({"RESHAPE", "SQUEEZE", "EXPAND_DIMS", "QUANTIZE", "DEQUANTIZE", "CONCATENATION", "TRANSPOSE",
+                    "SPLIT", "SPLIT_V", "SLICE", "STRIDED_SLICE", "GATHER", "PAD", "PADV2", "PACK", "UNPACK", "CAST", "TILE",
                     "SPACE_TO_DEPTH", "DEPTH_TO_SPACE", "RESIZE_NEAREST_NEIGHBOR", "SHAPE"})
 """Operators that move bytes and compute next to nothing. A RESHAPE is a copy too when its output is the host's."""
 

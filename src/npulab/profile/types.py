@@ -42,7 +42,7 @@ class Span:
                  lowering put in, and lanes and cores that idle.
     macs_useful  those that the source operator asks for.
     waste        macs - macs_useful, by cause: "lowering" (zeros of a dense-lowered depthwise or padded kernel),
-                 "lanes" (tile rows and columns that do not fill the lanes), "cores" (kernels that do not fill the cores),
+                 "lanes" (tile rows and columns that do not fill them), "cores" (kernels that do not fill the cores),
                  "slots" (taps that do not fill the multipliers of a lane).
     dram, sram   bytes moved, tiles that are read again counted again.
     touched      distinct bytes, as the virtual NPU counts them.

@@ -232,5 +232,6 @@ def _assemble(h: _Header, payload: memoryview) -> Program:
         raise ModelError("it does not end where its content ends", want=f"{reader.end} bytes of payload",
                          got=f"{len(payload)} bytes")
     kept: dict[str, Any] = {"init": init, "sections": sections, "steps": tuple(steps)}
-    same = ("target", "plan", "model", "digest", "tensors", "inputs", "outputs", "host_nodes", "ops", "options", "choices")
+    same = ("target", "plan", "model", "digest", "tensors", "inputs", "outputs", "host_nodes", "ops", "options",
+            "choices")
     return Program(**kept, **{name: getattr(h, name) for name in same})

@@ -78,7 +78,8 @@ def verify(program: Program) -> None:
             raise ModelError(f"host operator {h.node} does not exist", want=f"0..{len(ops) - 1}")
     for c in program.choices:
         if c.node not in ops or c.saved_ns not in COUNT:
-            raise ModelError(f"a choice for operator {c.node} makes no sense", want=f"0..{len(ops) - 1}, and a time saved")
+            raise ModelError(f"a choice for operator {c.node} makes no sense",
+                             want=f"an operator 0..{len(ops) - 1}, and a time saved")
 
 
 def tensor_bytes(tensor: Tensor) -> int | None:

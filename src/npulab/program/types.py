@@ -106,7 +106,8 @@ class Choice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A compiled model. `digest` is the SHA-256 (hex) of the model file; `ops` names every source operator.
 
-    `options` are the plan options that are not default, `choices` those of the search: for reports, nothing runs on them.
+    `options` are the plan options that are not default, `choices` those of the search: for reports, nothing runs on
+    them.
     """
 
     target: str

@@ -17,7 +17,7 @@ H1, H2, ... are hazards of the project's NN notes, section 13.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -37,6 +37,8 @@ from npulab.ir.ops import (
     Reshape,
     Split,
 )
+from npulab.plan import memory
+from npulab.plan.memory import Lifetime
 from npulab.plan.partition import Part
 from npulab.program.types import Choice
 from npulab.targets.vivante.chips import Chip
@@ -53,6 +55,7 @@ from npulab.targets.vivante.jobs import (
     requantization,
 )
 from npulab.targets.vivante.layout import from_planar, pad_planes, rescale_bytes, space_to_depth, to_planar
+from npulab.targets.vivante.on_chip import Tensors, arrange
 from npulab.targets.vivante.reference import (
     WeightedSum,
     bias_of,
@@ -63,6 +66,7 @@ from npulab.targets.vivante.reference import (
     space_to_depth_weights,
     unsigned_zero_point,
 )
+from npulab.targets.vivante.search import Search
 from npulab.targets.vivante.tiling import align, cdiv
 
 ADDITION_ROW = 128
@@ -73,9 +77,6 @@ SHARE_LEAST = 8192
 """Elements of a TP core's share of a transpose: 10 us of work for 5 us of starting it, by the timing model."""
 ALIGNMENT = 64
 """Of every tensor in memory, in bytes."""
-
-
-Improve = Callable[[list[Job]], tuple[list[Job], list[Choice]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -439,8 +440,8 @@ class _Lowering:
             offset += base
         return tensor, offset
 
-    def place(self, downloads: list[Border]) -> tuple[tuple[Buffer, ...], dict[int, tuple[int, int]]]:
-        """One arena for all tensors; those whose lives do not meet share bytes. Largest first, at the lowest fit."""
+    def lifetimes(self, jobs: Sequence[Job], sizes: Sequence[int], downloads: list[Border]) -> dict[int, Lifetime]:
+        """Root tensor -> its size, and the first and last job that needs it; -1 and len(jobs) are the host's turns."""
         first: dict[int, int] = {}
         last: dict[int, int] = {}
 
@@ -451,40 +452,55 @@ class _Lowering:
 
         for u in self.uploads.values():
             touch(u.place.tensor, -1)
-        for when, job in enumerate(self.jobs):
+        for when, job in enumerate(jobs):
             touch(job.source.tensor, when)
             touch(job.result.tensor, when)
         for d in downloads:
-            touch(d.place.tensor, len(self.jobs))
-        sizes = dict.fromkeys(first, 0)
-        for tensor, size in enumerate(self.sizes):
+            touch(d.place.tensor, len(jobs))
+        extents = dict.fromkeys(first, 0)
+        for tensor, size in enumerate(sizes):
             root, offset = self.home(tensor)
-            if root in sizes:
-                sizes[root] = max(sizes[root], offset + size)
-        at: dict[int, int] = {}
-        for root in sorted(sizes, key=lambda r: (-sizes[r], r)):
-            busy = sorted((at[o], at[o] + sizes[o]) for o in at if first[o] <= last[root] and first[root] <= last[o])
-            start = 0
-            for low, high in busy:
-                if start + sizes[root] <= low:
-                    break
-                start = max(start, align(high, ALIGNMENT))
-            at[root] = start
-        end = max((at[r] + sizes[r] for r in at), default=0)
+            if root in extents:
+                extents[root] = max(extents[root], offset + size)
+        return {root: Lifetime(extents[root], first[root], last[root]) for root in extents}
+
+    def on_chip(self, downloads: list[Border], search: Search) -> tuple[Mapping[int, int], tuple[Choice, ...]]:
+        """Root tensor -> offset in on-chip SRAM, of those that lie there. May cut chains of jobs into stripes."""
+        borders = {b.place.tensor for b in (*self.uploads.values(), *downloads)}
+        fixed = {self.home(t)[0] for t in borders}
+        found = arrange(self.jobs, self.sizes, Tensors(
+            lambda tensor: self.home(tensor)[0], lambda jobs, sizes: self.lifetimes(jobs, sizes, downloads), fixed,
+            fixed | self.parents.keys() | {root for root, _ in self.parents.values()},
+        ), search, self.chip.axi_sram, ALIGNMENT, "cascade" in self.features)
+        self.jobs, self.sizes = found.jobs, found.sizes
+        return found.resident, found.choices
+
+    def place(self, downloads: list[Border],
+              resident: Mapping[int, int]) -> tuple[tuple[Buffer, ...], dict[int, tuple[int, int]]]:
+        """One arena for all tensors but the residents; those whose lives do not meet share bytes."""
+        lives = self.lifetimes(self.jobs, self.sizes, downloads)
+        rest = [r for r in lives if r not in resident]
+        placed = memory.place([lives[r] for r in rest], ALIGNMENT)
+        at = {r: (0, offset) for r, offset in zip(rest, placed.offsets, strict=True)}
+        at |= {r: (1, offset) for r, offset in resident.items()}
+        buffers = [Buffer("tensors", max(placed.peak, 1))]
+        if resident:
+            end = max(offset + lives[r].size for r, offset in resident.items())
+            buffers.append(Buffer("on-chip tensors", end, on_chip=True))
         homes = {}
         for tensor in range(len(self.sizes)):
             root, offset = self.home(tensor)
             if root in at:
-                homes[tensor] = 0, at[root] + offset
-        return (Buffer("tensors", end),), homes
+                homes[tensor] = at[root][0], at[root][1] + offset
+        return tuple(buffers), homes
 
 
-def lower(graph: Graph, part: Part, chip: Chip, keep_all: bool = False, improve: Improve | None = None,
-          features: frozenset[str] = frozenset()) -> Region:
+def lower(graph: Graph, part: Part, chip: Chip, keep_all: bool = False, search: Search | None = None) -> Region:
     """The jobs, buffers and transfers of one region. `keep_all` downloads what every node computes.
 
-    `improve` replaces jobs by cheaper ones that compute the same, and tells what it chose.
+    `search` replaces jobs by cheaper ones that compute the same, as far as its options allow.
     """
+    features = search.options.features if search else frozenset[str]()
     work = _Lowering(graph, part, chip, keep_all, features)
     for node in part.nodes:
         work.node(node)
@@ -493,12 +509,17 @@ def lower(graph: Graph, part: Part, chip: Chip, keep_all: bool = False, improve:
         value = graph.values[v]
         held = work.as_linear(v, graph.producer[v])
         downloads.append(Border(v, Place(held.tensor), value.elements, value.dtype is DType.INT8))
-    choices: list[Choice] = []
-    if improve is not None:
-        work.jobs, choices = improve(work.jobs)
-    buffers, homes = work.place(downloads)
+    choices: tuple[Choice, ...] = ()
+    resident: Mapping[int, int] = {}
+    if search:
+        work.jobs, found = search.improve(work.jobs)
+        choices = tuple(found)
+    if search and features & {"axi-sram", "cascade"}:
+        resident, more = work.on_chip(downloads, search)
+        choices += more
+    buffers, homes = work.place(downloads, resident)
     return Region(tuple(n.index for n in part.nodes), tuple(work.jobs), tuple(work.uploads.values()),
-                  tuple(downloads), buffers, homes, tuple(choices))
+                  tuple(downloads), buffers, homes, choices)
 
 
 def dilated(weights: Weights, dilation: tuple[int, int]) -> Weights:

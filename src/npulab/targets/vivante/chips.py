@@ -64,7 +64,7 @@ class Chip:
 CORTEX_A73 = HostCPU(
     name="one Cortex-A73 core at 2.2 GHz (A311D)", macs_per_second=6.35e9, bytes_per_second=2e9, element_seconds=2e-9,
     start_seconds=5e-6,
-    source="ncnn's benchmark table: MobileNetV1 int8, 0.569 GMAC, takes 22.4 ms on four threads; a quarter of that rate",
+    source="ncnn's benchmark table: MobileNetV1 int8, 0.569 GMAC, 22.4 ms on four threads; a quarter of that rate",
 )
 """TFLite runs host operators on one thread unless told otherwise."""
 
@@ -91,6 +91,8 @@ def varied(chip: Chip, settings: Mapping[str, float]) -> Chip:
         least, most, unit = LIMITS[name]
         if not least <= value <= most or (name in ("sram", "nn_cores") and value != int(value)):
             whole = "a whole number, " if name in ("sram", "nn_cores") else ""
-            raise UsageError(f"no chip has this {name}", got=f"{value:g} {unit}", want=f"{whole}{least:g} to {most:g} {unit}")
+            raise UsageError(f"no chip has this {name}", got=f"{value:g} {unit}",
+                             want=f"{whole}{least:g} to {most:g} {unit}")
     return replace(chip, vip_sram=int(settings.get("sram", chip.vip_sram)),
-                   nn_cores=int(settings.get("nn_cores", chip.nn_cores)), clock=float(settings.get("clock", chip.clock)))
+                   nn_cores=int(settings.get("nn_cores", chip.nn_cores)),
+                   clock=float(settings.get("clock", chip.clock)))

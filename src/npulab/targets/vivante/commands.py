@@ -20,6 +20,7 @@ PS_TP_INST_ADDR = 0x10B8
 GL_FLUSH_CACHE = 0x380C
 GL_API_MODE = 0x384C
 GL_NN_CONFIG = 0x3930
+GL_SRAM_REMAP_ADDRESS = 0x3938
 GL_OCB_REMAP_START = 0x393C
 GL_OCB_REMAP_END = 0x3940
 GL_TP_CONFIG = 0x394C
@@ -37,7 +38,7 @@ REGISTERS = {
     GL_API_MODE: "GL_API_MODE",
     0x389C: "GL_SHADER_INDEX",
     GL_NN_CONFIG: "GL_NN_CONFIG",
-    0x3938: "GL_SRAM_REMAP_ADDRESS",
+    GL_SRAM_REMAP_ADDRESS: "GL_SRAM_REMAP_ADDRESS",
     GL_OCB_REMAP_START: "GL_OCB_REMAP_START",
     GL_OCB_REMAP_END: "GL_OCB_REMAP_END",
     GL_TP_CONFIG: "GL_TP_CONFIG",
@@ -63,9 +64,10 @@ def _writes(pairs: Sequence[tuple[int, int]]) -> list[int]:
     return [w for register, value in pairs for w in load_state(register, value)]
 
 
-def init_stream() -> list[int]:
-    """What a process submits once before its first job."""
-    return [0] * 8 + _writes([(PA_SYSTEM_MODE, 0x11), (GL_API_MODE, 2)]) + [0, 0]
+def init_stream(sram_address: int = 0) -> list[int]:
+    """What a process submits once before its first job; with `sram_address`, on-chip SRAM appears there (inferred)."""
+    sram = [(GL_SRAM_REMAP_ADDRESS, sram_address)] if sram_address else []
+    return [0] * 8 + _writes([(PA_SYSTEM_MODE, 0x11), (GL_API_MODE, 2), *sram]) + [0, 0]
 
 
 def nn_job(descriptor: int) -> list[int]:

@@ -19,7 +19,7 @@ from npulab.program.types import (
 from npulab.program.types import Job as ProgramJob
 from npulab.targets.vivante import commands
 from npulab.targets.vivante.caching import cache
-from npulab.targets.vivante.chips import Chip
+from npulab.targets.vivante.chips import AXI_SRAM_ADDRESS, Chip
 from npulab.targets.vivante.coefficients_v7 import (
     Coefficients,
     Streams,
@@ -52,6 +52,13 @@ class _Memory:
     def __init__(self) -> None:
         self.next = FIRST_ADDRESS
         self.sections: list[Section] = []
+        self.on_chip: list[Section] = []
+
+    def share_on_chip(self, size: int) -> int:
+        """The on-chip window, at least `size` bytes of it: one section for all who ask."""
+        size = max(size, *(s.size for s in self.on_chip), 1)
+        self.on_chip = [Section("on-chip tensors", SectionKind.TENSOR, AXI_SRAM_ADDRESS, size, None)]
+        return AXI_SRAM_ADDRESS
 
     def add(self, name: str, kind: SectionKind, size: int, data: bytes | None) -> int:
         address = self.next
@@ -99,8 +106,9 @@ def encode(graph: Graph, target: str, plan: str, chip: Chip, steps: Sequence[Reg
         out.append(npu)
     return Program(
         target=target, plan=plan, model=graph.name, digest=graph.digest,
-        init=tuple(commands.init_stream()) if number else (),
-        sections=tuple(memory.sections), steps=tuple(out), tensors=tuple(_tensor(graph, v) for v in sorted(crossing)),
+        init=tuple(commands.init_stream(AXI_SRAM_ADDRESS if memory.on_chip else 0)) if number else (),
+        sections=(*memory.sections, *memory.on_chip), steps=tuple(out),
+        tensors=tuple(_tensor(graph, v) for v in sorted(crossing)),
         inputs=graph.inputs, outputs=graph.outputs, host_nodes=tuple(host_nodes),
         ops=tuple(n.op.name for n in graph.nodes),
     )
@@ -118,7 +126,8 @@ def _tensor(graph: Graph, v: int) -> Tensor:
 
 
 def _region(memory: _Memory, region: Region, chip: Chip, options: EncodeOptions, number: int, index: int) -> NpuStep:
-    bases = [memory.add(f"step {index} {b.name}", SectionKind.TENSOR, b.size, None) for b in region.buffers]
+    bases = [memory.share_on_chip(b.size) if b.on_chip
+             else memory.add(f"step {index} {b.name}", SectionKind.TENSOR, b.size, None) for b in region.buffers]
 
     def address(tensor: int, offset: int = 0) -> int:
         buffer, base = region.homes[tensor]

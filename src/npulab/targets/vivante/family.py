@@ -18,11 +18,12 @@ from npulab.program.types import HostNode, HostStep, Program
 from npulab.runtime.device import Device
 from npulab.runtime.replay import ReplayResult
 from npulab.targets.target import PlanName, PlanOptions, Prediction, Settings, Timing
-from npulab.targets.vivante import best, constraints, reference, search, timing
+from npulab.targets.vivante import best, constraints, reference, timing
 from npulab.targets.vivante.chips import Chip, varied
 from npulab.targets.vivante.encode import encode
 from npulab.targets.vivante.jobs import Region
 from npulab.targets.vivante.options import FEATURES, EncodeOptions
+from npulab.targets.vivante.search import Search
 
 DEFAULT = PlanOptions()
 SMALL = 1 << 15
@@ -88,7 +89,7 @@ class VivanteTarget:
                  keep_all: bool = False) -> Program:
         how = EncodeOptions(plan == "best", options.zero_runs, options.kernel_cache, options.image_cache,
                             options.features)
-        speeds = timing.Speeds.of(self.chip, self.settings)
+        search = Search(timing.Speeds.of(self.chip, self.settings), how)
         steps: list[Region | HostStep] = []
         for part in parts:
             if not part.on_npu:
@@ -98,8 +99,7 @@ class VivanteTarget:
             elif plan == "reference":
                 steps.append(reference.lower(graph, part, self.chip, mended=options.channels != "any"))
             else:
-                steps.append(best.lower(graph, part, self.chip, keep_all, lambda jobs: search.improve(jobs, speeds, how),
-                                        options.features))
+                steps.append(best.lower(graph, part, self.chip, keep_all, search))
         host = [HostNode(v.node, v.op, tuple(str(r) for r in v.reasons)) for v in verdicts if v.where == "host"]
         try:
             program = encode(graph, self.name, plan, self.chip, steps, host, how)
@@ -142,7 +142,8 @@ class VivanteTarget:
                 host: frozenset[int] = frozenset()) -> tuple[list[Part], list[Verdict]]:
         why = {n.index: constraints.reasons(graph, n, self.chip, plan) for n in graph.nodes}
         for i in host:
-            why[i] += (Reason("What the host does sooner is left to it.", "a small average, by the timing model", "npulab"),)
+            why[i] += (Reason("What the host does sooner is left to it.", "a small average, by the timing model",
+                              "npulab"),)
         if options.channels == "multiple-of-cores":
             for n in graph.nodes:
                 why[n.index] += constraints.uneven_channels(graph, n, self.chip)

@@ -193,10 +193,14 @@ def requantization(scale: float) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """A range of NPU memory for tensors. `size` is what its largest user needs, in bytes."""
+    """A range of NPU memory for tensors. `size` is what its largest user needs, in bytes.
+
+    `on_chip`: in AXI SRAM. All regions share that; nothing in it lives from one to the next.
+    """
 
     name: str
     size: int
+    on_chip: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,8 @@ that npulab's own plans use are right for every size; `reference_reshuffle` and 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from npulab.targets.vivante.jobs import Share
 from npulab.targets.vivante.tiling import cdiv
 
@@ -28,7 +30,7 @@ def dealt(units: int, cores: int) -> list[tuple[int, int]]:
     """(first, count) of each core's share; no share is empty."""
     cores = min(cores, units)
     cuts = [units * i // cores for i in range(cores + 1)]
-    return [(a, b - a) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [(a, b - a) for a, b in pairwise(cuts)]
 
 
 def from_planar(height: int, width: int, channels: int, zero_point: int, cores: int = 1) -> tuple[Share, ...]:

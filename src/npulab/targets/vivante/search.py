@@ -1,8 +1,8 @@
 """Find the cheapest way to run each job, by the timing model: pieces, tiles, and what is kept in SRAM.
 
-Every candidate computes the same bytes; only time and traffic differ. The reference driver's own choice is always among
-them, so the result is never slower than it by the model. The number of candidates of a job is bounded, they are tried in
-a fixed order, and the first of equals wins: the same job gives the same answer everywhere.
+Every candidate computes the same bytes; only time and traffic differ. The reference driver's own choice is always
+among them, so the result is never slower than it by the model. The number of candidates of a job is bounded, they are
+tried in a fixed order, and the first of equals wins: the same job gives the same answer everywhere.
 
 What varies:
 
@@ -24,15 +24,18 @@ import numpy as np
 from npulab.profile.types import span_ns
 from npulab.program.types import Choice
 from npulab.targets.vivante.caching import Image, cache
+from npulab.targets.vivante.chips import AXI_SRAM_ADDRESS
 from npulab.targets.vivante.coefficients_v7 import Weights
-from npulab.targets.vivante.jobs import Box, Job, NNJob, Place
+from npulab.targets.vivante.jobs import Box, Job, NNJob, Place, TPJob
 from npulab.targets.vivante.options import EncodeOptions
 from npulab.targets.vivante.tiling import Tiling, cdiv, interleave, tile
-from npulab.targets.vivante.timing import Speeds, Streams, count_nn
+from npulab.targets.vivante.timing import Counts, Speeds, Streams, count_nn, count_tp
 
 PIECES = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Output channels of a piece that are tried: multiples of the cores, a little closer together than powers of two."""
 IMAGES: tuple[Image, ...] = ("driver", "first", "never")
+DRAM = 1 << 31
+"""An address that stands for DRAM where only that matters."""
 FINALISTS = 2
 """Piece sizes, the cheapest under default tiles, for which tiles and caches are searched."""
 
@@ -61,28 +64,58 @@ class Variant:
         return ", ".join(out) or "the same"
 
 
-def improve(jobs: list[Job], speeds: Speeds, options: EncodeOptions) -> tuple[list[Job], list[Choice]]:
-    """The jobs, each convolution replaced by its cheapest variant, and what that saves."""
-    out: list[Job] = []
-    choices: list[Choice] = []
-    known: dict[tuple[object, ...], tuple[Variant, Variant, int]] = {}
-    for job in jobs:
-        if not isinstance(job, NNJob):
-            out.append(job)
-            continue
-        job, shorter = zero_runs_everywhere(job, speeds, options)
-        choices += shorter
-        key = _key(job)
-        if key not in known:
-            known[key] = search(job, speeds, options)
-        chosen, default, saved = known[key]
-        out += realize(job, chosen, speeds)
-        if saved > 0:
-            own = _default_tiling(job, chosen.piece, speeds)
-            driver_tiles = chosen.tiling is None or (chosen.tiling.tile_x, chosen.tiling.tile_y) == (own.tile_x, own.tile_y)
-            choices.append(Choice(job.nodes[0], chosen.difference(default), default.difference(chosen), saved,
-                                  *(("", "witnessed") if driver_tiles else ("tiles", "inferred"))))
-    return out, choices
+class Search:
+    """Improves the jobs of a plan, and knows what a job costs. Equal jobs are looked at once."""
+
+    def __init__(self, speeds: Speeds, options: EncodeOptions) -> None:
+        self.speeds, self.options = speeds, options
+        self._variants: dict[tuple[object, ...], tuple[Variant, Variant, int]] = {}
+        self._costs: dict[tuple[object, ...], int] = {}
+
+    def improve(self, jobs: list[Job]) -> tuple[list[Job], list[Choice]]:
+        """The jobs, each convolution replaced by its cheapest variant, and what that saves."""
+        out: list[Job] = []
+        choices: list[Choice] = []
+        for job in jobs:
+            if not isinstance(job, NNJob):
+                out.append(job)
+                continue
+            job, shorter = zero_runs_everywhere(job, self.speeds, self.options)
+            choices += shorter
+            key = _key(job)
+            if key not in self._variants:
+                self._variants[key] = search(job, self.speeds, self.options)
+            chosen, default, saved = self._variants[key]
+            out += realize(job, chosen, self.speeds)
+            if saved > 0:
+                own = _default_tiling(job, chosen.piece, self.speeds)
+                t = chosen.tiling
+                driver_tiles = t is None or (t.tile_x, t.tile_y) == (own.tile_x, own.tile_y)
+                choices.append(Choice(job.nodes[0], chosen.difference(default), default.difference(chosen), saved,
+                                      *(("", "witnessed") if driver_tiles else ("tiles", "inferred"))))
+        return out, choices
+
+    def cost(self, job: Job, source_on_chip: bool = False, result_on_chip: bool = False) -> int:
+        """Nanoseconds of one job as it is, with its tensors in DRAM or in on-chip SRAM."""
+        places = AXI_SRAM_ADDRESS if source_on_chip else DRAM, AXI_SRAM_ADDRESS if result_on_chip else DRAM
+        if isinstance(job, TPJob):
+            return span_ns(self.speeds.terms(count_tp(job.descriptors(*places), self.speeds.chip)))
+        key = (*_key(job), job.tiling, job.image, *places)
+        if key not in self._costs:
+            self._costs[key] = span_ns(self.speeds.terms(self._counts(job, *places)))
+        return self._costs[key]
+
+    def traffic(self, job: Job) -> tuple[int, int]:
+        """DRAM bytes that a job reads of its input and writes of its output, if both lie there."""
+        if isinstance(job, TPJob):
+            dram = count_tp(job.descriptors(DRAM, DRAM), self.speeds.chip).dram
+        else:
+            dram = self._counts(job, DRAM, DRAM).dram
+        return dram.get("input", 0), dram.get("output", 0)
+
+    def _counts(self, job: NNJob, source: int, result: int) -> Counts:
+        tiling = job.tiling or _default_tiling(job, 0, self.speeds)
+        return _counts(job, tiling, job.image, self.speeds, self.options, source, result)
 
 
 def zero_runs_everywhere(job: NNJob, speeds: Speeds, options: EncodeOptions) -> tuple[NNJob, list[Choice]]:
@@ -228,16 +261,17 @@ def cost(job: NNJob, variant: Variant, speeds: Speeds, options: EncodeOptions) -
     for one, times in some:
         tiling = _fitted(one, variant, speeds)
         assert tiling is not None
-        total += times * span_ns(speeds.terms(_counts(one, tiling, variant, speeds, options)))
+        total += times * span_ns(speeds.terms(_counts(one, tiling, variant.image, speeds, options)))
     return total
 
 
-def _counts(job: NNJob, tiling: Tiling, variant: Variant, speeds: Speeds, options: EncodeOptions):  # type: ignore[no-untyped-def]
+def _counts(job: NNJob, tiling: Tiling, image: Image, speeds: Speeds, options: EncodeOptions, source: int = DRAM,
+            result: int = DRAM) -> Counts:
     chip = speeds.chip
     streams = estimate(job, speeds, options)
     caching = cache(streams.size, tiling, job.kernel_x, job.input.z, job.output.z, chip, kernels=options.kernel_cache,
-                    image=variant.image if options.image_cache else "never")
-    d = job.descriptor(1 << 31, 1 << 31, 0, tiling, caching, chip.nn_cores)
+                    image=image if options.image_cache else "never")
+    d = job.descriptor(source, result, 0, tiling, caching, chip.nn_cores)
     return count_nn(d, streams, chip, job.engine_macs)
 
 

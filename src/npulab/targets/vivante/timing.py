@@ -383,8 +383,8 @@ class Speeds:
         return {name: round(s * 1e9) for name, s in seconds.items() if s > 0}
 
     def span(self, c: Counts) -> Span:
-        return Span(c.unit, c.name, c.nodes, c.step, c.job, self.terms(c), c.macs, c.macs_useful, c.waste, c.dram, c.sram,
-                    c.touched)
+        return Span(c.unit, c.name, c.nodes, c.step, c.job, self.terms(c), c.macs, c.macs_useful, c.waste, c.dram,
+                    c.sram, c.touched)
 
     def interval(self, spans: Sequence[Span]) -> tuple[int, int]:
         """Where the total is expected (ns): engines within `spread` of the model, CPU work within a factor of two."""

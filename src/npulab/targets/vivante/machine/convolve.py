@@ -215,8 +215,9 @@ def run(memory: Memory, d: NNDescriptor, p: Prepared, budget: Budget) -> Work:
 
 def _inside(d: NNDescriptor, out_y: int, out_x: int, step: int) -> tuple[range, range]:
     """(rows, columns) of the input image that some tap looks at."""
-    last_y, last_x = d.in_y_offset + (out_y - 1) * step + d.kernel_y, d.in_x_offset + (out_x - 1) * step + d.kernel_x
-    return range(max(0, d.in_y_offset), min(last_y, d.in_y_size)), range(max(0, d.in_x_offset), min(last_x, d.in_x_size))
+    y, x = d.in_y_offset, d.in_x_offset
+    return (range(max(0, y), min(y + (out_y - 1) * step + d.kernel_y, d.in_y_size)),
+            range(max(0, x), min(x + (out_x - 1) * step + d.kernel_x, d.in_x_size)))
 
 
 def _store(memory: Memory, d: NNDescriptor, offsets: I64, out: U8) -> None:

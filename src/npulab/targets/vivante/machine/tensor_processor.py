@@ -74,9 +74,9 @@ def run(memory: Memory, d: TPDescriptor, budget: Budget) -> Work:
         _store_at(memory, d, values, _with_resets(d, counts, deep, walk or _walk(rows, columns, deep)))
     else:
         _store(memory, d, values, counts)
-    columns = range(max(0, d.in_window_x_start), min(d.in_window_x_end + 1, d.in_image_x_size))
+    seen = range(max(0, d.in_window_x_start), min(d.in_window_x_end + 1, d.in_image_x_size))
     lines = range(max(0, d.in_window_y_start), min(d.in_window_y_end + 1, d.in_image_y_size))
-    return Work(0, 0, d.in_image_z_size * len(lines) * len(columns), values.size)
+    return Work(0, 0, d.in_image_z_size * len(lines) * len(seen), values.size)
 
 
 def _cut(extent: int, size: int, step: int) -> tuple[I64, I64]:
