@@ -16,7 +16,7 @@ from npulab.profile.join import as_data, by_bound, gains
 from npulab.profile.types import span_ns
 from npulab.program.types import NpuStep
 from npulab.targets.target import PlanOptions, find_target
-from npulab.targets.vivante import timing
+from npulab.targets.vivante import search, timing
 from npulab.targets.vivante.chips import A311D, LIMITS
 from npulab.targets.vivante.machine import VirtualNPU
 from npulab.targets.vivante.nn import NNDescriptor
@@ -319,6 +319,47 @@ def test_the_search_says_what_it_chose_and_what_that_saves():
     assert decision.saved_ns > 20_000
     whole = api.profile(g, plan="reference")
     assert p.rows[0].macs < whole.rows[0].macs / 1.9
+
+
+def test_a_search_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    log = tmp_path / "log"
+    plain = api.compile(graphs[1])
+    asked = []
+    real = search.search
+    monkeypatch.setattr(search, "search", lambda *a: asked.append(1) or real(*a))
+    options = PlanOptions(search_log=str(log))
+
+    assert api.compile(graphs[1], options=options) == plain
+    questions, whole = len(asked), log.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    log.write_bytes(b"".join(lines[:2]) + lines[2][:20])  # killed in the middle of a line
+    asked.clear()
+    assert api.compile(graphs[1], options=options) == plain
+    assert len(asked) == questions - 2
+    assert log.read_bytes() == whole
+    asked.clear()
+    assert api.compile(graphs[1], options=options) == plain
+    assert not asked
+
+
+def test_a_search_log_that_lies_is_not_believed(tmp_path):
+    log = tmp_path / "log"
+    options = PlanOptions(search_log=str(log))
+    plain = api.compile(graphs[1], options=options)
+    log.write_bytes(b"".join(msgspec.json.encode(msgspec.json.decode(line) | {"piece": 8, "tile": [1, 1, 99]}) + b"\n"
+                             for line in log.read_bytes().splitlines()))
+
+    assert api.compile(graphs[1], options=options) == plain
+
+
+@pytest.mark.parametrize("content", [b"a text\n", b"\x00" * 2000, b'{"key": 3}\n'])
+def test_a_file_that_is_no_search_log_is_refused_and_kept(content, tmp_path):
+    log = tmp_path / "log"
+    log.write_bytes(content)
+
+    with pytest.raises(UsageError, match="is not a search log"):
+        api.compile(graphs[1], options=PlanOptions(search_log=str(log)))
+    assert log.read_bytes() == content
 
 
 # errors

@@ -6,7 +6,7 @@ import importlib
 import os
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from npulab.errors import UsageError
@@ -32,6 +32,7 @@ class PlanOptions:
     kernel_cache  coefficients are kept in on-chip SRAM.
     image_cache   input tiles that are read several times are kept in on-chip SRAM.
     features      names of features that no recorded stream shows, which plan best may use.
+    search_log    a file that the search writes its answers to, and takes them from when it runs again.
     """
 
     zero_runs: bool = True
@@ -39,6 +40,7 @@ class PlanOptions:
     kernel_cache: bool = True
     image_cache: bool = True
     features: frozenset[str] = frozenset()
+    search_log: str | None = field(default=None, compare=False)
 
     def as_text(self) -> dict[str, str]:
         """The options that are not default, by their names on the command line."""

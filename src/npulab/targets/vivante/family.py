@@ -24,6 +24,7 @@ from npulab.targets.vivante.encode import encode
 from npulab.targets.vivante.jobs import Region
 from npulab.targets.vivante.options import FEATURES, EncodeOptions
 from npulab.targets.vivante.search import Search
+from npulab.targets.vivante.search_log import SearchLog
 
 DEFAULT = PlanOptions()
 SMALL = 1 << 15
@@ -89,7 +90,8 @@ class VivanteTarget:
                  keep_all: bool = False) -> Program:
         how = EncodeOptions(plan == "best", options.zero_runs, options.kernel_cache, options.image_cache,
                             options.features)
-        search = Search(timing.Speeds.of(self.chip, self.settings), how)
+        search = Search(timing.Speeds.of(self.chip, self.settings), how,
+                        SearchLog(options.search_log) if options.search_log else None)
         steps: list[Region | HostStep] = []
         for part in parts:
             if not part.on_npu:

@@ -16,6 +16,7 @@ What varies:
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -28,6 +29,7 @@ from npulab.targets.vivante.chips import AXI_SRAM_ADDRESS
 from npulab.targets.vivante.coefficients_v7 import Weights
 from npulab.targets.vivante.jobs import Box, Job, NNJob, Place, TPJob
 from npulab.targets.vivante.options import EncodeOptions
+from npulab.targets.vivante.search_log import Answer, SearchLog
 from npulab.targets.vivante.tiling import Tiling, cdiv, interleave, tile
 from npulab.targets.vivante.timing import Counts, Speeds, Streams, count_nn, count_tp
 
@@ -36,6 +38,8 @@ PIECES = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 IMAGES: tuple[Image, ...] = ("driver", "first", "never")
 DRAM = 1 << 31
 """An address that stands for DRAM where only that matters."""
+LOG_VERSION = 1
+"""Counts up when the same question may get another answer."""
 FINALISTS = 2
 """Piece sizes, the cheapest under default tiles, for which tiles and caches are searched."""
 
@@ -67,8 +71,8 @@ class Variant:
 class Search:
     """Improves the jobs of a plan, and knows what a job costs. Equal jobs are looked at once."""
 
-    def __init__(self, speeds: Speeds, options: EncodeOptions) -> None:
-        self.speeds, self.options = speeds, options
+    def __init__(self, speeds: Speeds, options: EncodeOptions, log: SearchLog | None = None) -> None:
+        self.speeds, self.options, self.log = speeds, options, log
         self._variants: dict[tuple[object, ...], tuple[Variant, Variant, int]] = {}
         self._costs: dict[tuple[object, ...], int] = {}
 
@@ -84,7 +88,7 @@ class Search:
             choices += shorter
             key = _key(job)
             if key not in self._variants:
-                self._variants[key] = search(job, self.speeds, self.options)
+                self._variants[key] = self._remembered(job, key)
             chosen, default, saved = self._variants[key]
             out += realize(job, chosen, self.speeds)
             if saved > 0:
@@ -94,6 +98,24 @@ class Search:
                 choices.append(Choice(job.nodes[0], chosen.difference(default), default.difference(chosen), saved,
                                       *(("", "witnessed") if driver_tiles else ("tiles", "inferred"))))
         return out, choices
+
+    def _remembered(self, job: NNJob, key: tuple[object, ...]) -> tuple[Variant, Variant, int]:
+        """The answer of `search`, from the log if it is there and makes sense, and into the log if not."""
+        if self.log is None:
+            return search(job, self.speeds, self.options)
+        everything = repr((LOG_VERSION, key, replace(self.speeds, given=frozenset()), sorted(self.options.features),
+                           replace(self.options, features=frozenset())))
+        digest = hashlib.sha256(everything.encode()).hexdigest()
+        answer = self.log.answers.get(digest)
+        if answer is not None:
+            found = Variant(answer.piece, Tiling(*answer.tile), answer.image)
+            if known := confirmed(job, found, self.speeds, self.options):
+                return known
+        made = search(job, self.speeds, self.options)
+        t = made[0].tiling
+        if t is not None:
+            self.log.add(Answer(digest, made[0].piece, (t.tile_x, t.tile_y, t.superblocks), made[0].image))
+        return made
 
     def cost(self, job: Job, source_on_chip: bool = False, result_on_chip: bool = False) -> int:
         """Nanoseconds of one job as it is, with its tensors in DRAM or in on-chip SRAM."""
@@ -157,6 +179,20 @@ def search(job: NNJob, speeds: Speeds, options: EncodeOptions) -> tuple[Variant,
                 if found < best[0]:
                     best = (found, variant)
     return best[1], default, start - best[0]
+
+
+def confirmed(job: NNJob, found: Variant, speeds: Speeds,
+              options: EncodeOptions) -> tuple[Variant, Variant, int] | None:
+    """What `search` would give if `found` is its answer; None if that is not even one of its candidates."""
+    default = Variant(0, _default_tiling(job, 0, speeds), "driver")
+    if found != default:
+        if found.piece and not (found.piece in PIECES and can_cut(job) and found.piece < job.output.z):
+            return None
+        one = pieces(job, found.piece)[0] if found.piece else job
+        if found.tiling not in list(tilings(one, speeds, "tiles" in options.features)):
+            return None
+    saved = cost(job, default, speeds, options) - cost(job, found, speeds, options)
+    return (found, default, saved) if saved >= 0 else None
 
 
 def _default_tiling(job: NNJob, piece: int, speeds: Speeds) -> Tiling:
