@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from npulab.cli.options import Json, ModelPath, Plan, PlanOption, TargetName
+from npulab.cli.plan_options import (
+    Channels,
+    ChannelsOption,
+    Features,
+    NoImageCache,
+    NoKernelCache,
+    NoZeroRuns,
+    plan_options,
+)
 
 if TYPE_CHECKING:
     from npulab.program.types import Program
@@ -17,6 +27,14 @@ def compile(
     model: ModelPath,
     target: TargetName,
     plan: PlanOption = Plan.BEST,
+    no_zero_runs: NoZeroRuns = False,
+    channels: ChannelsOption = Channels.ANY,
+    no_kernel_cache: NoKernelCache = False,
+    no_image_cache: NoImageCache = False,
+    feature: Features = None,
+    search_log: Annotated[Path | None, typer.Option(
+        "--search-log", metavar="FILE", show_default=False,
+        help="Keep the search's answers here, and go on from there.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE.npu",
                                                 help="Write the program here.", show_default=False)] = None,
     dump: Annotated[Path | None, typer.Option("--dump", metavar="DIR", show_default=False,
@@ -28,7 +46,10 @@ def compile(
     from npulab.cli.printing import write_json
     from npulab.program.dump import dump as write_dump
 
-    program = api.compile(model, target, plan.plan_name)
+    options = plan_options(no_zero_runs, channels, no_kernel_cache, no_image_cache, feature)
+    if search_log is not None:
+        options = replace(options, search_log=str(search_log))
+    program = api.compile(model, target, plan.plan_name, options=options)
     if output is not None:
         api.write_program(program, output)
     if dump is not None:
@@ -60,7 +81,8 @@ def as_data(program: Program) -> dict[str, Any]:
             "download_bytes": sum(t.size for t in s.downloads) if isinstance(s, NpuStep) else 0,
         })
     return {
-        "target": program.target, "plan": program.plan, "model": program.model, "digest": program.digest,
+        "target": program.target, "plan": program.plan, "options": program.options, "model": program.model,
+        "digest": program.digest,
         "steps": steps, "memory": _memory(program),
         "host_nodes": [{"node": h.node, "op": h.op, "reasons": list(h.reasons)} for h in program.host_nodes],
     }
@@ -70,7 +92,7 @@ def print_summary(program: Program) -> None:
     from npulab.cli.printing import amount, listed, say, table
 
     data = as_data(program)
-    say(f"{program.model} for {program.target}, plan {program.plan}")
+    say(f"{program.model} for {program.target}, plan {program.plan}{said_options(program)}")
     say()
     table([">step", "where", "operators+", ">jobs", ">MACs", ">up B", ">down B"], [
         (s["step"], s["where"], listed(s["ops"]), *(
@@ -84,6 +106,11 @@ def print_summary(program: Program) -> None:
         say()
         table([">node", "operator", "why the host runs it+"],
               [(h.node, h.op, "\n".join(h.reasons)) for h in program.host_nodes])
+
+
+def said_options(program: Program) -> str:
+    """', no-zero-runs, channels multiple-of-cores': what is not default."""
+    return "".join(f", {name}" if value == "on" else f", {name} {value}" for name, value in program.options.items())
 
 
 def _memory(program: Program) -> dict[str, int]:

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from npulab.cli.compile import said_options
 from npulab.cli.options import Json, Plan, PlanOption
+from npulab.cli.plan_options import (
+    Channels,
+    ChannelsOption,
+    Features,
+    NoImageCache,
+    NoKernelCache,
+    NoZeroRuns,
+    plan_options,
+)
 
 if TYPE_CHECKING:
     from npulab.ir import Graph
@@ -18,6 +28,7 @@ if TYPE_CHECKING:
     from npulab.runtime.compare import Difference
     from npulab.runtime.images import Prepared
     from npulab.runtime.session import StepRecord
+    from npulab.targets.target import PlanOptions
 
 
 class Compare(enum.StrEnum):
@@ -39,6 +50,11 @@ def run(
     target: Annotated[str | None, typer.Option("--target", metavar="NAME", show_default=False,
                                                help="The chip; a .npu program knows its own.")] = None,
     plan: PlanOption = Plan.BEST,
+    no_zero_runs: NoZeroRuns = False,
+    channels: ChannelsOption = Channels.ANY,
+    no_kernel_cache: NoKernelCache = False,
+    no_image_cache: NoImageCache = False,
+    feature: Features = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", show_default=False,
                                                 help="Write the outputs: .npz, or .npy if there is one.")] = None,
     compare: Annotated[Compare | None, typer.Option(
@@ -66,7 +82,8 @@ def run(
     from npulab.runtime import answers
     from npulab.runtime.compare import compare_outputs
 
-    program, graph = _program(model, target, plan)
+    options = plan_options(no_zero_runs, channels, no_kernel_cache, no_image_cache, feature)
+    program, graph = _program(model, target, plan, options)
     if compare and graph is None:
         raise UsageError("--compare needs the model, which a .npu file does not hold", try_="run the .tflite file")
     if output is not None:
@@ -108,25 +125,28 @@ def run(
         raise typer.Exit(1)
 
 
-def _program(path: Path, target: str | None, plan: Plan) -> tuple[Program, Graph | None]:
+def _program(path: Path, target: str | None, plan: Plan, options: PlanOptions) -> tuple[Program, Graph | None]:
     """What to run, and the model it came from if that is at hand."""
     from npulab import api
     from npulab.cli.printing import progress
     from npulab.errors import UsageError
     from npulab.program.container import is_program
-    from npulab.targets.target import all_targets
+    from npulab.targets.target import PlanOptions, all_targets
 
     if is_program(path):
         program = api.read_program(path)
         if target is not None and target != program.target:
             raise UsageError(f"{path} is for another target", want=program.target, got=target)
+        if options != PlanOptions():
+            raise UsageError(f"{path} is compiled already; options of the plan come too late",
+                             try_="run the .tflite file with them")
         return program, None
     if target is None:
         raise UsageError("a model needs a target", want=", ".join(sorted(all_targets())),
                          try_=f"--target {min(all_targets())}")
     graph = api.load(path)
     progress(f"compiling {graph.name} for {target}")
-    return api.compile(graph, target, plan.plan_name), graph
+    return api.compile(graph, target, plan.plan_name, options=options), graph
 
 
 def _inputs(program: Program, given: list[str], fit: Fit, normalize: str | None
@@ -260,7 +280,8 @@ def _layers(program: Program, graph: Graph, arrays: dict[str | int, Any], known:
 def _as_data(program: Program, notes: list[tuple[str, str]], labels: Labels | None, answer: Answer,
              records: list[StepRecord]) -> dict[str, Any]:
     return {
-        "target": program.target, "plan": program.plan, "model": program.model, "digest": program.digest,
+        "target": program.target, "plan": program.plan, "options": program.options,
+        "model": program.model, "digest": program.digest,
         "inputs": [{"name": n, "done": done} for n, done in notes],
         "outputs": [asdict(t) for t in answer.tensors],
         "classes": None if answer.classes is None else [asdict(g) for g in answer.classes],
@@ -273,7 +294,7 @@ def _as_data(program: Program, notes: list[tuple[str, str]], labels: Labels | No
 def _print(program: Program, notes: list[tuple[str, str]], answer: Answer, records: list[StepRecord]) -> None:
     from npulab.cli.printing import amount, listed, say, table
 
-    say(f"{program.model} for {program.target}, plan {program.plan}")
+    say(f"{program.model} for {program.target}, plan {program.plan}{said_options(program)}")
     for name, done in notes:
         say(f"{name}  {done}")
     say()

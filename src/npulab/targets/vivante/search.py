@@ -27,7 +27,7 @@ from npulab.program.types import Choice
 from npulab.targets.vivante.caching import Image, cache
 from npulab.targets.vivante.chips import AXI_SRAM_ADDRESS
 from npulab.targets.vivante.coefficients_v7 import Weights
-from npulab.targets.vivante.jobs import Box, Job, NNJob, Place, TPJob
+from npulab.targets.vivante.jobs import Job, NNJob, Place, TPJob
 from npulab.targets.vivante.options import EncodeOptions
 from npulab.targets.vivante.search_log import Answer, SearchLog
 from npulab.targets.vivante.tiling import Tiling, cdiv, interleave, tile
@@ -171,7 +171,7 @@ def search(job: NNJob, speeds: Speeds, options: EncodeOptions) -> tuple[Variant,
                      for i, p in enumerate(sizes)))
     for _, i in ranked[:FINALISTS]:
         piece = sizes[i]
-        one = pieces(job, piece)[0] if piece else job
+        one = _piece(job, 0, piece) if piece else job
         for tiling in tilings(one, speeds, "tiles" in options.features):
             for image in IMAGES if options.image_cache and tiling.superblocks > 1 else IMAGES[:1]:
                 variant = Variant(piece, tiling, image)
@@ -188,7 +188,7 @@ def confirmed(job: NNJob, found: Variant, speeds: Speeds,
     if found != default:
         if found.piece and not (found.piece in PIECES and can_cut(job) and found.piece < job.output.z):
             return None
-        one = pieces(job, found.piece)[0] if found.piece else job
+        one = _piece(job, 0, found.piece) if found.piece else job
         if found.tiling not in list(tilings(one, speeds, "tiles" in options.features)):
             return None
     saved = cost(job, default, speeds, options) - cost(job, found, speeds, options)
@@ -207,23 +207,21 @@ def can_cut(job: NNJob) -> bool:
 
 def pieces(job: NNJob, size: int) -> list[NNJob]:
     """The job cut into pieces of `size` output channels, each over the input channels that its kernels look at."""
-    w, out = job.weights, []
-    for a in range(0, w.out_c, size):
-        b = min(a + size, w.out_c)
-        low, high = int(w.first[a:b].min()), int(w.first[a:b].max()) + w.values.shape[1]
-        if high - low == 1 < w.in_c:  # the engine takes a job over one plane otherwise: give it a neighbour
-            low, high = (low - 1, high) if low else (low, high + 1)
-        out.append(replace(
-            job, source=Place(job.source.tensor, job.source.offset + low * job.input.plane),
-            result=Place(job.result.tensor, job.result.offset + a * job.output.plane),
-            input=_deep(job.input, high - low), output=_deep(job.output, b - a), bias=job.bias[a:b],
-            weights=Weights(w.values[a:b], w.first[a:b] - low, high - low, w.filler),
-        ))
-    return out
+    return [_piece(job, a, min(a + size, job.weights.out_c)) for a in range(0, job.weights.out_c, size)]
 
 
-def _deep(box: Box, z: int) -> Box:
-    return replace(box, z=z)
+def _piece(job: NNJob, a: int, b: int) -> NNJob:
+    """Output channels a..b of a job."""
+    w = job.weights
+    low, high = int(w.first[a:b].min()), int(w.first[a:b].max()) + w.values.shape[1]
+    if high - low == 1 < w.in_c:  # a job over one plane is another kind of job: give it a neighbour
+        low, high = (low - 1, high) if low else (low, high + 1)
+    return replace(
+        job, source=Place(job.source.tensor, job.source.offset + low * job.input.plane),
+        result=Place(job.result.tensor, job.result.offset + a * job.output.plane),
+        input=replace(job.input, z=high - low), output=replace(job.output, z=b - a), bias=job.bias[a:b],
+        weights=Weights(w.values[a:b], w.first[a:b] - low, high - low, w.filler),
+    )
 
 
 def realize(job: NNJob, variant: Variant, speeds: Speeds) -> list[NNJob]:
@@ -290,9 +288,9 @@ def cost(job: NNJob, variant: Variant, speeds: Speeds, options: EncodeOptions) -
     """Nanoseconds of all pieces, by the timing model, with the sizes of streams estimated."""
     size = variant.piece or job.weights.out_c
     whole, rest = divmod(job.weights.out_c, size)
-    some = [(pieces(job, size)[0] if variant.piece else job, whole)]
+    some = [(_piece(job, 0, size) if variant.piece else job, whole)]
     if rest:
-        some.append((pieces(job, size)[-1], 1))
+        some.append((_piece(job, whole * size, job.weights.out_c), 1))
     total = 0
     for one, times in some:
         tiling = _fitted(one, variant, speeds)
