@@ -17,6 +17,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from npulab.cli.atlas import atlas
 from npulab.cli.check import check
 from npulab.cli.compile import compile
 from npulab.cli.disasm import disasm
@@ -29,8 +30,8 @@ app = typer.Typer(
     name="npulab", add_completion=False, rich_markup_mode=None, no_args_is_help=True, pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (run, check, compile, disasm, replay, targets):
-    app.command(no_args_is_help=verb is not targets)(verb)
+for verb in (run, check, compile, atlas, disasm, replay, targets):
+    app.command(no_args_is_help=verb not in (atlas, targets))(verb)
 
 
 def _print_version(asked: bool) -> None:
