@@ -362,6 +362,22 @@ def test_a_file_that_is_no_search_log_is_refused_and_kept(content, tmp_path):
     assert log.read_bytes() == content
 
 
+def test_the_host_can_be_measured_here():
+    g = graph_of(tame, 1)
+    options = PlanOptions(channels="multiple-of-cores")
+    modelled = api.profile(g, options=options)
+    measured = api.profile(g, options=options, measure_host=True)
+
+    host = [s for s in measured.spans if s.unit == "host"]
+    assert host
+    assert measured.host == "this machine, measured"
+    assert "measured on this machine" in measured.witness
+    assert [s for s in measured.spans if s.unit != "host"] == [s for s in modelled.spans if s.unit != "host"]
+    assert sum(r.ns for r in measured.rows) == measured.total_ns
+    low, high = measured.interval_ns
+    assert low <= measured.total_ns <= high
+
+
 # errors
 
 

@@ -63,8 +63,10 @@ def _compile(graph: Graph, chip: Target, plan: PlanName, keep_all: bool = False,
 
 
 def profile(model: Program | Graph | str | os.PathLike[str], target: str = "a311d", plan: PlanName = "best",
-            options: PlanOptions | None = None, what_if: Settings | None = None) -> Profile:
+            options: PlanOptions | None = None, what_if: Settings | None = None, measure_host: bool = False) -> Profile:
     """Where the time of one inference goes, by the target's timing model.
+
+    `measure_host` runs the host's operators here, instead of modelling the CPU of a board.
 
     `what_if` replaces numbers of the chip: "dram_bandwidth" (B/s), "clock" (Hz), "sram" (B), "nn_cores". For a Program
     only the first two; its commands were made for the others.
@@ -88,7 +90,12 @@ def profile(model: Program | Graph | str | os.PathLike[str], target: str = "a311
     else:
         chip = find_target(target).with_settings(settings)
         program = _compile(_graph(model), chip, plan, options=options)
-    return join(program, chip.title, chip.timing(program), settings)
+    timing = chip.timing(program)
+    if measure_host:
+        from npulab.profile.measure import with_measured_host
+
+        timing = with_measured_host(program, timing)
+    return join(program, chip.title, timing, settings)
 
 
 def read_program(path: str | os.PathLike[str] | bytes) -> Program:

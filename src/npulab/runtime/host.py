@@ -24,14 +24,16 @@ class HostModel:
     The kernels are the reference ones; a model with an operator that has none gets LiteRT's default kernels, without a
     delegate. State that the model keeps (an LSTM's) is cleared before each run: equal input gives equal output.
 
+    `quick` asks for LiteRT's default kernels instead, for timing them: their results differ by a step here and there.
+
     Raises: UnsupportedError if LiteRT is not installed, or refuses the model; `what` names it in messages.
     """
 
-    def __init__(self, model: bytes | memoryview, what: str, keep_all: bool = False) -> None:
+    def __init__(self, model: bytes | memoryview, what: str, keep_all: bool = False, quick: bool = False) -> None:
         interpreter, kernels = _litert()
         self.what = what
         refusal = None
-        for kind in (kernels.BUILTIN_REF, kernels.BUILTIN_WITHOUT_DEFAULT_DELEGATES):
+        for kind in (kernels.AUTO if quick else kernels.BUILTIN_REF, kernels.BUILTIN_WITHOUT_DEFAULT_DELEGATES):
             try:
                 self._interpreter = interpreter(model_content=bytes(model), num_threads=1,
                                                 experimental_op_resolver_type=kind,
