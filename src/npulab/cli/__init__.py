@@ -19,8 +19,11 @@ import typer
 
 from npulab.cli.atlas import atlas
 from npulab.cli.check import check
+from npulab.cli.cliffs import cliffs
+from npulab.cli.compare import compare
 from npulab.cli.compile import compile
 from npulab.cli.disasm import disasm
+from npulab.cli.profile import profile
 from npulab.cli.replay import replay
 from npulab.cli.run import run
 from npulab.cli.targets import targets
@@ -30,7 +33,7 @@ app = typer.Typer(
     name="npulab", add_completion=False, rich_markup_mode=None, no_args_is_help=True, pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (run, check, compile, atlas, disasm, replay, targets):
+for verb in (run, check, compile, profile, compare, cliffs, atlas, disasm, replay, targets):
     app.command(no_args_is_help=verb not in (atlas, targets))(verb)
 
 

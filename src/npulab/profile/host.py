@@ -19,8 +19,8 @@ SPREAD = 2.0
 """A host time is expected between a half and the double of what is modelled."""
 
 _MOVES = frozenset({"RESHAPE", "SQUEEZE", "EXPAND_DIMS", "QUANTIZE", "DEQUANTIZE", "CONCATENATION", "TRANSPOSE",
-                    "SPLIT", "SPLIT_V", "SLICE", "STRIDED_SLICE", "GATHER", "PAD", "PADV2", "PACK", "UNPACK", "CAST", "TILE",
-                    "SPACE_TO_DEPTH", "DEPTH_TO_SPACE", "RESIZE_NEAREST_NEIGHBOR", "SHAPE"})
+                    "SPLIT", "SPLIT_V", "SLICE", "STRIDED_SLICE", "GATHER", "PAD", "PADV2", "PACK", "UNPACK", "CAST",
+                    "TILE", "SPACE_TO_DEPTH", "DEPTH_TO_SPACE", "RESIZE_NEAREST_NEIGHBOR", "SHAPE"})
 """Operators that move bytes and compute next to nothing. A RESHAPE is a copy too when its output is the host's."""
 
 

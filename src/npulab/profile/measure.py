@@ -21,8 +21,9 @@ RUNS = 7
 
 
 def with_measured_host(program: Program, timing: Timing) -> Timing:
-    """The timing with each host step's time measured here: the median of RUNS, after one to warm up; inputs are zeros. The
-    kernels are LiteRT's default ones, on one thread.
+    """The timing with each host step's time measured here: the median of RUNS, after one to warm up.
+
+    Inputs are zeros; the kernels are LiteRT's default ones, on one thread.
 
     A step's time is shared out to its operators as the model does. The interval takes the fastest and the slowest run.
 

@@ -92,24 +92,24 @@ class VivanteTarget:
                             options.features)
         search = Search(timing.Speeds.of(self.chip, self.settings), how,
                         SearchLog(options.search_log) if options.search_log else None)
-        steps: list[Region | HostStep] = []
-        for part in parts:
-            if not part.on_npu:
-                nodes = tuple(n.index for n in part.nodes)
-                steps.append(HostStep(nodes, part.inputs, part.outputs,
-                                      cut(graph, nodes, part.inputs, part.outputs)))
-            elif plan == "reference":
-                steps.append(reference.lower(graph, part, self.chip, mended=options.channels != "any"))
-            else:
-                steps.append(best.lower(graph, part, self.chip, keep_all, search))
         host = [HostNode(v.node, v.op, tuple(str(r) for r in v.reasons)) for v in verdicts if v.where == "host"]
         try:
+            steps = [self._step(graph, plan, options, part, search, keep_all) for part in parts]
             program = encode(graph, self.name, plan, self.chip, steps, host, how)
         except InvariantError as e:  # a descriptor field, which names its bits and its source
             advice = {"try_": "--plan best"} if plan == "reference" else {}
             raise CapacityError(f"'{graph.name}' does not fit the engine: {e.message}", **e.facts, **advice) from e
         choices = tuple(c for s in steps if isinstance(s, Region) for c in s.choices)
         return msgspec.structs.replace(program, options=options.as_text(), choices=choices)
+
+    def _step(self, graph: Graph, plan: PlanName, options: PlanOptions, part: Part, search: Search,
+              keep_all: bool) -> Region | HostStep:
+        if not part.on_npu:
+            nodes = tuple(n.index for n in part.nodes)
+            return HostStep(nodes, part.inputs, part.outputs, cut(graph, nodes, part.inputs, part.outputs))
+        if plan == "reference":
+            return reference.lower(graph, part, self.chip, mended=options.channels != "any")
+        return best.lower(graph, part, self.chip, keep_all, search)
 
     def _check_features(self, plan: PlanName, options: PlanOptions) -> None:
         unknown = sorted(options.features - FEATURES.keys())

@@ -1,0 +1,1 @@
+"""Graphs to Graphs: the same network, or a part of it, at another size."""
