@@ -494,3 +494,27 @@ def test_replacing_a_speed_changes_only_its_terms():
     slow = replace(speeds, dram_bandwidth=speeds.dram_bandwidth / 2).terms(c)
     assert slow["activations"] == pytest.approx(2 * speeds.terms(c)["activations"], abs=2)
     assert slow["macs"] == speeds.terms(c)["macs"]
+
+
+@pytest.mark.parametrize("options", [PlanOptions(), PlanOptions(features=frozenset(FEATURES))], ids=["plain", "features"])
+@pytest.mark.parametrize("plan", ["best", "reference"])
+def test_useful_multiplications_are_those_of_the_source_operators(plan, options):
+    if plan == "reference":
+        options = PlanOptions()
+    n = Layers(2, False)
+    a = n.conv(n.input(1, 96, 96, 3), 48, (3, 3), stride=2)
+    b = n.depthwise(a, (3, 3), stride=2)
+    c = n.conv(n.conv(b, 40, (1, 1)), 64, (5, 5))
+    p = api.profile(npulab.load(n.build(c)), plan=plan, options=options)
+
+    assert [r.macs_useful for r in p.rows if r.node is not None] == [
+        48 * 48 * 48 * 27, 24 * 24 * 48 * 9, 24 * 24 * 40 * 48, 24 * 24 * 64 * 40 * 25]
+
+
+def test_stripes_do_not_count_their_seams_as_useful(monkeypatch):
+    monkeypatch.setattr("npulab.targets.vivante.on_chip._resident", _nothing_but_stripes)
+    g = graph_of(deep, 1)
+    plain, other = api.profile(g), api.profile(g, options=PlanOptions(features=frozenset({"cascade"})))
+
+    assert len(other.spans) > len(plain.spans)
+    assert [r.macs_useful for r in plain.rows] == [r.macs_useful for r in other.rows]

@@ -25,14 +25,18 @@ if TYPE_CHECKING:
     from npulab.targets.target import PlanOptions
 
 
+MODELS = (".tflite", ".npu", ".onnx")
+"""Names that a report cannot be meant to have."""
+
+
 def profile(
     model: Annotated[Path, typer.Argument(metavar="MODEL", show_default=False,
                                           help="A .tflite file, or a .npu program.")],
     target: Annotated[str | None, typer.Option("--target", metavar="NAME", show_default=False,
                                                help="The chip; a .npu program knows its own.")] = None,
     plan: Annotated[Plan | None, typer.Option(
-        "--plan", show_default="best",
-        help="best: npulab's own; reference: what the open driver does.")] = None,
+        "--plan", show_default=False,
+        help="best, the default: npulab's own; reference: what the open driver does.")] = None,
     no_zero_runs: NoZeroRuns = False,
     channels: ChannelsOption = Channels.ANY,
     no_kernel_cache: NoKernelCache = False,
@@ -44,6 +48,8 @@ def profile(
     trace: Annotated[Path | None, typer.Option(
         "--trace", metavar="FILE.json", show_default=False,
         help="Write a trace for Perfetto or chrome://tracing.")] = None,
+    measure_host: Annotated[bool, typer.Option(
+        "--measure-host", help="Run the host's operators here and take their time; otherwise it is modelled.")] = False,
     all_: Annotated[bool, typer.Option("--all", help="Show every operator, not only 95 % of the time.")] = False,
     json: Json = False,
 ) -> None:
@@ -54,13 +60,13 @@ def profile(
     from npulab.program.files import write_atomically
     from npulab.report.terminal import print_profile
 
-    for path, option, suffixes in ((html, "--html", (".html", ".htm")), (trace, "--trace", (".json",))):
-        if path is not None and path.suffix.lower() not in suffixes:
-            raise UsageError(f"{option} does not write {path}", want=f"a name that ends in {suffixes[0]}")
+    for path, option, suffix in ((html, "--html", ".html"), (trace, "--trace", ".json")):
+        if path is not None and path.suffix.lower() in MODELS:
+            raise UsageError(f"{option} does not write {path}", want=f"a name like {path.stem}{suffix}")
         if path is not None and path.exists() and model.exists() and path.samefile(model):
             raise UsageError(f"{option} would write over the model", where=path, try_="another name")
     options = plan_options(no_zero_runs, channels, no_kernel_cache, no_image_cache, feature)
-    found = _profile(model, target, plan, options, parse_settings(settings or []))
+    found = _profile(model, target, plan, options, parse_settings(settings or []), measure_host)
     if html is not None:
         from npulab.report.html import to_html
 
@@ -79,7 +85,7 @@ def profile(
 
 
 def _profile(path: Path, target: str | None, plan: Plan | None, options: PlanOptions,
-             settings: dict[str, float | int]) -> Profile:
+             settings: dict[str, float | int], measure_host: bool) -> Profile:
     from npulab import api
     from npulab.cli.printing import progress
     from npulab.errors import UsageError
@@ -93,9 +99,9 @@ def _profile(path: Path, target: str | None, plan: Plan | None, options: PlanOpt
         if options != PlanOptions() or plan not in (None, program.plan):
             raise UsageError(f"{path} is compiled already; options of the plan come too late",
                              try_="profile the .tflite file with them")
-        return api.profile(program, program.target, what_if=settings)
+        return api.profile(program, program.target, what_if=settings, measure_host=measure_host)
     if target is None:
         raise UsageError("a model needs a target", want=", ".join(sorted(all_targets())),
                          try_=f"--target {min(all_targets())}")
     progress(f"compiling {path} for {target}")
-    return api.profile(path, target, (plan or Plan.BEST).plan_name, options, settings)
+    return api.profile(path, target, (plan or Plan.BEST).plan_name, options, settings, measure_host)

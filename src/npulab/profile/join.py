@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from npulab.errors import ModelError
@@ -48,30 +49,36 @@ def _row(node: int | None, op: str, spans: list[Span], peak: float) -> Row:
     ns = sum(s.ns for s in spans)
     useful = sum(s.macs_useful for s in spans)
     units = dict.fromkeys(s.unit for s in spans)
-    longest = max(spans, key=lambda s: s.ns, default=None)
     return Row(
-        node, op, longest.name if longest else "", "+".join(units) or "none", ns, _bound(spans), terms, gains,
+        node, op, _shape(spans), "+".join(units) or "none", ns, _bound(spans), terms, gains,
         sum(s.macs for s in spans), useful, _sum(s.waste for s in spans), _sum(s.dram for s in spans),
         _sum(s.sram for s in spans), useful / (peak * ns * 1e-9) if ns else 0.0,
     )
 
 
+def _shape(spans: Sequence[Span]) -> str:
+    """What the row's longest kind of work looks like; '12 of 20x20x64 -> 20x20x64, 5x5' where it is in pieces."""
+    own = [s for s in spans if s.unit == "nn"] or spans
+    if not own:
+        return ""
+    counts = Counter(s.name for s in own)
+    name = max(own, key=lambda s: s.ns * counts[s.name]).name
+    return f"{counts[name]} of {name}" if counts[name] > 1 else name
+
+
+def charged(terms: Mapping[Term, int]) -> dict[Term, int]:
+    """Nanoseconds of a span by the resource that costs them: of what overlaps, the longest. Their sum is the span's."""
+    dram: dict[Term, int] = {t: terms.get(t, 0) for t in ("weights", "activations")}
+    beside: list[dict[Term, int]] = [{t: terms.get(t, 0)} for t in BESIDE_DRAM]
+    longest = max((dram, *beside), key=lambda part: sum(part.values()))
+    parts = longest | {t: terms.get(t, 0) for t in IN_TURN}
+    return {t: parts[t] for t in TERMS if parts.get(t)}
+
+
 def _bound(spans: Iterable[Span]) -> str:
-    """The term that most of the time goes to: of what overlaps in a span, the longest has it all."""
-    cost: dict[Term, int] = dict.fromkeys(TERMS, 0)
-    for s in spans:
-        t = s.terms.get
-        dram = t("weights", 0) + t("activations", 0)
-        others = max(t("macs", 0), t("sram", 0), t("tp", 0))
-        if dram >= others:
-            cost["weights"] += t("weights", 0)
-            cost["activations"] += t("activations", 0)
-        else:
-            cost[max(BESIDE_DRAM, key=lambda name: s.terms.get(name, 0))] += others
-        for name in IN_TURN:
-            cost[name] += t(name, 0)
-    best = max(TERMS, key=lambda name: cost[name])
-    return best if cost[best] else "none"
+    """The term that most of the time goes to."""
+    cost = _sum(charged(s.terms) for s in spans)
+    return max((t for t in TERMS if t in cost), key=lambda t: cost[t], default="none")
 
 
 def _without(terms: Mapping[Term, int], term: Term) -> dict[Term, int]:
@@ -86,13 +93,10 @@ def _sum(parts: Iterable[Mapping[K, int]]) -> dict[K, int]:
     return out
 
 
-def by_bound(profile: Profile) -> dict[str, int]:
-    """Term -> ns of the rows that it bounds, largest first."""
-    out: dict[str, int] = {}
-    for r in profile.rows:
-        if r.ns:
-            out[r.bound] = out.get(r.bound, 0) + r.ns
-    return dict(sorted(out.items(), key=lambda item: -item[1]))
+def by_bound(profile: Profile) -> dict[Term, int]:
+    """Term -> nanoseconds that it costs, largest first. They add up to the program's."""
+    cost = _sum(charged(s.terms) for s in profile.spans)
+    return dict(sorted(cost.items(), key=lambda item: (-item[1], TERMS.index(item[0]))))
 
 
 def gains(profile: Profile) -> dict[Term, int]:

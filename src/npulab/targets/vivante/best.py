@@ -218,7 +218,8 @@ class _Lowering:
         source = self.as_planar(node.inputs[0], node)
         h, w, in_c = extents(values[node.inputs[0]])
         out_h, out_w, out_c = extents(out)
-        weights = dilated(self.weights(node, in_c), op.dilation)
+        asked = self.weights(node, in_c)
+        weights = dilated(asked, op.dilation)
         _, _, ky, kx = weights.values.shape
         pad_y, pad_x = convolution_pads(self.graph, node)
         stride = op.stride[0]
@@ -241,6 +242,7 @@ class _Lowering:
             node, "depthwise" if depthwise else "convolution", source, self.planar[out.index], image,
             Box(out_w, out_h, out_c), weights, conv_scale(values[node.inputs[0]], scale_of(kernel), out),
             activation=op.activation, offset=(-pad_y, -pad_x), first_pixel=first_pixel, stride=stride,
+            taps=asked.values[0].size,
         )
 
     def weights(self, node: Node, in_c: int) -> Weights:
@@ -261,7 +263,7 @@ class _Lowering:
 
     def convolve(self, node: Node, role: str, source: Held, result: Held, image: Box, out: Box, weights: Weights,
                  scale: float, *, activation: Activation, offset: tuple[int, int] = (0, 0), first_pixel: bool = False,
-                 stride: int = 1) -> None:
+                 stride: int = 1, taps: int = 0) -> None:
         _, _, ky, kx = weights.values.shape
         order: Order = "pointwise" if kx == ky == 1 else "spatial" if weights.in_c > 1 else "single"
         doubled = 2 if first_pixel else 1
@@ -271,7 +273,7 @@ class _Lowering:
             stride=stride, relu=activation in ("relu", "relu6"), in_zp=source.zero_point, out_zp=result.zero_point,
             weight_zp=weights.filler, scale=scale, weights=weights, bias=bias_of(self.graph, node, weights.out_c),
             order=order, split=kx > 3, tile_extent=(out.x * doubled, out.y * doubled), tile_kernel=(kx, ky),
-            zero_runs=order != "pointwise",
+            zero_runs=order != "pointwise", taps=taps,
         ))
 
     @staticmethod

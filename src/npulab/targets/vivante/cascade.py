@@ -101,11 +101,12 @@ def striped(jobs: Sequence[Job], chain: Sequence[Stage], count: int, new: int) -
         needs.append(own[::-1])
     pitches = [max(end - top for top, end in (need[i] for need in needs)) for i in range(len(heads) - 1)]
     out: list[NNJob] = []
-    for need in needs:
+    for k, need in enumerate(needs):
         for i, stage in enumerate(chain):
+            again = max(0, needs[k - 1][i][1] - need[i][0]) if k else 0
             for job in jobs[stage.first : stage.last]:
                 assert isinstance(job, NNJob)
-                out.append(_stripe(job, need[i],
+                out.append(_stripe(job, need[i], again,
                                    None if i == 0 else (new + i - 1, pitches[i - 1], need[i - 1][0]),
                                    None if i == len(chain) - 1 else (new + i, pitches[i])))
     sizes = [_channels(jobs, s) * p * h.output.row
@@ -126,7 +127,7 @@ def input_rows(job: NNJob, top: int, end: int) -> tuple[int, int]:
     return max(0, first), min(job.input.y, last)
 
 
-def _stripe(job: NNJob, rows: tuple[int, int], source: tuple[int, int, int] | None,
+def _stripe(job: NNJob, rows: tuple[int, int], again: int, source: tuple[int, int, int] | None,
             result: tuple[int, int] | None) -> NNJob:
     """Rows top..end of a job's output. `source` (tensor, rows of its planes, first row it holds) and `result` (tensor,
     rows of its planes) replace whole tensors by buffers of a stripe."""
@@ -151,5 +152,5 @@ def _stripe(job: NNJob, rows: tuple[int, int], source: tuple[int, int, int] | No
         job, source=place_in, result=place_out, offset_y=offset_y,
         input=replace(job.input, y=last - first, x_stride=row_in, y_stride=pitch_in),
         output=replace(job.output, y=end - top, x_stride=row_out, y_stride=pitch_out),
-        tile_extent=(wide, (end - top) * step), tiling=None,
+        tile_extent=(wide, (end - top) * step), tiling=None, again=again,
     )

@@ -72,7 +72,7 @@ A311D = Chip(
     name="a311d", title="Amlogic A311D (VIPNano-QI.7120): Khadas VIM3, Libre Computer Alta",
     model=0x8000, revision=0x7120, generation=7, nn_cores=8, input_buffer_depth=12, accumulation_buffer_depth=64,
     vip_sram=0x80000, axi_sram=0x100000, zero_run_bits=5, tp_cores=4, kernel_max=11, offset_bits=4,
-    clock=800e6, clock_source="inferred from the 5 TOPS that the chip is sold with",
+    clock=800e6, clock_source="from the 5 TOPS that the chip is sold with",
     sram_width=32, host=CORTEX_A73,
 )
 

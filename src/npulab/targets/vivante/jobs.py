@@ -60,6 +60,8 @@ class NNJob:
     scale       in_scale * weight_scale / out_scale, as float32 arithmetic leaves it.
     bias        (out_c) int64, in steps of in_scale * weight_scale, before the input zero point is folded in.
     last_word   what follows the last weight instead of the plane's offset (the second operand's weight of an addition).
+    taps        multiplications that the model asks for, for an output; 0: as many as a kernel has weights.
+    again       rows of the output that another job has computed already.
     tiling      tiles and superblocks, where something better than the tiler's own was found.
     image       whether the input tile gets SRAM (caching.py).
     tile_extent output (x, y) that the tiler is told; the reference driver exchanges them on images that are not square.
@@ -90,14 +92,17 @@ class NNJob:
     tile_kernel: tuple[int, int]
     last_word: int | None = None
     zero_runs: bool = True
+    taps: int = 0
+    again: int = 0
     tiling: Tiling | None = None
     image: Image = "driver"
 
     @property
     def engine_macs(self) -> int:
         """Multiply-accumulates that the model asks for; zeros that lowering put in do not count."""
-        taps = int(np.prod(self.weights.values.shape))
-        return taps * self.output.x * self.output.y
+        w = self.weights.values
+        taps = self.taps or int(np.prod(w.shape[1:]))
+        return int(w.shape[0]) * taps * self.output.x * (self.output.y - self.again)
 
     def kernels(self, cores: int, superblocks: int) -> Kernels:
         """The streams' content: biases with the input zero point folded in, and each kernel's output offset."""

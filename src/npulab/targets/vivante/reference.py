@@ -167,6 +167,7 @@ class _Lowering:
             out_zp=unsigned_zero_point(out), weight_zp=zp, scale=conv_scale(data, scale_of(kernel), out),
             weights=weights, bias=bias_of(self.graph, node, out_c), order=order, split=split,
             tile_extent=(out_d1 * doubled, out_d2 * doubled), tile_kernel=(k1, k2), zero_runs=not pointwise,
+            taps=kernel.elements // out_c,
         ), size1 * size2 * weights.in_c, out_d1 * out_d2 * out_c)
         if detranspose:
             self.from_planar(node, target, out)

@@ -407,7 +407,7 @@ class Speeds:
         return (
             one("dram_bandwidth", self.dram_bandwidth, "B/s", "fitted", fitted),
             one("zero_cost", self.zero_cost, "slots", "fitted", fitted),
-            one("clock", self.clock, "Hz", "stated", chip.clock_source),
+            one("clock", self.clock, "Hz", "inferred", chip.clock_source),
             one("nn_cores", chip.nn_cores, "", "stated", "Mesa's hardware database"),
             one("sram", chip.vip_sram, "B", "stated", "Mesa's hardware database"),
             one("sram_bandwidth", self.sram_bandwidth, "B/s", "stated",
