@@ -21,7 +21,7 @@ from npulab.targets.vivante.chips import A311D, LIMITS
 from npulab.targets.vivante.machine import VirtualNPU
 from npulab.targets.vivante.nn import NNDescriptor
 from npulab.targets.vivante.options import FEATURES
-from shared import MODELS, needs_shared
+from shared import MODELS, model_files, needs_shared
 
 pytest.importorskip("ai_edge_litert", reason="host steps run in LiteRT: pip install 'npulab[litert]'")
 
@@ -474,6 +474,14 @@ def test_recorded_counts_are_those_of_the_models():
 
 
 @needs_shared
+@pytest.mark.parametrize("file", [p for p in model_files() if p.parent.name == "quantized"], ids=lambda p: p.stem)
+def test_no_real_network_is_slower_than_under_the_driver(file):
+    g = npulab.load(file)
+
+    assert api.profile(g).total_ns <= api.profile(g, plan="reference").total_ns
+
+
+@needs_shared
 def test_the_best_plan_beats_the_proprietary_driver_by_the_model():
     """The proprietary driver's published 5.5 and 19.5 ms, with witnessed features alone."""
     v1 = api.profile(MODELS / "quantized" / "mobilenet_v1_1.0_224_quant.tflite")
@@ -496,7 +504,7 @@ def test_replacing_a_speed_changes_only_its_terms():
     assert slow["macs"] == speeds.terms(c)["macs"]
 
 
-@pytest.mark.parametrize("options", [PlanOptions(), PlanOptions(features=frozenset(FEATURES))], ids=["plain", "features"])
+@pytest.mark.parametrize("options", [PlanOptions(), PlanOptions(features=frozenset(FEATURES))], ids=["plain", "all"])
 @pytest.mark.parametrize("plan", ["best", "reference"])
 def test_useful_multiplications_are_those_of_the_source_operators(plan, options):
     if plan == "reference":

@@ -334,7 +334,7 @@ def _greedy(group: _Group, goal: int) -> tuple[list[int], int]:
 
 
 def _fit(group: _Group, order: Sequence[int], tight: bool) -> list[int]:
-    """Offsets when tensors are placed in this order, each in the lowest gap that takes it, or (`tight`) the smallest."""
+    """Offsets when tensors are placed in this order, each in the lowest gap that takes it, or if `tight` the least."""
     if group.pairs > PAIRS_MAX:
         return _fit_many(group, order, tight)
     at = _fit_below(group, order, tight, sum(group.size))

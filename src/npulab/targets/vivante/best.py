@@ -51,10 +51,11 @@ from npulab.targets.vivante.jobs import (
     NNJob,
     Place,
     Region,
+    Share,
     TPJob,
     requantization,
 )
-from npulab.targets.vivante.layout import from_planar, pad_planes, rescale_bytes, space_to_depth, to_planar
+from npulab.targets.vivante.layout import dealt, from_planar, pad_planes, rescale_bytes, space_to_depth, to_planar
 from npulab.targets.vivante.on_chip import Tensors, arrange
 from npulab.targets.vivante.reference import (
     WeightedSum,
@@ -124,9 +125,13 @@ class _Lowering:
         self.linear: dict[int, Held] = {}
         self.uploads: dict[int, Border] = {}
 
+    def shares(self, elements: int) -> int:
+        """TP cores for a job of that many elements; a share of a few would only be started for nothing."""
+        return max(1, min(self.chip.tp_cores, elements // SHARE_LEAST))
+
     def cores(self, elements: int) -> int:
-        """TP cores for a transpose of that many elements; a share of a few would only be started for nothing."""
-        return max(1, min(self.chip.tp_cores, elements // SHARE_LEAST)) if "tp-split" in self.features else 1
+        """TP cores for a transpose, which the driver never cuts."""
+        return self.shares(elements) if "tp-split" in self.features else 1
 
     # tensors and their two layouts
 
@@ -184,7 +189,10 @@ class _Lowering:
 
     def rescale(self, held: Held, to: Place, size: int, zero_point: int, ratio: float, node: Node) -> None:
         multiplier, shift = requantization(ratio)
-        shares = rescale_bytes(size, held.zero_point, zero_point, multiplier, shift - 15)
+        shares = tuple(
+            Share(first + s.source, first + s.result, s.fields)
+            for first, count in dealt(size, self.shares(size))
+            for s in rescale_bytes(count, held.zero_point, zero_point, multiplier, shift - 15))
         self.jobs.append(TPJob("rescale", (node.index,), Place(held.tensor), to, shares))
 
     # operators
@@ -365,12 +373,13 @@ class _Lowering:
         before, after = (int(pads[1, 0]), int(pads[2, 0])), (int(pads[1, 1]), int(pads[2, 1]))
         held = self.as_planar(data.index, node)
         result = Held(self.tensor(out.elements), unsigned_zero_point(out))
-        shares = pad_planes(h, w, c, before, after, held.zero_point, result.zero_point)
+        shares = pad_planes(h, w, c, before, after, held.zero_point, result.zero_point,
+                            self.shares(out.elements))
         multiplier, shift = requantization(float(scale_of(data) / scale_of(out)))
         scaled = {"alu_output_post_multiplier": multiplier, "alu_output_postshift": shift - 15}
         shares = tuple(replace(s, fields={**s.fields, **scaled}) for s in shares)
         self.planar[out.index] = result
-        self.jobs.append(TPJob("pad", (node.index,), Place(held.tensor), Place(result.tensor), shares))
+        self.jobs.append(TPJob("pad", (node.index,), Place(held.tensor), Place(result.tensor), shares, pad=True))
 
     def fully_connected(self, node: Node) -> None:
         op = node.op

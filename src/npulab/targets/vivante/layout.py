@@ -115,11 +115,11 @@ def space_to_depth(height: int, width: int, channels: int, out_y: int, out_x: in
 
 
 def pad_planes(height: int, width: int, channels: int, before: tuple[int, int], after: tuple[int, int],
-               in_zp: int, out_zp: int) -> tuple[Share, ...]:
-    """Planes with `before` and `after` (y, x) pixels of the zero point around them, on one core."""
+               in_zp: int, out_zp: int, cores: int = 1) -> tuple[Share, ...]:
+    """Planes with `before` and `after` (y, x) pixels of the zero point around them; planes dealt out to `cores`."""
     out_y, out_x = before[0] + height + after[0], before[1] + width + after[1]
-    return (Share(0, 0, {
-        "in_image_x_size": width, "in_image_y_size": height, "in_image_z_size": channels,
+    return tuple(Share(first * height * width, first * out_y * out_x, {
+        "in_image_x_size": width, "in_image_y_size": height, "in_image_z_size": planes,
         "in_image_stride": width, "in_image_slice": height * width,
         "in_window_x_start": -before[1], "in_window_x_end": width - 1 + after[1],
         "in_window_y_start": -before[0], "in_window_y_end": height - 1 + after[0],
@@ -129,7 +129,7 @@ def pad_planes(height: int, width: int, channels: int, before: tuple[int, int], 
         "out_loop_2_inc": out_x, "out_loop_2_count": out_y,
         "out_loop_6_inc": out_x * out_y,
         "in_zp": in_zp, "out_zp": out_zp,
-    }),)
+    }) for first, planes in dealt(channels, cores))
 
 
 def rescale_bytes(count: int, in_zp: int, out_zp: int, multiplier: int, shift: int) -> tuple[Share, ...]:
