@@ -27,8 +27,8 @@ def to_planar(height: int, width: int, channels: int, zero_point: int, cores: in
 
 
 def dealt(units: int, cores: int) -> list[tuple[int, int]]:
-    """(first, count) of each core's share; no share is empty."""
-    cores = min(cores, units)
+    """(first, count) of each core's share; none is empty, unless there is nothing to deal out."""
+    cores = max(1, min(cores, units))
     cuts = [units * i // cores for i in range(cores + 1)]
     return [(a, b - a) for a, b in pairwise(cuts)]
 
