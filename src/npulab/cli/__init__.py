@@ -26,6 +26,7 @@ from npulab.cli.disasm import disasm
 from npulab.cli.profile import profile
 from npulab.cli.replay import replay
 from npulab.cli.run import run
+from npulab.cli.sweep import sweep
 from npulab.cli.targets import targets
 from npulab.errors import NpulabError
 
@@ -33,7 +34,7 @@ app = typer.Typer(
     name="npulab", add_completion=False, rich_markup_mode=None, no_args_is_help=True, pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (run, check, compile, profile, compare, cliffs, atlas, disasm, replay, targets):
+for verb in (run, check, compile, profile, compare, cliffs, sweep, atlas, disasm, replay, targets):
     app.command(no_args_is_help=verb not in (atlas, targets))(verb)
 
 
