@@ -28,6 +28,7 @@ from npulab.sweep.points import Point, Record, failed, read_model, version
 CONNECT_SECONDS = 5.0
 WORKERLESS_SECONDS = 30.0
 """A cluster may lose its last worker and get another; this long is waited for one."""
+FETCH_SECONDS = 2.0
 AHEAD = 256
 """Points that the cluster has at a time, for few workers; four times its threads for many."""
 
@@ -142,14 +143,11 @@ def measure_all(points: Sequence[Point], files: Mapping[str, Path],
             while True:
                 ready.append(done.get_nowait())
         batch = []
-        for future in ready:
-            point = pending[future.key][0]
-            record = _outcome(client, future)
+        for future, record in _outcomes(client, ready):
             if record is None:
                 done.put(future)
-                continue
-            del pending[future.key]
-            batch.append((point, record))
+            else:
+                batch.append((pending.pop(future.key)[0], record))
         batch += send_ahead()
         if batch or _threads(client):
             seen = time.monotonic()
@@ -158,13 +156,27 @@ def measure_all(points: Sequence[Point], files: Mapping[str, Path],
                               got=f"none for {WORKERLESS_SECONDS:g} s", try_="start some with `dask worker`")
 
 
-def _outcome(client: Any, future: Any) -> Record | None:
-    """What a finished task gives; None if its result was lost with a worker, and is being made again."""
+def _outcomes(client: Any, futures: list[Any]) -> Iterator[tuple[Any, Record | None]]:
+    """What finished tasks give; None for those whose results have to be waited for, as they were lost with a worker."""
+    async def gather() -> Any:
+        return await client.gather(futures, asynchronous=True)
+
+    try:
+        answers = client.sync(gather, callback_timeout=FETCH_SECONDS)
+    except Exception:  # of which one? they are few
+        answers = None
+    late = False
+    for i, future in enumerate(futures):
+        record = None if late else _outcome(client, future, None if answers is None else answers[i])
+        late = record is None  # the others can wait too, while somebody looks whether there are workers at all
+        yield future, record
+
+
+def _outcome(client: Any, future: Any, answer: tuple[str | None, str, bytes] | None) -> Record | None:
     distributed = _distributed()
     try:
-        theirs, address, answer = future.result(timeout=2.0)
+        theirs, address, record = answer or future.result(timeout=FETCH_SECONDS)
     except (TimeoutError, distributed.TimeoutError):
-        _threads(client)
         return None
     except distributed.KilledWorker:
         return Record("failed", error_class="KilledWorker", error=(
@@ -178,7 +190,7 @@ def _outcome(client: Any, future: Any) -> Record | None:
     if theirs != version():
         raise DeviceError("a worker of the cluster has another npulab", where=address, got=theirs or "none",
                           want=version(), try_="install the same npulab on every worker, and start them again")
-    return msgspec.json.decode(answer, type=Record)
+    return msgspec.json.decode(record, type=Record)
 
 
 def _threads(client: Any) -> dict[str, int]:
