@@ -83,7 +83,8 @@ rows = {msgspec.json.encode(fit_rows).decode().replace(",", ", ")}
 # Twice the worst error over the rows that were not fitted ({100 * worst:.1f} %).
 spread = {spread:.2f}
 """.encode())
-    rows = (msgspec.json.encode(row) + b":[\n" + b",\n".join(map(_timed, spans)) + b"]" for row, spans in counts.items())
+    rows = (msgspec.json.encode(row) + b":[\n" + b",\n".join(map(_timed, spans)) + b"]"
+            for row, spans in counts.items())
     write_atomically(HERE / "ladder.json", b"{" + b",\n".join(rows) + b"}\n")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from npulab.profile.types import TERMS, Constant, Decision, Profile, Row, Span, span_ns
+from npulab.profiling.types import TERMS, Constant, Decision, Profile, Row, Span, span_ns
 
 PEAK = 2.4576e12
 CONSTANTS = (

@@ -13,7 +13,7 @@ from npulab.cli.cliffs import parse_range, plot, print_walk
 from npulab.cliffs import Part, Point, Walk, by_channels, by_resolution, cliffs_between, slack, walk, why
 from npulab.errors import CapacityError, UnsupportedError, UsageError
 from npulab.importers import load
-from npulab.profile.types import Span
+from npulab.profiling.types import Span
 from shared import MODELS, needs_shared
 
 DIGITS = str(Path(__file__).resolve().parents[1] / "src" / "npulab" / "samples" / "digits.tflite")

@@ -23,8 +23,8 @@ from npulab import api, cli
 from npulab.cli.plan_options import Channels, parse_settings, plan_options
 from npulab.cli.profile import profile as profile_verb
 from npulab.errors import UsageError
-from npulab.profile.join import as_data
-from npulab.profile.types import TERMS, Span, span_ns
+from npulab.profiling.join import as_data
+from npulab.profiling.types import TERMS, Span, span_ns
 from npulab.report import figures
 from npulab.report.chrome_trace import CHIP, PROGRAM, to_json, to_trace
 from npulab.report.html import to_html

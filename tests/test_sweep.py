@@ -25,7 +25,7 @@ from npulab import api
 from npulab.cli import run_arguments
 from npulab.cli.sweep import how
 from npulab.errors import DeviceError, ModelError, UnsupportedError, UsageError
-from npulab.profile.join import as_data
+from npulab.profiling.join import as_data
 from npulab.sweep import cluster, points, pool
 from npulab.sweep.grid import read_grid
 from npulab.sweep.points import NODE_COLUMNS, Point, Record, measure
@@ -114,6 +114,18 @@ def test_options_of_a_grid_are_all_of_the_plan_options_that_change_a_program(fol
     assert point == Point("digits.tflite", point.digest, "a311d", "best", OPTIONS, {})
     assert point.plan_options() == PlanOptions()
     assert {*point.options, "search_log"} == {f.name for f in dataclasses.fields(PlanOptions)}
+
+
+def test_the_grid_of_the_page_is_one(folder):
+    page = (Path(__file__).resolve().parents[1] / "docs" / "sweep.md").read_text()
+    (folder / "nets").mkdir()
+    shutil.copy("digits.tflite", "nets")
+
+    found = read_grid(write(re.search("```toml\n(.*?)```", page, re.S)[1])).points
+
+    assert f"The grid above is {len(found)} points for one model." in page
+    assert {v for p in found.values() for v in p.what_if.items()} == {
+        ("dram_bandwidth", 8e9), ("dram_bandwidth", 4e9), ("clock", 1e9), ("sram", 524288), ("nn_cores", 4)}
 
 
 def test_patterns_are_of_the_grids_folder_and_a_file_counts_once(folder, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The timing model: its counts against the virtual NPU and a tile-by-tile walk, its laws, and the published ladder."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -12,8 +13,8 @@ import npulab
 from layers import Layers
 from npulab import api
 from npulab.errors import ModelError, UsageError
-from npulab.profile.join import as_data, by_bound, gains
-from npulab.profile.types import span_ns
+from npulab.profiling.join import as_data, by_bound, gains
+from npulab.profiling.types import span_ns
 from npulab.program.types import NpuStep
 from npulab.targets.target import PlanOptions, find_target
 from npulab.targets.vivante import search, timing
@@ -25,7 +26,7 @@ from shared import MODELS, model_files, needs_shared
 
 pytest.importorskip("ai_edge_litert", reason="host steps run in LiteRT: pip install 'npulab[litert]'")
 
-SAMPLE = "src/npulab/samples/digits.tflite"
+SAMPLE = Path(npulab.__file__).parent / "samples" / "digits.tflite"
 SWITCHES = [
     PlanOptions(zero_runs=False), PlanOptions(kernel_cache=False), PlanOptions(image_cache=False),
     PlanOptions(zero_runs=False, kernel_cache=False, image_cache=False), PlanOptions(channels="multiple-of-cores"),
@@ -461,7 +462,6 @@ def test_other_rows_are_not_predicted():
 @needs_shared
 def test_recorded_counts_are_those_of_the_models():
     from importlib.util import module_from_spec, spec_from_file_location
-    from pathlib import Path
 
     spec = spec_from_file_location("calibrate", Path(__file__).parents[1] / "scripts" / "calibrate.py")
     calibrate = module_from_spec(spec)

@@ -27,27 +27,30 @@ if TYPE_CHECKING:
     )
     from npulab.ir import Graph
     from npulab.plan.types import Verdict
+    from npulab.profiling.types import Profile
     from npulab.program.types import Program
     from npulab.runtime.session import Session
+    from npulab.targets.target import PlanOptions
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "api": ("check", "compile", "load", "open_session", "profile", "read_program",
-            "write_program"),
+    "api": ("check", "compile", "load", "open_session", "profile", "read_program", "write_program"),
     "errors": ("CapacityError", "DeviceError", "InvariantError", "ModelError", "NpulabError", "UnsupportedError",
                "UsageError"),
     "ir": ("Graph",),
     "plan.types": ("Verdict",),
+    "profiling.types": ("Profile",),
     "program.types": ("Program",),
     "runtime.session": ("Session",),
+    "targets.target": ("PlanOptions",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "CapacityError", "DeviceError", "Graph", "InvariantError", "ModelError", "NpulabError", "Program", "Session",
-    "UnsupportedError", "UsageError", "Verdict", "check", "compile", "load", "open_session", "profile",
-    "read_program", "write_program",
+    "CapacityError", "DeviceError", "Graph", "InvariantError", "ModelError", "NpulabError", "PlanOptions",
+    "Profile", "Program", "Session", "UnsupportedError", "UsageError", "Verdict", "check", "compile", "load",
+    "open_session", "profile", "read_program", "write_program",
 ]
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from npulab.ir import Graph
     from npulab.plan.types import Verdict
-    from npulab.profile.types import Profile
+    from npulab.profiling.types import Profile
     from npulab.program.types import Program
     from npulab.runtime.device import Device
     from npulab.runtime.session import Session
@@ -74,7 +74,7 @@ def profile(model: Program | Graph | str | os.PathLike[str], target: str = "a311
     Raises: UsageError for settings no chip can have; otherwise like `compile`.
     """
     from npulab.errors import UsageError
-    from npulab.profile.join import join
+    from npulab.profiling.join import join
     from npulab.program.types import Program
     from npulab.targets.target import find_target
 
@@ -92,7 +92,7 @@ def profile(model: Program | Graph | str | os.PathLike[str], target: str = "a311
         program = _compile(_graph(model), chip, plan, options=options)
     timing = chip.timing(program)
     if measure_host:
-        from npulab.profile.measure import with_measured_host
+        from npulab.profiling.measure import with_measured_host
 
         timing = with_measured_host(program, timing)
     return join(program, chip.title, timing, settings)

@@ -20,11 +20,11 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from npulab.errors import CapacityError, UnsupportedError, UsageError
-from npulab.profile.types import BOUND_NAMES, Span, Term
+from npulab.profiling.types import BOUND_NAMES, Span, Term
 
 if TYPE_CHECKING:
     from npulab.ir import Graph
-    from npulab.profile.types import Profile
+    from npulab.profiling.types import Profile
     from npulab.targets.target import PlanName, PlanOptions, Settings
 
 FACTOR = 1.25

@@ -12,7 +12,7 @@ from npulab.cli.options import Json, ModelPath
 
 if TYPE_CHECKING:
     from npulab.errors import CapacityError, UnsupportedError
-    from npulab.profile.types import Profile
+    from npulab.profiling.types import Profile
     from npulab.targets.target import PlanName
 
 COLUMNS = 5
@@ -125,7 +125,7 @@ def as_data(found: Profile | Exception) -> dict[str, Any]:
 def _print(model: str, variants: Sequence[Variant], found: Sequence[Profile | UnsupportedError | CapacityError],
            rows: int) -> None:
     from npulab.cli.printing import say, table
-    from npulab.profile.types import Profile
+    from npulab.profiling.types import Profile
 
     names = [_letters(i) for i in range(len(variants))]
     say(f"{model}; times by the timing model")

@@ -21,7 +21,7 @@ from npulab.cli.plan_options import (
 )
 
 if TYPE_CHECKING:
-    from npulab.profile.types import Profile
+    from npulab.profiling.types import Profile
     from npulab.targets.target import PlanOptions
 
 
@@ -56,7 +56,7 @@ def profile(
     """Say where the time of one inference goes, by the timing model."""
     from npulab.cli.printing import write_json
     from npulab.errors import UsageError
-    from npulab.profile.join import as_data
+    from npulab.profiling.join import as_data
     from npulab.program.files import write_atomically
     from npulab.report.terminal import print_profile
 

@@ -12,8 +12,8 @@ import json
 from typing import Any, get_args
 
 from npulab.cli.printing import clean
-from npulab.profile.join import charged
-from npulab.profile.types import BOUND_NAMES, Profile, Unit
+from npulab.profiling.join import charged
+from npulab.profiling.types import BOUND_NAMES, Profile, Unit
 from npulab.report.figures import LANES, busy
 
 PROGRAM, CHIP = 1, 2

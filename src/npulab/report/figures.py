@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from npulab.profile.join import by_bound, charged
-from npulab.profile.types import TERMS, Constant, Decision, Profile, Row, Span, Term
+from npulab.profiling.join import by_bound, charged
+from npulab.profiling.types import TERMS, Constant, Decision, Profile, Row, Span, Term
 
 ENOUGH = Fraction(95, 100)
 """Share of the time that a report's first rows make."""

@@ -13,8 +13,8 @@ from functools import cache
 from importlib.resources import files
 
 from npulab.cli.printing import amount, clean, ranges
-from npulab.profile.join import gains
-from npulab.profile.types import BOUND_NAMES, Profile, Row, Term
+from npulab.profiling.join import gains
+from npulab.profiling.types import BOUND_NAMES, Profile, Row, Term
 from npulab.report.figures import (
     LANES,
     PLACES,

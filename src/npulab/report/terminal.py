@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from npulab.cli.printing import amount, clean, ranges, say, table
-from npulab.profile.join import gains
-from npulab.profile.types import BOUND_NAMES, Profile, Row
+from npulab.profiling.join import gains
+from npulab.profiling.types import BOUND_NAMES, Profile, Row
 from npulab.report.figures import (
     ENOUGH,
     PLACES,

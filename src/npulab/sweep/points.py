@@ -23,7 +23,7 @@ from npulab.targets.target import PlanName, PlanOptions
 
 if TYPE_CHECKING:
     from npulab.ir import Graph
-    from npulab.profile.types import Profile
+    from npulab.profiling.types import Profile
     from npulab.program.types import Program
 
 RECORD_VERSION = 1
@@ -33,7 +33,7 @@ SHOWING = ("atlas", "cli", "report", "samples", "sweep")
 """Rooms of the package that no profile depends on."""
 
 NODE_COLUMNS = ("node", "op", "unit", "ms", "bound", "macs", "macs_useful", "dram_bytes", "sram_bytes")
-"""What a Record keeps of each row of a profile; npulab.profile.types.Row says what they are."""
+"""What a Record keeps of each row of a profile; npulab.profiling.types.Row says what they are."""
 
 T = TypeVar("T")
 
@@ -82,7 +82,7 @@ class Record(msgspec.Struct, frozen=True):
     """What one point came to. state "failed": `error_class` and `error` say why, the numbers are None.
 
     low_ms, high_ms    the total is expected between them.
-    bound              the npulab.profile.types.Term that bounds most of the time.
+    bound              the npulab.profiling.types.Term that bounds most of the time.
     npu_ops, host_ops  operators of the model that run there; those that need no work are in neither.
     nodes              NODE_COLUMNS: name -> one value for each row of the profile.
     """
@@ -170,7 +170,7 @@ def _profile(point: Point, read: Callable[[], bytes]) -> Profile:
 
 
 def _record(profile: Profile) -> Record:
-    from npulab.profile.join import as_data
+    from npulab.profiling.join import as_data
 
     data = as_data(profile)
     nodes = data["nodes"]

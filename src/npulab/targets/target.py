@@ -14,7 +14,7 @@ from npulab.errors import UsageError
 if TYPE_CHECKING:
     from npulab.ir import Graph
     from npulab.plan.types import Verdict
-    from npulab.profile.types import Constant, Span
+    from npulab.profiling.types import Constant, Span
     from npulab.program.types import Program
     from npulab.runtime.device import Device
     from npulab.runtime.replay import ReplayResult

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from npulab.errors import UsageError
-from npulab.profile.host import HostCPU
+from npulab.profiling.host import HostCPU
 
 LANES = 64
 """Output pixels that a core computes at once."""

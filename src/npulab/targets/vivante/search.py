@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from npulab.profile.types import span_ns
+from npulab.profiling.types import span_ns
 from npulab.program.types import Choice
 from npulab.targets.vivante.caching import Image, cache
 from npulab.targets.vivante.chips import AXI_SRAM_ADDRESS

@@ -2,8 +2,8 @@
 
 Two steps, kept apart. `count` walks the words as the front end does and says what each job does: multiplier cycles,
 bytes from each memory, elements through the TP cores. It knows no time. `Speeds` turns counts into nanoseconds, by the
-law of `npulab.profile.types`: inside a job everything overlaps, the slowest resource decides, starting it comes on top;
-jobs follow each other (the open driver leaves parallel jobs off).
+law of `npulab.profiling.types`: inside a job everything overlaps, the slowest resource decides, starting it comes on
+top; jobs follow each other (the open driver leaves parallel jobs off).
 
 What a job does, and where that is known from (project's NN notes, sections 5, 6.4 and 12):
 
@@ -30,8 +30,8 @@ import msgspec
 
 from npulab.errors import ModelError
 from npulab.importers import load
-from npulab.profile.host import HostWork, host_work
-from npulab.profile.types import Constant, Span, State, Term, Unit
+from npulab.profiling.host import HostWork, host_work
+from npulab.profiling.types import Constant, Span, State, Term, Unit
 from npulab.program.law import Memory
 from npulab.program.types import HostStep, Job, NpuStep, Program, Transfer
 from npulab.targets.target import Prediction, Timing
@@ -388,7 +388,7 @@ class Speeds:
 
     def interval(self, spans: Sequence[Span]) -> tuple[int, int]:
         """Where the total is expected (ns): engines within `spread` of the model, CPU work within a factor of two."""
-        from npulab.profile.host import SPREAD
+        from npulab.profiling.host import SPREAD
 
         engines = sum(s.ns for s in spans if s.unit in ("nn", "tp"))
         others = sum(s.ns for s in spans) - engines

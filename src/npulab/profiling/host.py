@@ -13,7 +13,7 @@ import numpy as np
 
 from npulab.ir import Graph, Node
 from npulab.ir.ops import Conv2D, DepthwiseConv2D, FullyConnected
-from npulab.profile.types import Constant
+from npulab.profiling.types import Constant
 
 SPREAD = 2.0
 """A host time is expected between a half and the double of what is modelled."""

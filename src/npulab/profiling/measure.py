@@ -11,8 +11,8 @@ import numpy as np
 
 from npulab.errors import UnsupportedError
 from npulab.ir.types import DType
-from npulab.profile.host import SPREAD
-from npulab.profile.types import Span
+from npulab.profiling.host import SPREAD
+from npulab.profiling.types import Span
 from npulab.program.types import HostStep, Program
 from npulab.runtime.host import HostModel
 from npulab.targets.target import Timing

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from npulab.errors import ModelError
-from npulab.profile.types import TERMS, Decision, Profile, Row, Span, State, Term, span_ns
+from npulab.profiling.types import TERMS, Decision, Profile, Row, Span, State, Term, span_ns
 from npulab.program.types import Program
 from npulab.targets.target import Settings, Timing
 
