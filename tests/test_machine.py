@@ -10,8 +10,8 @@ from npulab.runtime.device import Fault
 from npulab.targets.vivante import commands
 from npulab.targets.vivante.chips import A311D
 from npulab.targets.vivante.coefficients_v7 import Kernels, Streams, Weights, encode
+from npulab.targets.vivante.fp21 import fp21_bits, fp21_value
 from npulab.targets.vivante.machine import Limits, VirtualNPU, requantize
-from npulab.targets.vivante.machine.tensor_processor import fp21_bits, fp21_value
 from npulab.targets.vivante.nn import NNDescriptor
 from npulab.targets.vivante.tp import TPDescriptor
 

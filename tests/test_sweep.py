@@ -269,6 +269,8 @@ def test_points_that_only_change_speeds_share_a_program_of_plan_reference(monkey
 
     assert ms("reference", clock=4e8) > ms("reference") > ms("reference", dram_bandwidth=1e11)
     assert len(compiled) == 1
+    assert ms("best") > ms("best", dram_bandwidth=1e11)  # a search by speed, which `profile` has to see
+    assert len(compiled) == 1
 
 
 @pytest.mark.parametrize(("point", "data", "kind", "text"), [
@@ -504,9 +506,10 @@ def test_what_sets_a_point_apart_is_said_as_the_command_line_takes_it(p, text):
 
 
 def start(*arguments, **options):
-    """A sweep in its own process group."""
+    """A sweep in its own process group, with Ctrl-C as a terminal gives it: shells take it from background jobs."""
     return subprocess.Popen([sys.executable, "-m", "npulab", "sweep", *map(str, arguments)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, **options)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler), **options)
 
 
 def wait_until(what, seconds=30.0):

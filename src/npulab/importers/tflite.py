@@ -19,6 +19,7 @@ from npulab.ir.ops import (
     Conv2D,
     Custom,
     DepthwiseConv2D,
+    Elementwise,
     FullyConnected,
     Generic,
     Mean,
@@ -218,6 +219,8 @@ def _node(index: int, table: Table, codes: list[tuple[int, str, int]], values: t
         if make := _RECORDS.get(name):
             shapes = [values[v].shape if 0 <= v < len(values) else () for v in inputs[:2]]
             op = make(_options(name, index, table), shapes)
+        elif name in _FUNCTIONS:
+            op = Elementwise(name)
         else:
             op = _generic(name, index, table, subgraphs)
     return Node(index, op, inputs, outputs, version)
@@ -317,6 +320,9 @@ def _mirror_pad(o: _Options, _: list[Shape]) -> Op:
     return Pad(False, cast(Literal["reflect", "symmetric"], o.table.choice("mode") if o.table else "reflect"))
 
 
+_FUNCTIONS = ("ABS", "ELU", "HARD_SWISH", "LOGISTIC", "RELU", "RELU6", "RELU_N1_TO_1", "TANH")
+"""Functions of one number, without options."""
+
 _RECORDS: dict[str, Callable[[_Options, list[Shape]], Op]] = {
     "CONV_2D": lambda o, _: Conv2D(o.stride, o.dilation, o.padding, o.activation),
     "DEPTHWISE_CONV_2D": _depthwise,
@@ -334,4 +340,5 @@ _RECORDS: dict[str, Callable[[_Options, list[Shape]], Op]] = {
     "EXPAND_DIMS": lambda _o, _: Reshape("EXPAND_DIMS"),
     "MEAN": lambda o, _: Mean(bool(o.integer("keep_dims"))),
     "SOFTMAX": lambda o, _: Softmax(o.number("beta")),
+    "LEAKY_RELU": lambda o, _: Elementwise("LEAKY_RELU", o.number("alpha")),
 }

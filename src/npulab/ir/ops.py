@@ -116,6 +116,14 @@ class Softmax:
 
 
 @dataclass(frozen=True, slots=True)
+class Elementwise:
+    """A function of one number, for each element; its name is the format's. `alpha`: LEAKY_RELU's slope below zero."""
+
+    name: str
+    alpha: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Generic:
     """Any other builtin operator, by its format's own name, with its attributes. `subgraphs` are those it calls."""
 
@@ -133,4 +141,4 @@ class Custom:
 
 
 Op = (Conv2D | DepthwiseConv2D | FullyConnected | Pool2D | Add | Concat | Split | Pad | Reshape | Mean | Softmax
-      | Generic | Custom)
+      | Elementwise | Generic | Custom)

@@ -26,6 +26,7 @@ from npulab.ir.ops import (
     Conv2D,
     Custom,
     DepthwiseConv2D,
+    Elementwise,
     FullyConnected,
     Generic,
     Mean,
@@ -42,9 +43,9 @@ SIZE_MAX = 2**16 - 1
 Shape = tuple[int, ...]
 
 _SAME_SHAPE = frozenset({
-    "ABS", "CAST", "CEIL", "COS", "DEQUANTIZE", "ELU", "EXP", "FLOOR", "GELU", "HARD_SWISH", "L2_NORMALIZATION",
-    "LEAKY_RELU", "LOCAL_RESPONSE_NORMALIZATION", "LOG", "LOGICAL_NOT", "LOGISTIC", "LOG_SOFTMAX", "NEG", "QUANTIZE",
-    "RELU", "RELU6", "RELU_0_TO_1", "RELU_N1_TO_1", "ROUND", "RSQRT", "SIGN", "SIN", "SQRT", "SQUARE", "TANH",
+    "CAST", "CEIL", "COS", "DEQUANTIZE", "EXP", "FLOOR", "GELU", "L2_NORMALIZATION", "LOCAL_RESPONSE_NORMALIZATION",
+    "LOG", "LOGICAL_NOT", "LOG_SOFTMAX", "NEG", "QUANTIZE", "RELU_0_TO_1", "ROUND", "RSQRT", "SIGN", "SIN", "SQRT",
+    "SQUARE",
 })
 _BROADCAST = frozenset({
     "ADD", "DIV", "EQUAL", "FLOOR_DIV", "FLOOR_MOD", "GREATER", "GREATER_EQUAL", "LESS", "LESS_EQUAL", "LOGICAL_AND",
@@ -210,7 +211,7 @@ class _Follow:
                 return [tuple(n + a + b for n, (a, b) in zip(self._input(node, 0), pads, strict=True))]
             case Mean(keep_dims):
                 return [self._reduce(node, keep_dims)]
-            case Softmax():
+            case Softmax() | Elementwise():
                 return [self._input(node, 0)]
             case Add():
                 return [self._broadcast(node)]

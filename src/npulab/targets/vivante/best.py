@@ -30,6 +30,7 @@ from npulab.ir.ops import (
     Concat,
     Conv2D,
     DepthwiseConv2D,
+    Elementwise,
     FullyConnected,
     Mean,
     Pad,
@@ -40,9 +41,11 @@ from npulab.ir.ops import (
 from npulab.plan import memory
 from npulab.plan.memory import Lifetime
 from npulab.plan.partition import Part
+from npulab.profiling.host import host_work
 from npulab.program.types import Choice
 from npulab.targets.vivante.chips import Chip
 from npulab.targets.vivante.coefficients_v7 import Order, Weights
+from npulab.targets.vivante.fuse import scaling_transposes
 from npulab.targets.vivante.jobs import (
     Border,
     Box,
@@ -55,7 +58,15 @@ from npulab.targets.vivante.jobs import (
     TPJob,
     requantization,
 )
-from npulab.targets.vivante.layout import dealt, from_planar, pad_planes, rescale_bytes, space_to_depth, to_planar
+from npulab.targets.vivante.layout import (
+    dealt,
+    from_planar,
+    pad_planes,
+    rescale_bytes,
+    space_to_depth,
+    through_table,
+    to_planar,
+)
 from npulab.targets.vivante.on_chip import Tensors, arrange
 from npulab.targets.vivante.reference import (
     WeightedSum,
@@ -68,6 +79,7 @@ from npulab.targets.vivante.reference import (
     unsigned_zero_point,
 )
 from npulab.targets.vivante.search import Search
+from npulab.targets.vivante.tables import Function
 from npulab.targets.vivante.tiling import align, cdiv
 
 ADDITION_ROW = 128
@@ -213,6 +225,8 @@ class _Lowering:
                 self.fully_connected(node)
             case Pool2D() | Mean():
                 self.average(node)
+            case Elementwise():
+                self.function(node)
             case Reshape():
                 self.linear[node.outputs[0]] = self.as_linear(node.inputs[0], node)
             case _:
@@ -337,14 +351,16 @@ class _Lowering:
 
     def concatenation(self, node: Node) -> None:
         values = self.graph.values
-        out = values[node.outputs[0]]
+        op, out = node.op, values[node.outputs[0]]
+        assert isinstance(op, Concat)
+        planar = len(out.shape) == 4 and op.axis % 4 == 3
         zero_point = unsigned_zero_point(out)
         whole = Held(self.tensor(out.elements), zero_point)
         offset = 0
         placed: set[int] = set()
         for v in node.inputs:
             part = values[v]
-            held = self.as_planar(v, node)
+            held = self.as_planar(v, node) if planar else self.as_linear(v, node, model_zero_point=False)
             slot = Place(whole.tensor, offset)
             fits = part.quantization is not None and out.quantization is not None
             fits = fits and scale_of(part) == scale_of(out) and held.zero_point == zero_point
@@ -354,7 +370,7 @@ class _Lowering:
             else:
                 self.rescale(held, slot, part.elements, zero_point, float(scale_of(part) / scale_of(out)), node)
             offset += part.elements
-        self.planar[out.index] = whole
+        (self.planar if planar else self.linear)[out.index] = whole
 
     def split(self, node: Node) -> None:
         held = self.as_planar(node.inputs[1], node)
@@ -415,6 +431,22 @@ class _Lowering:
         self.planar[out.index] = result
         self.convolve(node, "average", source, result, Box(w, h, c), Box(out_w, out_h, c), weights, scale,
                       activation=op.activation, first_pixel=op.stride[0] == 2, stride=op.stride[0])
+
+    def function(self, node: Node) -> None:
+        op = node.op
+        assert isinstance(op, Elementwise)
+        values = self.graph.values
+        data, out = values[node.inputs[0]], values[node.outputs[0]]
+        linear = data.index in self.linear or data.index not in self.planar or self.is_one_layout(data.index)
+        source = self.as_linear(data.index, node, False) if linear else self.as_planar(data.index, node)
+        result = Held(self.tensor(out.elements), unsigned_zero_point(out))
+        (self.linear if linear else self.planar)[out.index] = result
+        table = Function.of(op, float(scale_of(data)), float(scale_of(out)))
+        multiplier, shift = requantization(table.ratio)
+        shares = through_table(data.shape, source.zero_point, result.zero_point, multiplier, shift - 15,
+                               self.shares(data.elements))
+        self.jobs.append(TPJob("table", (node.index,), Place(source.tensor), Place(result.tensor), shares,
+                               pad=op.name in ("RELU", "ABS"), table=table.words))
 
     def average(self, node: Node) -> None:
         values = self.graph.values
@@ -520,17 +552,29 @@ def lower(graph: Graph, part: Part, chip: Chip, keep_all: bool = False, search: 
         value = graph.values[v]
         held = work.as_linear(v, graph.producer[v])
         downloads.append(Border(v, Place(held.tensor), value.elements, value.dtype is DType.INT8))
+    needed = {b.place.tensor for b in (*work.uploads.values(), *downloads)}
+    needed |= work.parents.keys() | {whole for whole, _ in work.parents.values()}
+    work.jobs = scaling_transposes(work.jobs, needed)
     choices: tuple[Choice, ...] = ()
     resident: Mapping[int, int] = {}
     if search:
         work.jobs, found = search.improve(work.jobs)
-        choices = tuple(found)
+        tables = [_as_table(graph, job, search) for job in work.jobs if isinstance(job, TPJob) and job.table]
+        choices = (*found, *(c for c in tables if c.saved_ns > 0))
     if search and features & {"axi-sram", "cascade"}:
         resident, more = work.on_chip(downloads, search)
         choices += more
     buffers, homes = work.place(downloads, resident)
     return Region(tuple(n.index for n in part.nodes), tuple(work.jobs), tuple(work.uploads.values()),
                   tuple(downloads), buffers, homes, choices)
+
+
+def _as_table(graph: Graph, job: TPJob, search: Search) -> Choice:
+    """What a function of one number saves on the NPU."""
+    node = graph.nodes[job.nodes[0]]
+    host_ns = round(1e9 * host_work(graph, node).seconds(search.speeds.chip.host))
+    return Choice(node.index, f"{node.op.name} as a table", "on the host", host_ns - search.cost(job), "tp-table",
+                  "inferred")
 
 
 def dilated(weights: Weights, dilation: tuple[int, int]) -> Weights:

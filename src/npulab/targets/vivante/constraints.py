@@ -16,6 +16,7 @@ from npulab.ir.ops import (
     Concat,
     Conv2D,
     DepthwiseConv2D,
+    Elementwise,
     FullyConnected,
     Mean,
     Pad,
@@ -25,6 +26,8 @@ from npulab.ir.ops import (
 )
 from npulab.plan.types import Reason
 from npulab.targets.vivante.chips import Chip
+from npulab.targets.vivante.reference import unsigned_zero_point
+from npulab.targets.vivante.tables import STEPS_OFF, steps_off
 from npulab.targets.vivante.tiling import cdiv
 
 EIGHT_BIT = (DType.INT8, DType.UINT8)
@@ -39,6 +42,7 @@ class Case:
     graph: Graph
     node: Node
     chip: Chip
+    features: frozenset[str] = frozenset()
 
     def input(self, i: int) -> Value | None:
         return self.graph.value(self.node, i)
@@ -56,7 +60,7 @@ class Case:
         """Inputs that are data, and outputs."""
         op = self.node.op
         inputs: tuple[int, ...] = self.node.inputs
-        if isinstance(op, Conv2D | DepthwiseConv2D | FullyConnected | Pad | Pool2D | Mean | Reshape):
+        if isinstance(op, Conv2D | DepthwiseConv2D | FullyConnected | Pad | Pool2D | Mean | Reshape | Elementwise):
             inputs = inputs[:1]
         elif isinstance(op, Split):
             inputs = inputs[1:2]
@@ -84,7 +88,8 @@ class Rule:
 RULES: list[Rule] = []
 SUPPORTED: dict[str, tuple[type, ...]] = {
     "reference": (Conv2D, DepthwiseConv2D, Add, Concat, Split, Pad, FullyConnected),
-    "best": (Conv2D, DepthwiseConv2D, Add, Concat, Split, Pad, FullyConnected, Pool2D, Mean, Reshape),
+    "best": (Conv2D, DepthwiseConv2D, Add, Concat, Split, Pad, FullyConnected, Pool2D, Mean, Reshape,
+             Elementwise),
 }
 """Operators that a plan can lower at all."""
 
@@ -108,16 +113,18 @@ def names(op: type) -> str:
     return {
         Conv2D: "CONV_2D", DepthwiseConv2D: "DEPTHWISE_CONV_2D", Add: "ADD", Concat: "CONCATENATION", Split: "SPLIT",
         Pad: "PAD", FullyConnected: "FULLY_CONNECTED", Pool2D: "AVERAGE_POOL_2D", Mean: "MEAN", Reshape: "RESHAPE",
+        Elementwise: "ABS, ELU, HARD_SWISH, LEAKY_RELU, LOGISTIC, RELU, RELU6, RELU_N1_TO_1, TANH",
     }[op]
 
 
-def reasons(graph: Graph, node: Node, chip: Chip, plan: str) -> tuple[Reason, ...]:
-    """Every rule of `plan` that `node` breaks."""
+def reasons(graph: Graph, node: Node, chip: Chip, plan: str,
+            features: frozenset[str] = frozenset()) -> tuple[Reason, ...]:
+    """Every rule of `plan`, with these features asked for, that `node` breaks."""
     if not isinstance(node.op, SUPPORTED[plan]):
         return (_no_lowering(graph, node, plan),)
     if missing := _missing(node):
         return (Reason("An operator has all its inputs and outputs.", missing, "npulab", "fix the export"),)
-    case = Case(graph, node, chip)
+    case = Case(graph, node, chip, features)
     broken: list[Reason] = []
     for r in RULES:
         if plan in r.plans and isinstance(node.op, r.ops):
@@ -157,8 +164,6 @@ _WHY_NOT = {
                 "NN notes 9.2, TP notes 2.5"),
     "MAX_POOL_2D": ("The descriptor has a max pooling field, but what it does on silicon is not known.",
                     "NN notes, section 14, item 8"),
-    "LOGISTIC": ("Table jobs of the TP engine are known from a newer driver only and not proven on silicon.",
-                 "TP notes 2.5"),
 }
 
 
@@ -365,7 +370,7 @@ def image_limit(case: Case) -> Found:
             _, h, w, c = v.shape
             if max(h, w) > 8184 or c > 16383:
                 yield f"'{v.name}' is {h}x{w}x{c}", "cut the image into parts"
-        elif v.elements > 16383 and not isinstance(case.node.op, Reshape):
+        elif v.elements > 16383 and not isinstance(case.node.op, Reshape | Concat | Elementwise):
             yield f"'{v.name}' has {v.elements} elements", "cut the tensor into parts"
 
 
@@ -404,23 +409,42 @@ def two_different_operands(case: Case) -> Found:
         yield "a tensor added to itself", "scale it instead"
 
 
-@rule(Concat, Split)
-def along_channels(case: Case) -> Found:
-    """Tensors are joined and split along channels, the last of four dimensions."""
-    op = case.node.op
+@rule(Split)
+def split_along_channels(case: Case) -> Found:
+    """Tensors are split along channels, the last of four dimensions."""
     if len(case.data.shape) != 4:
         yield f"rank {len(case.data.shape)}", "use four-dimensional tensors"
         return
-    if isinstance(op, Concat):
-        axis = op.axis
-    else:
-        constant = case.input(0)
-        if constant is None or not constant.is_constant or constant.dtype is not DType.INT32 or constant.elements != 1:
-            yield "the axis is not a constant", "fix the export"
-            return
-        axis = int(constant.array().reshape(-1)[0])
+    constant = case.input(0)
+    if constant is None or not constant.is_constant or constant.dtype is not DType.INT32 or constant.elements != 1:
+        yield "the axis is not a constant", "fix the export"
+        return
+    axis = int(constant.array().reshape(-1)[0])
     if axis not in (3, -1):
         yield f"axis {axis}", "use the channel axis"
+
+
+@rule(Concat, plans=("reference",), source=TEFLON)
+def joined_along_channels(case: Case) -> Found:
+    """Tensors are joined along channels, the last of four dimensions."""
+    op = case.node.op
+    assert isinstance(op, Concat)
+    if len(case.data.shape) != 4:
+        yield f"rank {len(case.data.shape)}", "use plan best"
+    elif op.axis not in (3, -1):
+        yield f"axis {op.axis}", "use plan best"
+
+
+@rule(Concat, plans=("best",))
+def joined_one_behind_the_other(case: Case) -> Found:
+    """Tensors are joined along channels, the last of four dimensions, or along an axis before which all are 1."""
+    op, shape = case.node.op, case.data.shape
+    assert isinstance(op, Concat)
+    rank = len(shape)
+    if not -rank <= op.axis < rank:
+        yield f"axis {op.axis} of {list(shape)}", "fix the export"
+    elif not (rank == 4 and op.axis % 4 == 3) and any(n != 1 for n in shape[: op.axis % rank]):
+        yield f"axis {op.axis} of {list(shape)}", "use the channel axis, or the first that is longer than one"
 
 
 @rule(Concat, plans=("reference",), source=TEFLON)
@@ -546,8 +570,39 @@ def fitting_results(case: Case) -> Found:
         pads = paddings(case)
         if pads is not None and tuple(int(n + p.sum()) for n, p in zip(whole, pads, strict=True)) != shapes[0]:
             yield f"{list(whole)} becomes {list(shapes[0])}", "fix the export"
-    elif any(s[:-1] != whole[:-1] for s in shapes) or sum(s[-1] for s in shapes) != whole[-1]:
+        return
+    axis = op.axis if isinstance(op, Concat) else -1
+    if any(len(s) != len(whole) for s in shapes) or any(
+            n != sum(s[i] for s in shapes) if i == axis % len(whole) else any(s[i] != n for s in shapes)
+            for i, n in enumerate(whole)):
         yield f"parts {[list(s) for s in shapes]} of {list(whole)}", "fix the export"
+
+
+@rule(Elementwise, plans=("best",))
+def tables_asked_for(case: Case) -> Found:
+    """A function of one number is a table job of the TP engine. No stream of the recorded driver has one, and no board
+    has run ours: it is done if asked for."""
+    if "tp-table" not in case.features:
+        yield f"{case.node.op.name}, and no feature tp-table", "--feature tp-table"
+
+
+@rule(Elementwise, plans=("best",))
+def tables_hold_the_function(case: Case) -> Found:
+    """A function of one number keeps its tensor's shape; its table gives every byte within three quarters of a step."""
+    op, data, out = case.node.op, case.data, case.output
+    assert isinstance(op, Elementwise)
+    if data.shape != out.shape:
+        yield f"{list(data.shape)} becomes {list(out.shape)}", "fix the export"
+        return
+    assert data.quantization is not None
+    assert out.quantization is not None
+    scales = data.quantization.scale, out.quantization.scale
+    if not all(2.0**-32 < s < 2.0**32 for s in scales):
+        yield f"scales {scales[0]:g} and {scales[1]:g}", "quantize the layer again"
+        return
+    off = steps_off(op, *scales, unsigned_zero_point(data), unsigned_zero_point(out))
+    if not off <= STEPS_OFF:
+        yield f"{off:.2f} steps at scales {scales[0]:g} and {scales[1]:g}", "leave it to the host"
 
 
 @rule(Reshape, plans=("best",))
@@ -557,5 +612,6 @@ def moves_all_elements(case: Case) -> Found:
         yield f"{case.data.elements} elements become {case.output.elements}", "fix the export"
 
 
-GATES = (has_shapes, eight_bits, fitting_shapes, constant_weights, along_channels)
+GATES = (has_shapes, eight_bits, fitting_shapes, constant_weights, split_along_channels, joined_along_channels,
+         joined_one_behind_the_other)
 """Rules that later ones rely on."""

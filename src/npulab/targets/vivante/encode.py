@@ -53,12 +53,19 @@ class _Memory:
         self.next = FIRST_ADDRESS
         self.sections: list[Section] = []
         self.on_chip: list[Section] = []
+        self.tables: dict[bytes, int] = {}
 
     def share_on_chip(self, size: int) -> int:
         """The on-chip window, at least `size` bytes of it: one section for all who ask."""
         size = max(size, *(s.size for s in self.on_chip), 1)
         self.on_chip = [Section("on-chip tensors", SectionKind.TENSOR, AXI_SRAM_ADDRESS, size, None)]
         return AXI_SRAM_ADDRESS
+
+    def table(self, data: bytes) -> int:
+        """A table of the TP engine: equal ones lie in one section."""
+        if data not in self.tables:
+            self.tables[data] = self.add(f"table {len(self.tables)}", SectionKind.COEFFICIENTS, len(data), data)
+        return self.tables[data]
 
     def add(self, name: str, kind: SectionKind, size: int, data: bytes | None) -> int:
         address = self.next
@@ -155,7 +162,9 @@ def _region(memory: _Memory, region: Region, chip: Chip, options: EncodeOptions,
             coefficients = base, len(coded.data)
             encoded = [job.descriptor(source, result, base, tiling, caching, chip.nn_cores).to_bytes()]
         else:
-            encoded = [d.to_bytes() for d in job.descriptors(source, result)]
+            if job.table:
+                coefficients = memory.table(job.table), len(job.table)
+            encoded = [d.to_bytes() for d in job.descriptors(source, result, *(coefficients or ())[:1])]
         for one in encoded:
             descriptors[used * DESCRIPTOR_SLOT : used * DESCRIPTOR_SLOT + len(one)] = one
             used += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
@@ -11,7 +11,7 @@ import msgspec
 from npulab.errors import CapacityError, InvariantError, UsageError
 from npulab.exporters.tflite import cut
 from npulab.ir import Graph, Node
-from npulab.ir.ops import Mean, Pool2D
+from npulab.ir.ops import Concat, Elementwise, Mean, Pool2D, Reshape
 from npulab.plan.partition import Part, fewest_regions, partition
 from npulab.plan.types import Reason, Verdict
 from npulab.program.types import HostNode, HostStep, Program
@@ -28,7 +28,29 @@ from npulab.targets.vivante.search_log import SearchLog
 
 DEFAULT = PlanOptions()
 SMALL = 1 << 15
-"""Elements from which an average takes the host longer than any detour over the NPU (80 us, by the timing model)."""
+"""Elements from which averages and functions take the host longer than any detour over the NPU (80 us, modelled)."""
+
+
+
+def _moves_bytes(graph: Graph, node: Node) -> bool:
+    """Whether an operator is cheap everywhere, so that a transfer for it is not: tables, and joins not by channels."""
+    if isinstance(node.op, Concat):
+        shape = graph.values[node.outputs[0]].shape
+        return not (len(shape) == 4 and node.op.axis % 4 == 3)
+    return isinstance(node.op, Elementwise)
+
+
+def _made_by(graph: Graph, node: Node, wanted: Callable[[Node], bool]) -> bool:
+    """Whether all that `node` reads was computed by nodes that are `wanted`, which reshapes hand on."""
+    for v in node.inputs:
+        maker = graph.producer.get(v)
+        while maker is not None and isinstance(maker.op, Reshape) and wanted(maker):
+            v = maker.inputs[0]
+            maker = graph.producer.get(v)
+        if maker is None or not wanted(maker):
+            return False
+    return True
+
 
 COMPUTES = ("CONV_2D", "DEPTHWISE_CONV_2D", "ADD", "FULLY_CONNECTED", "AVERAGE_POOL_2D", "MEAN")
 """Operators worth a transfer. A region of others alone only moves bytes, which the host does where they are."""
@@ -74,17 +96,19 @@ class VivanteTarget:
 
     def _placed(self, graph: Graph, plan: PlanName, options: PlanOptions,
                 verdicts: list[Verdict]) -> tuple[Program | None, list[Verdict]]:
-        """The faster of two placements, if there is a question: small averages on the NPU, or on the host."""
-        small = frozenset(n.index for n, v in zip(graph.nodes, verdicts, strict=True) if v.where == "npu"
-                          and isinstance(n.op, Pool2D | Mean) and graph.values[n.inputs[0]].elements < SMALL)
+        """The fastest placement, if there is a question: small averages and functions on the NPU, or on the host."""
+        small = [n for n, v in zip(graph.nodes, verdicts, strict=True) if v.where == "npu"
+                 and isinstance(n.op, Pool2D | Mean | Elementwise) and graph.values[n.inputs[0]].elements < SMALL]
         if plan == "reference" or not small:
             return None, verdicts
-        both = []
-        for host in (frozenset[int](), small):
+        functions = frozenset(n.index for n in small if isinstance(n.op, Elementwise))
+        averages = frozenset(n.index for n in small) - functions
+        placements = []
+        for host in dict.fromkeys((frozenset[int](), averages, functions, averages | functions)):
             parts, found = self._divide(graph, plan, options, host)
             program = self._compile(graph, plan, options, parts, found)
-            both.append((sum(s.ns for s in self.timing(program).spans), program, found))
-        return min(both, key=lambda b: b[0])[1:]
+            placements.append((sum(s.ns for s in self.timing(program).spans), program, found))
+        return min(placements, key=lambda p: p[0])[1:]
 
     def _compile(self, graph: Graph, plan: PlanName, options: PlanOptions, parts: list[Part], verdicts: list[Verdict],
                  keep_all: bool = False) -> Program:
@@ -142,9 +166,9 @@ class VivanteTarget:
 
     def _divide(self, graph: Graph, plan: PlanName, options: PlanOptions = DEFAULT,
                 host: frozenset[int] = frozenset()) -> tuple[list[Part], list[Verdict]]:
-        why = {n.index: constraints.reasons(graph, n, self.chip, plan) for n in graph.nodes}
+        why = {n.index: constraints.reasons(graph, n, self.chip, plan, options.features) for n in graph.nodes}
         for i in host:
-            why[i] += (Reason("What the host does sooner is left to it.", "a small average, by the timing model",
+            why[i] += (Reason("What the host does sooner is left to it.", "a small tensor, by the timing model",
                               "npulab"),)
         if options.channels == "multiple-of-cores":
             for n in graph.nodes:
@@ -153,6 +177,10 @@ class VivanteTarget:
         def on_npu(node: Node) -> bool:
             return not why[node.index]
 
+        for n in graph.nodes if plan == "best" else ():
+            if on_npu(n) and _moves_bytes(graph, n) and not _made_by(graph, n, on_npu):
+                why[n.index] = (Reason("What joins tensors, or changes byte for byte, does so where they are made.",
+                                       f"{n.op.name} of what the host has", "npulab"),)
         if plan == "reference":
             parts = partition(graph, on_npu)
         else:

@@ -159,7 +159,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class TPJob:
-    """One layout job for the TP engine, cut over its cores."""
+    """One layout job for the TP engine, cut over its cores; with `table`, a function of each element too."""
 
     role: str
     nodes: tuple[int, ...]
@@ -167,13 +167,14 @@ class TPJob:
     result: Place
     shares: tuple[Share, ...]
     pad: bool = False
+    table: bytes = b""
 
-    def descriptors(self, source: int, result: int) -> list[TPDescriptor]:
-        """Each core's 31 words, given the addresses of the job's input and output."""
+    def descriptors(self, source: int, result: int, table: int = 0) -> list[TPDescriptor]:
+        """Each core's 31 words, given the addresses of the job's input, its output and its table."""
         last = len(self.shares) - 1
         return [
             TPDescriptor(**s.fields, in_image_base_address=source + s.source, out_image_base_address=result + s.result,
-                         no_flush=int(i < last))
+                         alu_load_pwl_lut_address=table, no_flush=int(i < last))
             for i, s in enumerate(self.shares)
         ]
 

@@ -6,10 +6,15 @@ that npulab's own plans use are right for every size; `reference_reshuffle` and 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from itertools import pairwise
 
 from npulab.targets.vivante.jobs import Share
 from npulab.targets.vivante.tiling import cdiv
+
+TABLE_TILE_X, TABLE_TILE_Y = 64, 16
+"""Of table jobs, in elements and rows (TP notes 2.5)."""
 
 
 def to_planar(height: int, width: int, channels: int, zero_point: int, cores: int = 1) -> tuple[Share, ...]:
@@ -137,29 +142,64 @@ def rescale_bytes(count: int, in_zp: int, out_zp: int, multiplier: int, shift: i
 
     The bytes are read as rows of up to 4096 (16 bits hold an extent), with a second share for the rest.
     """
+    return tuple(Share(start, start, {
+        **_whole_image(x, lines, slices),
+        "in_tile_x_size": x, "in_tile_y_size": lines, "in_tile_x_inc": x, "in_tile_y_inc": lines,
+        "out_loop_0_inc": 0,
+        "out_loop_1_inc": 1, "out_loop_1_count": x,
+        "out_loop_2_inc": x, "out_loop_2_count": lines,
+        "out_loop_6_inc": x * lines,
+        "alu_output_post_multiplier": multiplier, "alu_output_postshift": shift,
+        "in_zp": in_zp, "out_zp": out_zp,
+    }) for start, x, lines, slices in _as_images(count))
+
+
+def _as_images(count: int) -> Iterator[tuple[int, int, int, int]]:
+    """(start, x, y, z) of images that `count` bytes in a row are; more rows than 16 bits hold become slices."""
     row = min(count, 4096)
     rows, rest = divmod(count, row)
-    shares = []
-    for start, x, y in ((0, row, rows), (row * rows, rest, 1)):
-        # More rows than 16 bits hold become slices.
-        slices, lines = 1, y
-        if y > 0x7FFF:
-            slices = next(s for s in range(cdiv(y, 0x7FFF), y + 1) if y % s == 0)
-            lines = y // slices
-        if x:
-            shares.append(Share(start, start, {
-                "in_image_x_size": x, "in_image_y_size": lines, "in_image_z_size": slices,
-                "in_image_stride": x, "in_image_slice": x * lines,
-                "in_window_x_end": x - 1, "in_window_y_end": lines - 1,
-                "in_tile_x_size": x, "in_tile_y_size": lines, "in_tile_x_inc": x, "in_tile_y_inc": lines,
-                "out_loop_0_inc": 0,
-                "out_loop_1_inc": 1, "out_loop_1_count": x,
-                "out_loop_2_inc": x, "out_loop_2_count": lines,
-                "out_loop_6_inc": x * lines,
-                "alu_output_post_multiplier": multiplier, "alu_output_postshift": shift,
-                "in_zp": in_zp, "out_zp": out_zp,
-            }))
-    return tuple(shares)
+    slices = 1 if rows <= 0x7FFF else next(s for s in range(cdiv(rows, 0x7FFF), rows + 1) if rows % s == 0)
+    yield 0, row, rows // slices, slices
+    if rest:
+        yield row * rows, rest, 1, 1
+
+
+def _whole_image(x: int, y: int, z: int) -> dict[str, int]:
+    """The fields of a window over all of an image whose rows and slices lie one behind the other."""
+    return {
+        "in_image_x_size": x, "in_image_y_size": y, "in_image_z_size": z,
+        "in_image_stride": x, "in_image_slice": x * y, "in_window_x_end": x - 1, "in_window_y_end": y - 1,
+    }
+
+
+def through_table(shape: tuple[int, ...], in_zp: int, out_zp: int, multiplier: int, shift: int,
+                  cores: int) -> tuple[Share, ...]:
+    """A table function over all bytes of a tensor, in place order: the table's output is scaled as in `rescale_bytes`.
+
+    The walk is that of Mesa 26 for (1, H, W, C) tensors, which cuts H over the cores if there are six rows; tensors of
+    other ranks are cut into rows. The table's address is still to be filled in.
+    """
+    if len(shape) == 4:
+        _, height, width, channels = shape
+        images = [(first * width * channels, channels, width, rows)
+                  for first, rows in dealt(height, cores if height >= 6 else 1)]
+    else:
+        images = [(first + start, x, y, z) for first, count in dealt(math.prod(shape), cores)
+                  for start, x, y, z in _as_images(count)]
+    return tuple(Share(start, start, {
+        **_whole_image(x, y, z),
+        "alu_pwl_enable": 1, "alu_load_pwl_lut": 1, "alu_load_pwl_lut_global_mem": 1, "alu_pwl_sign_support": 1,
+        "in_tile_x_size": TABLE_TILE_X, "in_tile_y_size": TABLE_TILE_Y,
+        "in_tile_x_inc": TABLE_TILE_X, "in_tile_y_inc": TABLE_TILE_Y,
+        "out_loop_0_inc": 0,
+        "out_loop_1_inc": 1, "out_loop_1_count": 0, "out_loop_1_reset": 1,
+        "out_loop_2_inc": x, "out_loop_2_count": 0, "out_loop_2_reset": 1,
+        "out_loop_3_inc": TABLE_TILE_X, "out_loop_3_count": cdiv(x, TABLE_TILE_X),
+        "out_loop_4_inc": TABLE_TILE_Y * x, "out_loop_4_count": cdiv(y, TABLE_TILE_Y),
+        "out_loop_6_inc": x * y,
+        "alu_output_post_multiplier": multiplier, "alu_output_postshift": shift,
+        "in_zp": in_zp, "out_zp": out_zp,
+    }) for start, x, y, z in images)
 
 
 def reference_reshuffle(d1: int, d2: int, channels: int, kernel: int, same: bool, zero_point: int,

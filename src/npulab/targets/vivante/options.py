@@ -11,6 +11,7 @@ FEATURES: Mapping[str, str] = MappingProxyType({
     "zero-runs-1x1": "zero runs in the streams of 1x1 kernels, where the driver never tries them",
     "tp-split": "transposes cut over all TP cores, as the driver cuts reshuffles",
     "axi-sram": "tensors in the on-chip SRAM that the vendor's streams map at 4 MiB",
+    "tp-table": "functions of one number (LOGISTIC and others) as table jobs of the TP engine",
     "cascade": "chains of convolutions in stripes, with what lies between them in that SRAM (includes axi-sram)",
 })
 """What plan best leaves alone unless asked, because no recorded stream shows it: all of it is inferred."""

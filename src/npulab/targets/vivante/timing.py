@@ -36,6 +36,7 @@ from npulab.program.law import Memory
 from npulab.program.types import HostStep, Job, NpuStep, Program, Transfer
 from npulab.targets.target import Prediction, Timing
 from npulab.targets.vivante.chips import AXI_SRAM_ADDRESS, LANES, MULTIPLIERS, Chip
+from npulab.targets.vivante.fp21 import TABLE_BYTES
 from npulab.targets.vivante.machine.frontend import FrontEnd
 from npulab.targets.vivante.nn import (
     CACHE_FULL,
@@ -288,10 +289,13 @@ def _on_chip(address: int, chip: Chip) -> bool:
 def count_tp(shares: Sequence[TPDescriptor], chip: Chip) -> Counts:
     """One TP job: a descriptor a core, side by side."""
     longest = 0
-    dram = {"input": 0, "output": 0}
+    dram = {"weights": 0, "input": 0, "output": 0}
     sram = {"input": 0, "output": 0}
-    touched = {"input": 0, "output": 0}
+    touched = {"weights": 0, "input": 0, "output": 0}
     for d in shares:
+        if d.alu_pwl_enable:  # each share loads its table
+            dram["weights"] += TABLE_BYTES
+            touched["weights"] += TABLE_BYTES
         deep = d.in_image_z_size
         seen_x = min(d.in_window_x_end + 1, d.in_image_x_size) - max(d.in_window_x_start, 0)
         seen_y = min(d.in_window_y_end + 1, d.in_image_y_size) - max(d.in_window_y_start, 0)
@@ -305,7 +309,8 @@ def count_tp(shares: Sequence[TPDescriptor], chip: Chip) -> Counts:
             (sram if _on_chip(address, chip) else dram)[where] += size
             touched[where] += size
     return Counts("tp", f"{sum(touched.values())} B", elements=longest, launches=len(shares),
-                  dram={k: v for k, v in dram.items() if v}, sram={k: v for k, v in sram.items() if v}, touched=touched)
+                  dram={k: v for k, v in dram.items() if v}, sram={k: v for k, v in sram.items() if v},
+                  touched={k: v for k, v in touched.items() if v})
 
 
 def _walked(extent: int, size: int, step: int) -> int:

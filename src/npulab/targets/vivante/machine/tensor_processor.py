@@ -16,6 +16,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
+from npulab.targets.vivante.fp21 import TABLE_BYTES, TABLE_ENTRIES, fp21_value, interpolated
 from npulab.targets.vivante.machine.convolve import Work
 from npulab.targets.vivante.machine.faults import Budget, JobFault
 from npulab.targets.vivante.machine.memory import Memory
@@ -24,7 +25,6 @@ from npulab.targets.vivante.tp import TPDescriptor
 U8 = NDArray[np.uint8]
 I64 = NDArray[np.int64]
 NO_CIRCULAR_BUFFER = 0x03FFFFFF
-TABLE_ENTRIES = 1024
 ELEMENTS_MAX = 1 << 28
 """Elements of one descriptor, so that memory has a bound."""
 WALK_MAX = 1 << 24
@@ -76,7 +76,8 @@ def run(memory: Memory, d: TPDescriptor, budget: Budget) -> Work:
         _store(memory, d, values, counts)
     seen = range(max(0, d.in_window_x_start), min(d.in_window_x_end + 1, d.in_image_x_size))
     lines = range(max(0, d.in_window_y_start), min(d.in_window_y_end + 1, d.in_image_y_size))
-    return Work(0, 0, d.in_image_z_size * len(lines) * len(seen), values.size)
+    table = TABLE_BYTES if d.alu_pwl_enable else 0
+    return Work(0, table, d.in_image_z_size * len(lines) * len(seen), values.size)
 
 
 def _cut(extent: int, size: int, step: int) -> tuple[I64, I64]:
@@ -148,7 +149,7 @@ def _alu(memory: Memory, d: TPDescriptor) -> tuple[U8 | None, int]:
     """(output byte of each input byte, or None for the identity; output byte of the border)."""
     v = np.append(np.arange(256), d.in_image_border_const + d.in_zp) - float(d.in_zp)
     if d.alu_pwl_enable:
-        v = _piecewise_linear(_table(memory, d), v)
+        v = interpolated(_table(memory, d), v)
     scaled = v * (1 + d.alu_output_post_multiplier / 2**15) * 2.0**-d.alu_output_postshift
     out = np.clip(np.rint(scaled) + d.out_zp, 0, 255).astype(np.uint8)
     identity = not d.alu_pwl_enable and bool((out[:256] == np.arange(256)).all())
@@ -160,33 +161,6 @@ def _table(memory: Memory, d: TPDescriptor) -> NDArray[np.float64]:
     if not (d.alu_load_pwl_lut and d.alu_load_pwl_lut_global_mem and d.alu_pwl_sign_support):
         raise JobFault("unimplemented feature", "a TP table that is not loaded from memory, or has no negative half")
     return fp21_value(np.array(memory.words(d.alu_load_pwl_lut_address, TABLE_ENTRIES, "TP table"), np.int64))
-
-
-def fp21_value(bits: I64) -> NDArray[np.float64]:
-    """What a 21-bit float means: sign 20, exponent 19:15 (bias 15), mantissa 14:0; subnormals below 2**-14."""
-    exponent, mantissa = bits >> 15 & 31, bits & 0x7FFF
-    normal = (1 + mantissa / 2**15) * np.exp2(exponent - 15.0)
-    return np.where(bits >> 20 & 1, -1.0, 1.0) * np.where(exponent == 0, mantissa * 2.0**-29, normal)
-
-
-def fp21_bits(values: NDArray[np.float64]) -> I64:
-    """The nearest 21-bit float, ties to even, saturated."""
-    sign = np.signbit(values).astype(np.int64) << 20
-    size = np.abs(values)
-    exponent = np.clip(np.floor(np.log2(np.maximum(size, 2.0**-40))), -14, 15)
-    mantissa = np.rint(size / np.exp2(exponent) * 2**15).astype(np.int64)  # 2**15 and up, unless subnormal
-    bits = np.where(size < 2.0**-14, np.rint(size * 2.0**29).astype(np.int64),
-                    (exponent.astype(np.int64) + 14 << 15) + mantissa)
-    return sign | np.minimum(bits, 0xF7FFF)
-
-
-def _piecewise_linear(table: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Entry (sign, exponent, top four mantissa bits), and a line to the next by the other eleven bits."""
-    bits = fp21_bits(v)
-    index, fraction = bits >> 11, (bits & 0x7FF) / 2**11
-    after = np.minimum(index + 1, TABLE_ENTRIES - 1)
-    out: NDArray[np.float64] = table[index] + (table[after] - table[index]) * fraction
-    return out
 
 
 def _in_tile_order(d: TPDescriptor, window: U8) -> U8:
