@@ -15,9 +15,9 @@ from npulab import api
 from npulab.errors import ModelError, UsageError
 from npulab.profiling.join import as_data, by_bound, gains
 from npulab.profiling.types import span_ns
-from npulab.program.types import NpuStep
+from npulab.program.types import Choice, NpuStep
 from npulab.targets.target import PlanOptions, find_target
-from npulab.targets.vivante import search, timing
+from npulab.targets.vivante import cascade, order, search, timing
 from npulab.targets.vivante.chips import A311D, LIMITS
 from npulab.targets.vivante.machine import VirtualNPU
 from npulab.targets.vivante.nn import NNDescriptor
@@ -293,6 +293,89 @@ def test_stripes_through_on_chip_sram_give_the_same_bytes(seed, monkeypatch):
     assert all((want[name] == got[name]).all() for name in want)
     assert any(c.feature == "cascade" for c in other.choices)
     assert api.profile(other).dram_bytes < api.profile(plain).dram_bytes
+
+
+def forked(seed: int) -> Layers:
+    """A tensor that two or three branches read, of which some go on, with strides among them."""
+    n = Layers(seed, False)
+    rng = np.random.default_rng(seed)
+    trunk = n.conv(n.input(1, 40 + seed, 30, 8), 24, (3, 3), activation="RELU")
+    n.outputs = []
+    for kernel in ((1, 1), (3, 3), (5, 5))[: int(rng.integers(2, 4))]:
+        h = n.conv(trunk, int(rng.integers(8, 24)), kernel)
+        n.outputs.append(n.depthwise(h, (3, 3), stride=2) if rng.random() < 0.4 else h)
+    return n
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 8])
+@pytest.mark.parametrize("seed", range(6))
+def test_stripes_across_branches_give_the_same_bytes(seed, count, monkeypatch):
+    """The largest tree there is, whatever it costs."""
+    n = forked(seed)
+    g, inputs = npulab.load(n.build(*n.outputs)), n.samples()
+    sizes = []
+
+    def forced(now, tensors, search, capacity, alignment):
+        group = max(cascade.groups(now.jobs, tensors.shared), key=len)
+        cut = cascade.striped(now.jobs, group, count, len(now.sizes))
+        sizes.append((len(group), len({s.source for s in group})))
+        monkeypatch.setattr("npulab.targets.vivante.on_chip._one_group_more", lambda *_: (None, 1))
+        jobs = [*now.jobs[: group[0].first], *cut.jobs, *now.jobs[group[-1].last :]]
+        found = _nothing_but_stripes(jobs, [*now.sizes, *cut.sizes], tensors, search, capacity, alignment)
+        return replace(found, choices=(Choice(0, "stripes", "none", 1, "cascade", "inferred"),)), 1
+
+    monkeypatch.setattr("npulab.targets.vivante.on_chip._resident", _nothing_but_stripes)
+    monkeypatch.setattr("npulab.targets.vivante.on_chip._one_group_more", forced)
+    plain, other = api.compile(g), api.compile(g, options=PlanOptions(features=frozenset({"cascade"})))
+
+    want, got = api.open_session(plain).run(inputs), api.open_session(other).run(inputs)
+    assert all((want[name] == got[name]).all() for name in want)
+    assert [stages > sources for stages, sources in sizes] == [True]  # a tensor that two of them read
+
+
+def test_stripes_across_branches_are_taken_where_they_save_time():
+    n = Layers(0, False)
+    trunk = n.conv(n.input(1, 120, 200, 8), 48, (1, 1), activation="RELU")
+    g = npulab.load(n.build(*(n.conv(trunk, 8, (1, 1)) for _ in range(2))))
+    sram, stripes = (api.profile(g, options=PlanOptions(features=frozenset({f}))) for f in ("axi-sram", "cascade"))
+
+    assert any(d.choice.startswith("operators 0, 1, 2 in") for d in stripes.decisions)
+    assert stripes.total_ns < sram.total_ns
+    assert stripes.dram_bytes < sram.dram_bytes
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_jobs_in_another_order_give_the_same_bytes(seed, monkeypatch):
+    """Taken whatever it costs; the model's order would be kept where it is as fast."""
+    n = (forked, network)[seed % 2](seed)
+    g, inputs = npulab.load(n.build(*n.outputs)), n.samples()
+    orders = []
+
+    def as_ordered(jobs, extent):
+        orders.append((list(jobs), order.depth_first(jobs, extent)))
+        jobs[:] = orders[-1][1]
+        return list(jobs)
+
+    monkeypatch.setattr("npulab.targets.vivante.on_chip.depth_first", as_ordered)
+    plain, other = api.compile(g), api.compile(g, options=PlanOptions(features=frozenset({"axi-sram"})))
+
+    want, got = api.open_session(plain).run(inputs), api.open_session(other).run(inputs)
+    assert all((want[name] == got[name]).all() for name in want)
+    assert orders
+    assert all(sorted(map(id, a)) == sorted(map(id, b)) for a, b in orders)
+    if seed % 2 == 0:
+        assert any(a != b for a, b in orders)
+
+
+def test_another_order_is_taken_where_it_keeps_more_in_sram():
+    """Two branches begun side by side, each too large to wait for the other in SRAM."""
+    n = Layers(0, False)
+    x = n.input(1, 64, 64, 8)
+    begun = [n.conv(x, 128, (3, 3), activation="RELU") for _ in range(3)]
+    g = npulab.load(n.build(*[n.conv(b, 8, (1, 1)) for b in begun]))
+
+    p = api.profile(g, options=PlanOptions(features=frozenset({"axi-sram"})))
+    assert "jobs right behind what they read" in [d.choice for d in p.decisions]
 
 
 def _nothing_but_stripes(jobs, sizes, tensors, search, capacity, alignment):

@@ -483,6 +483,11 @@ class _Lowering:
             offset += base
         return tensor, offset
 
+    def extent(self, tensor: int) -> tuple[int, int, int]:
+        """(root tensor, first byte in it, end)."""
+        root, offset = self.home(tensor)
+        return root, offset, offset + self.sizes[tensor]
+
     def lifetimes(self, jobs: Sequence[Job], sizes: Sequence[int], downloads: list[Border]) -> dict[int, Lifetime]:
         """Root tensor -> its size, and the first and last job that needs it; -1 and len(jobs) are the host's turns."""
         first: dict[int, int] = {}
@@ -508,11 +513,12 @@ class _Lowering:
         return {root: Lifetime(extents[root], first[root], last[root]) for root in extents}
 
     def on_chip(self, downloads: list[Border], search: Search) -> tuple[Mapping[int, int], tuple[Choice, ...]]:
-        """Root tensor -> offset in on-chip SRAM, of those that lie there. May cut chains of jobs into stripes."""
+        """Root tensor -> offset in on-chip SRAM, of those there. May reorder jobs, and cut groups into stripes."""
         borders = {b.place.tensor for b in (*self.uploads.values(), *downloads)}
         fixed = {self.home(t)[0] for t in borders}
         found = arrange(self.jobs, self.sizes, Tensors(
-            lambda tensor: self.home(tensor)[0], lambda jobs, sizes: self.lifetimes(jobs, sizes, downloads), fixed,
+            lambda tensor: self.home(tensor)[0], self.extent,
+            lambda jobs, sizes: self.lifetimes(jobs, sizes, downloads), fixed,
             fixed | self.parents.keys() | {root for root, _ in self.parents.values()},
         ), search, self.chip.axi_sram, ALIGNMENT, "cascade" in self.features)
         self.jobs, self.sizes = found.jobs, found.sizes

@@ -1,9 +1,12 @@
 """Run convolutions that feed each other stripe by stripe, so that what lies between them fits on-chip SRAM.
 
-A chain is convolutions in a row, each the only reader of the one before. Cut the rows of the last output into stripes;
-each stripe needs some rows of every tensor before it, a few more than its share where kernels are higher than one, and
-only those are computed, into a buffer of that many rows. Rows at the seams are computed twice; nothing else changes, so
-every byte is the same.
+A group is a chain of convolutions, or a tree of them where branches read one tensor. Cut the rows of what leaves it
+into stripes; each stripe needs some rows of every tensor before, a few more than its share where kernels are higher
+than one, and only those are computed, into a buffer of that many rows. Rows at the seams are computed twice; nothing
+else changes, so every byte is the same.
+
+An addition ends a group. The engine adds planes as one run of bytes, and a stripe of a tensor is none: it would have to
+be copied together first, which costs more than it saves.
 
 The descriptors can say all of it: sizes apart from pitches, and an offset only where the image's border is. Circular
 buffers, which would save computing seams twice, are fields that nobody has seen in use.
@@ -11,17 +14,17 @@ buffers, which would save computing seams twice, are fields that nobody has seen
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 from npulab.targets.vivante.jobs import Job, NNJob, Place
 from npulab.targets.vivante.tiling import cdiv
 
 STRIPES = (2, 3, 4, 5, 6, 8)
 """Stripes that are tried."""
-LONGEST = 4
-"""Convolutions of a chain."""
+LONGEST = 6
+"""Convolutions of a group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,7 @@ class Stage:
 
 
 def stages(jobs: Sequence[Job]) -> list[Stage | None]:
-    """The jobs' stages in order; None stands for a job that cannot be in a chain."""
+    """The jobs' stages in order; None stands for a job that cannot be in a group."""
     out: list[Stage | None] = []
     for i, job in enumerate(jobs):
         if not isinstance(job, NNJob) or job.last_word is not None:
@@ -49,69 +52,79 @@ def stages(jobs: Sequence[Job]) -> list[Stage | None]:
     return out
 
 
-def chains(jobs: Sequence[Job], fixed: set[int]) -> list[list[Stage]]:
-    """Every run of 2 to LONGEST stages, each tensor between them written by one and read by the next alone.
+def groups(jobs: Sequence[Job], fixed: set[int]) -> list[list[Stage]]:
+    """Every run of 2 to LONGEST stages in which all but the first read what an earlier one of them writes.
 
-    `fixed` tensors are needed elsewhere, or share memory with others.
+    Of what is written, either all readers are in the group, or none: a chain, or a tree where a tensor has several
+    readers. `fixed` tensors are needed elsewhere, or share memory with others.
     """
-    readers: dict[int, int] = {}
-    writers: dict[int, int] = {}
     found = stages(jobs)
-    for s in found:
-        if s:
-            readers[s.source] = readers.get(s.source, 0) + 1
-            writers[s.result] = writers.get(s.result, 0) + 1
+    readers = Counter(s.source for s in found if s)
+    writers = Counter(s.result for s in found if s)
     others = {t for job in jobs if not isinstance(job, NNJob) or job.last_word is not None
               for t in (job.source.tensor, job.result.tensor)}
-
-    def linked(a: Stage | None, b: Stage | None) -> bool:
-        return (a is not None and b is not None and a.result == b.source and a.result not in fixed
-                and a.result not in others and readers[a.result] == writers[a.result] == 1)
-
     out = []
     for i in range(len(found)):
-        for n in range(2, LONGEST + 1):
-            if i + n > len(found) or not linked(found[i + n - 2], found[i + n - 1]):
+        group: list[Stage] = []
+        for stage in found[i : i + LONGEST]:
+            if stage is None or (group and stage.source not in {s.result for s in group}):
                 break
-            out.append([s for s in found[i : i + n] if s])
+            group.append(stage)
+            inner = inner_results(group)
+            if inner and not any(t in fixed or t in others or writers[t] != 1
+                                 or readers[t] != sum(s.source == t for s in group) for t in inner):
+                out.append(list(group))
     return out
+
+
+def inner_results(group: Sequence[Stage]) -> list[int]:
+    """Tensors that one stage of the group writes and others of it read, in the order in which they are written."""
+    read = {s.source for s in group}
+    return [s.result for s in group if s.result in read]
 
 
 @dataclass(frozen=True, slots=True)
 class Striped:
-    """A chain as stripes: the jobs, and the sizes (bytes) of the new tensors, numbered from `new` on."""
+    """A group as stripes: the jobs, and the sizes (bytes) of the new tensors, numbered from `new` on."""
 
     jobs: tuple[NNJob, ...]
     sizes: tuple[int, ...]
 
 
-def striped(jobs: Sequence[Job], chain: Sequence[Stage], count: int, new: int) -> Striped | None:
-    """The chain in `count` stripes, its inner tensors replaced by new ones. None if there are not enough rows."""
-    heads = [h for h in (jobs[s.first] for s in chain) if isinstance(h, NNJob)]  # all are
-    rows = heads[-1].output.y
-    if rows < 2 * count:
+def striped(jobs: Sequence[Job], group: Sequence[Stage], count: int, new: int) -> Striped | None:
+    """The group in `count` stripes, its inner tensors replaced by new ones. None if there are not enough rows."""
+    heads = [h for h in (jobs[s.first] for s in group) if isinstance(h, NNJob)]  # all are
+    inner = inner_results(group)
+    if any(h.output.y < 2 * count for h, s in zip(heads, group, strict=True) if s.result not in inner):
         return None
-    cuts = [cdiv(rows * i, count) for i in range(count + 1)]
-    # Rows of each stage's output that each stripe computes, from the last stage back.
-    needs: list[list[tuple[int, int]]] = []
-    for top, end in pairwise(cuts):
-        own = [(top, end)]
-        for h in reversed(heads[1:]):
-            own.append(input_rows(h, *own[-1]))
-        needs.append(own[::-1])
-    pitches = [max(end - top for top, end in (need[i] for need in needs)) for i in range(len(heads) - 1)]
+    needs = [_rows(heads, group, k, count) for k in range(count)]
+    writer = {s.result: i for i, s in enumerate(group)}
+    pitches = {t: max(need[writer[t]][1] - need[writer[t]][0] for need in needs) for t in inner}
+    buffers = {t: (new + i, pitches[t]) for i, t in enumerate(inner)}
     out: list[NNJob] = []
     for k, need in enumerate(needs):
-        for i, stage in enumerate(chain):
+        for i, stage in enumerate(group):
             again = max(0, needs[k - 1][i][1] - need[i][0]) if k else 0
+            source = (*buffers[stage.source], need[writer[stage.source]][0]) if stage.source in buffers else None
             for job in jobs[stage.first : stage.last]:
                 assert isinstance(job, NNJob)
-                out.append(_stripe(job, need[i], again,
-                                   None if i == 0 else (new + i - 1, pitches[i - 1], need[i - 1][0]),
-                                   None if i == len(chain) - 1 else (new + i, pitches[i])))
-    sizes = [_channels(jobs, s) * p * h.output.row
-             for s, p, h in zip(chain, pitches, heads, strict=False)]
+                out.append(_stripe(job, need[i], again, source, buffers.get(stage.result)))
+    sizes = [_channels(jobs, group[writer[t]]) * pitches[t] * heads[writer[t]].output.row for t in inner]
     return Striped(tuple(out), tuple(sizes))
+
+
+def _rows(heads: Sequence[NNJob], group: Sequence[Stage], stripe: int, count: int) -> list[tuple[int, int]]:
+    """Rows of each stage's output that one of `count` stripes computes: a share of what leaves the group, and of what
+    lies inside as many as its readers need."""
+    needed: dict[int, tuple[int, int]] = {}
+    out: list[tuple[int, int]] = []
+    for h, s in zip(reversed(heads), reversed(group), strict=True):
+        own = needed.get(s.result) or (cdiv(h.output.y * stripe, count), cdiv(h.output.y * (stripe + 1), count))
+        top, end = input_rows(h, *own)
+        known = needed.get(s.source, (top, end))
+        needed[s.source] = min(top, known[0]), max(end, known[1])
+        out.append(own)
+    return out[::-1]
 
 
 def _channels(jobs: Sequence[Job], stage: Stage) -> int:

@@ -10,9 +10,9 @@ FEATURES: Mapping[str, str] = MappingProxyType({
     "tiles": "tiles of other sizes than the driver's rule gives, inside the same buffers",
     "zero-runs-1x1": "zero runs in the streams of 1x1 kernels, where the driver never tries them",
     "tp-split": "transposes cut over all TP cores, as the driver cuts reshuffles",
-    "axi-sram": "tensors in the on-chip SRAM that the vendor's streams map at 4 MiB",
+    "axi-sram": "tensors in the on-chip SRAM that the vendor's streams map at 4 MiB, jobs ordered for it",
     "tp-table": "functions of one number (LOGISTIC and others) as table jobs of the TP engine",
-    "cascade": "chains of convolutions in stripes, with what lies between them in that SRAM (includes axi-sram)",
+    "cascade": "chains and trees of convolutions in stripes, what lies between them in that SRAM (includes axi-sram)",
 })
 """What plan best leaves alone unless asked, because no recorded stream shows it: all of it is inferred."""
 
