@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from layers import Layers
-from npulab import api
+from npulab import PlanOptions, api
 from npulab.cli import run_arguments
 from npulab.cli.cliffs import parse_range, plot, print_walk
 from npulab.cliffs import Part, Point, Walk, by_channels, by_resolution, cliffs_between, slack, walk, why
@@ -285,6 +285,19 @@ def test_the_command_says_where_how_much_why_and_what_to_use_instead(npulab):
                           "digits, input height: 5 sizes from 30 to 34\n")
     assert re.search(r"^  32  33  node 6 ADD +0\.\d+ -> 0\.\d+ +x1\.\d+  1 job becomes 2", out, re.M)
     assert "\nUse 32, not 33.\n" in out
+
+
+def test_options_of_the_plan_change_what_is_walked(npulab):
+    arguments = "cliffs", DIGITS, "--target", "a311d", "--range", "31:33"
+    options = PlanOptions(zero_runs=False, features=frozenset({"axi-sram"}))
+    code, out, _ = npulab(*arguments, "--no-zero-runs", "--feature", "axi-sram", "--json")
+    (found,) = by_resolution(load(DIGITS), "a311d", options=options, limits=(31, 33, None))
+    _, text, _ = npulab(*arguments, "--no-zero-runs")
+
+    assert code == 0
+    assert json.loads(out)["options"] == {"no-zero-runs": "on", "features": "axi-sram"}
+    assert [p["ms"] for p in json.loads(out)["walks"][0]["points"]] == [p.ns / 1e6 for p in found.points]
+    assert text.startswith("digits on a311d, plan best, no-zero-runs; times by the timing model\n")
 
 
 def test_the_commands_json_has_every_point_and_cliff(npulab):

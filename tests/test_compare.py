@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from npulab import api
+from npulab import PlanOptions, api
 from npulab.cli import run_arguments
 from npulab.cli.compare import Variant, parse_variants
 from npulab.errors import CapacityError, UsageError
@@ -105,13 +105,30 @@ def test_columns_that_are_alike_say_so(npulab):
     assert out.endswith("\nNo operator differs.\n")
 
 
+def test_options_of_the_plan_are_for_every_column_and_features_for_best(npulab):
+    arguments = "compare", DIGITS, "--targets", "a311d", "--no-kernel-cache", "--feature", "axi-sram"
+    code, out, _ = npulab(*arguments, "--plans", "best,reference")
+    _, text, _ = npulab(*arguments, "--plans", "best,reference", "--json")
+    refused, _, err = npulab(*arguments[:3], "a311d,a311d:clock=1GHz", *arguments[4:], "--plans", "reference")
+
+    assert code == 0
+    assert "A  a311d, plan best, no-kernel-cache, features axi-sram\n" in out
+    assert "B  a311d, plan reference, no-kernel-cache\n" in out
+    best, reference = json.loads(text)["variants"]
+    options = PlanOptions(kernel_cache=False, features=frozenset({"axi-sram"}))
+    assert best["options"] == {"no-kernel-cache": "on", "features": "axi-sram"}
+    assert best["total_ms"] == api.profile(DIGITS, options=options).total_ns / 1e6
+    assert reference["options"] == {"no-kernel-cache": "on"}
+    assert (refused, "features are for plan best" in err) == (2, True)
+
+
 def test_a_column_that_does_not_compile_says_why_and_the_exit_code_is_1(npulab, monkeypatch):
     real = api.profile
 
-    def profile(graph, target, plan, **rest):
+    def profile(graph, target, plan, *rest):
         if plan == "reference":
             raise CapacityError("'digits' does not fit the engine", got="too much")
-        return real(graph, target, plan, **rest)
+        return real(graph, target, plan, *rest)
 
     monkeypatch.setattr(api, "profile", profile)
     code, out, err = npulab("compare", DIGITS, "--targets", "a311d", "--plans", "best,reference")

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from npulab.cli.options import Json, ModelPath, Plan, PlanOption, TargetName
-from npulab.cli.plan_options import SettingsOption
+from npulab.cli.plan_options import (
+    Channels,
+    ChannelsOption,
+    Features,
+    NoImageCache,
+    NoKernelCache,
+    NoZeroRuns,
+    SettingsOption,
+    in_words,
+    plan_options,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,6 +52,11 @@ def cliffs(
         "--factor", metavar="X", help="How much time per pixel or channel must jump in one operator; for the whole "
                                       "network a tenth of that counts.")] = 1.25,
     most: Annotated[int, typer.Option("--most", metavar="N", help="Compilations at most.")] = 60,
+    no_zero_runs: NoZeroRuns = False,
+    channels: ChannelsOption = Channels.ANY,
+    no_kernel_cache: NoKernelCache = False,
+    no_image_cache: NoImageCache = False,
+    feature: Features = None,
     settings: SettingsOption = None,
     json: Json = False,
 ) -> None:
@@ -58,6 +73,7 @@ def cliffs(
     from npulab.targets.target import find_target
 
     what_if = parse_settings(settings or ())
+    options = plan_options(no_zero_runs, channels, no_kernel_cache, no_image_cache, feature)
     limits = parse_range(range_)
     if not 1 < factor < 1000:
         raise UsageError("--factor must be more than 1", got=factor, want="such as 1.25")
@@ -76,20 +92,21 @@ def cliffs(
 
     progress(f"at most {most} compilations")
     if axis is Axis.RESOLUTION:
-        walks = by_resolution(graph, target, plan.plan_name, None, what_if, limits, most, factor, tell)
+        walks = by_resolution(graph, target, plan.plan_name, options, what_if, limits, most, factor, tell)
         kept = set(kept_nodes(graph))
     else:
-        walks = by_channels(graph, target, plan.plan_name, None, what_if, limits, most, factor, tell, node)
+        walks = by_channels(graph, target, plan.plan_name, options, what_if, limits, most, factor, tell, node)
         kept = {n.index for n in graph.nodes}
     left_out = [n for n in graph.nodes if n.index not in kept]
     if json:
         write_json({
-            "model": graph.name, "target": target, "plan": plan.value, "settings": what_if, "axis": axis.value,
-            "factor": factor, "measured": sum(len(w.points) for w in walks), "most": most,
+            "model": graph.name, "target": target, "plan": plan.value, "options": options.as_text(),
+            "settings": what_if, "axis": axis.value, "factor": factor,
+            "measured": sum(len(w.points) for w in walks), "most": most,
             "left_out": [n.index for n in left_out], "walks": [as_data(w) for w in walks],
         })
         return
-    say(f"{graph.name} on {target}, plan {plan.value}; times by the timing model")
+    say(f"{graph.name} on {target}, plan {plan.value}{in_words(options)}; times by the timing model")
     for w in walks:
         say()
         print_walk(w, "pixel" if axis is Axis.RESOLUTION else "channel")

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from npulab.cli.options import Json, ModelPath
+from npulab.cli.plan_options import (
+    Channels,
+    ChannelsOption,
+    Features,
+    NoImageCache,
+    NoKernelCache,
+    NoZeroRuns,
+    in_words,
+    plan_options,
+)
 
 if TYPE_CHECKING:
     from npulab.errors import CapacityError, UnsupportedError
@@ -38,11 +48,17 @@ def compare(
         "Targets, each with what is set differently: a311d,a311d:nn_cores=4,a311d:clock=1GHz+dram_bandwidth=8GB/s"))],
     plans: Annotated[str, typer.Option("--plans", metavar="PLAN,...", help="best, reference, or both.")] = "best",
     rows: Annotated[int, typer.Option("--rows", metavar="N", help="Operators to show.")] = 10,
+    no_zero_runs: NoZeroRuns = False,
+    channels: ChannelsOption = Channels.ANY,
+    no_kernel_cache: NoKernelCache = False,
+    no_image_cache: NoImageCache = False,
+    feature: Features = None,
     json: Json = False,
 ) -> None:
     """Compare one model's modelled time on targets and plans, and show the operators that differ most.
 
-    Keys: dram_bandwidth (B/s), clock (Hz), sram (B), nn_cores. Exit code 1: the model does not compile for one of them.
+    Keys: dram_bandwidth (B/s), clock (Hz), sram (B), nn_cores. Options of the plan are for every column; features for
+    plan best only. Exit code 1: the model does not compile for one of them.
     """
     from npulab import api
     from npulab.cli.printing import progress, write_json
@@ -50,6 +66,10 @@ def compare(
     from npulab.targets.target import find_target
 
     variants = parse_variants(targets, plans)
+    options = plan_options(no_zero_runs, channels, no_kernel_cache, no_image_cache, feature)
+    if options.features and all(v.plan == "reference" for v in variants):
+        raise UsageError("features are for plan best", got="--plans reference")
+    options_of = {"best": options, "reference": replace(options, features=frozenset())}
     if rows < 0:
         raise UsageError("--rows is a number of operators", got=rows, want="0 or more")
     for v in variants:
@@ -59,15 +79,16 @@ def compare(
     for v in variants:
         progress(str(v))
         try:
-            found.append(api.profile(graph, v.target, v.plan, what_if=v.settings))
+            found.append(api.profile(graph, v.target, v.plan, options_of[v.plan], v.settings))
         except (UnsupportedError, CapacityError) as e:
             found.append(e)
     if json:
         write_json({"model": graph.name, "variants": [
-            {"target": v.target, "settings": dict(v.settings), "plan": v.plan, **as_data(p)}
+            {"target": v.target, "settings": dict(v.settings), "plan": v.plan,
+             "options": options_of[v.plan].as_text(), **as_data(p)}
             for v, p in zip(variants, found, strict=True)]})
     else:
-        _print(graph.name, variants, found, rows)
+        _print(graph.name, variants, [in_words(options_of[v.plan]) for v in variants], found, rows)
     if any(isinstance(p, UnsupportedError | CapacityError) for p in found):
         raise typer.Exit(1)
 
@@ -122,16 +143,16 @@ def as_data(found: Profile | Exception) -> dict[str, Any]:
     }
 
 
-def _print(model: str, variants: Sequence[Variant], found: Sequence[Profile | UnsupportedError | CapacityError],
-           rows: int) -> None:
+def _print(model: str, variants: Sequence[Variant], options: Sequence[str],
+           found: Sequence[Profile | UnsupportedError | CapacityError], rows: int) -> None:
     from npulab.cli.printing import say, table
     from npulab.profiling.types import Profile
 
     names = [_letters(i) for i in range(len(variants))]
     say(f"{model}; times by the timing model")
     say()
-    for name, v, p in zip(names, variants, found, strict=True):
-        say(f"{name}  {v}{'' if isinstance(p, Profile) else f': does not compile: {p.message}'}")
+    for name, v, more, p in zip(names, variants, options, found, strict=True):
+        say(f"{name}  {v}{more}{'' if isinstance(p, Profile) else f': does not compile: {p.message}'}")
     columns = [(name, as_data(p)) for name, p in zip(names, found, strict=True) if isinstance(p, Profile)]
     times = [{(n["node"], n["op"]): n["ms"] for n in data["nodes"]} for _, data in columns]
     differing = _most_different(times)

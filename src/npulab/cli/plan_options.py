@@ -45,6 +45,11 @@ def plan_options(no_zero_runs: bool = False, channels: Channels = Channels.ANY, 
     )
 
 
+def in_words(options: PlanOptions) -> str:
+    """', no-zero-runs, features axi-sram' after a plan's name; '' for the default."""
+    return "".join(f", {name}" if value == "on" else f", {name} {value}" for name, value in options.as_text().items())
+
+
 class Setting(NamedTuple):
     """A number of the chip that can be set. `units`: suffix -> factor; the first is what a bare number means.
 

@@ -181,7 +181,8 @@ def support_table() -> list[tuple[str, str, str]]:
     out = []
     for r in RULES:
         plans = "" if r.plans == BOTH else f" [plan {r.plans[0]}]"
-        out.append((", ".join(names(op) for op in r.ops), r.text + plans, r.source))
+        ops = "every operator" if r.ops == EVERY else ", ".join(names(op) for op in r.ops)
+        out.append((ops, r.text + plans, r.source))
     return out
 
 
@@ -578,7 +579,7 @@ def fitting_results(case: Case) -> Found:
         yield f"parts {[list(s) for s in shapes]} of {list(whole)}", "fix the export"
 
 
-@rule(Elementwise, plans=("best",))
+@rule(Elementwise, plans=("best",), source="TP notes, section 2.5")
 def tables_asked_for(case: Case) -> Found:
     """A function of one number is a table job of the TP engine. No stream of the recorded driver has one, and no board
     has run ours: it is done if asked for."""
@@ -586,7 +587,7 @@ def tables_asked_for(case: Case) -> Found:
         yield f"{case.node.op.name}, and no feature tp-table", "--feature tp-table"
 
 
-@rule(Elementwise, plans=("best",))
+@rule(Elementwise, plans=("best",), source="TP notes, section 2.5")
 def tables_hold_the_function(case: Case) -> Found:
     """A function of one number keeps its tensor's shape; its table gives every byte within three quarters of a step."""
     op, data, out = case.node.op, case.data, case.output
