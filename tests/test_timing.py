@@ -17,7 +17,7 @@ from npulab.profiling.join import as_data, by_bound, gains
 from npulab.profiling.types import span_ns
 from npulab.program.types import Choice, NpuStep
 from npulab.targets.target import PlanOptions, find_target
-from npulab.targets.vivante import cascade, order, search, timing
+from npulab.targets.vivante import best, cascade, order, search, timing
 from npulab.targets.vivante.chips import A311D, LIMITS
 from npulab.targets.vivante.machine import VirtualNPU
 from npulab.targets.vivante.nn import NNDescriptor
@@ -293,6 +293,38 @@ def test_stripes_through_on_chip_sram_give_the_same_bytes(seed, monkeypatch):
     assert all((want[name] == got[name]).all() for name in want)
     assert any(c.feature == "cascade" for c in other.choices)
     assert api.profile(other).dram_bytes < api.profile(plain).dram_bytes
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32), st.booleans(), st.tuples(st.integers(1, 9), st.integers(1, 9)), st.integers(1, 40),
+       st.integers(1, 40), st.sampled_from(["SAME", "VALID"]), st.booleans(), st.booleans())
+def test_either_way_to_a_stride_of_2_gives_the_same_bytes(seed, signed, kernel, h, w, padding, depthwise, first_pixel):
+    n = Layers(seed, signed)
+    x = n.input(1, h + kernel[0], w + kernel[1], int(n.rng.integers(1, 20)))
+    if depthwise:
+        y = n.depthwise(x, kernel, stride=2, padding=padding)
+    else:
+        y = n.conv(x, int(n.rng.integers(1, 20)), kernel, stride=2, padding=padding)
+    g, inputs = npulab.load(n.build(y)), n.samples()
+    plain = api.compile(g)
+    with pytest.MonkeyPatch.context() as patch:
+        real = best._Lowering.strided
+        patch.setattr(best._Lowering, "strided", lambda self, node, source, _: real(self, node, source, first_pixel))
+        other = api.compile(g)
+
+    want, got = api.open_session(plain).run(inputs), api.open_session(other).run(inputs)
+    assert all((want[name] == got[name]).all() for name in want)
+
+
+def test_a_stride_of_2_without_space_to_depth_is_taken_where_it_is_faster():
+    n = Layers(0, False)
+    g = npulab.load(n.build(n.conv(n.input(1, 224, 224, 3), 32, (3, 3), stride=2)))
+    plain, other = api.profile(g), api.profile(g, options=PlanOptions(features=frozenset({"stride-2"})))
+
+    (found,) = [d for d in other.decisions if d.feature == "stride-2"]
+    assert found.choice == "every other pixel of a full convolution"
+    assert plain.total_ns - other.total_ns == pytest.approx(found.saved_ns, rel=0.01)  # streams are estimated there
+    assert other.features == {"stride-2": "inferred"}
 
 
 def forked(seed: int) -> Layers:

@@ -127,8 +127,10 @@ def convolution_pads(graph: Graph, node: Node) -> tuple[int, int]:
 class _Lowering:
     """One region on its way to jobs."""
 
-    def __init__(self, graph: Graph, part: Part, chip: Chip, keep_all: bool, features: frozenset[str]) -> None:
-        self.graph, self.part, self.chip, self.features = graph, part, chip, features
+    def __init__(self, graph: Graph, part: Part, chip: Chip, keep_all: bool, search: Search | None) -> None:
+        self.graph, self.part, self.chip, self.search = graph, part, chip, search
+        self.features = search.options.features if search else frozenset[str]()
+        self.choices: list[Choice] = []
         self.kept = [v for n in part.nodes for v in n.outputs] if keep_all else list(part.outputs)
         self.jobs: list[Job] = []
         self.sizes: list[int] = []
@@ -235,37 +237,58 @@ class _Lowering:
     def convolution(self, node: Node) -> None:
         op = node.op
         assert isinstance(op, Conv2D | DepthwiseConv2D)
+        out = self.graph.values[node.outputs[0]]
+        source = self.as_planar(node.inputs[0], node)
+        self.planar[out.index] = Held(self.tensor(out.elements), self.stored_zero_point(op.activation, out))
+        _, ky, kx, _ = self.graph.values[node.inputs[1]].shape
+        usual = op.stride[0] == 2 and (isinstance(op, DepthwiseConv2D) or ky == kx == 1)
+        jobs = self.strided(node, source, usual)
+        if op.stride[0] == 2 and self.search and "stride-2" in self.features:
+            other = self.strided(node, source, not usual)
+            saved = self.cost(jobs) - self.cost(other)
+            if saved > 0:
+                texts = "space-to-depth before a dense kernel", "every other pixel of a full convolution"
+                self.choices.append(Choice(node.index, texts[not usual], texts[usual], saved, "stride-2", "inferred"))
+                jobs = other
+        self.jobs += jobs
+
+    def cost(self, jobs: list[Job]) -> int:
+        """Nanoseconds of jobs in the variants that the search gives them."""
+        assert self.search is not None
+        return sum(self.search.cost(job) for job in self.search.improve(jobs)[0])
+
+    def strided(self, node: Node, source: Held, first_pixel: bool) -> list[Job]:
+        """A convolution's jobs. With stride 2 either all pixels are computed and the `first_pixel` of four is kept, or
+        space-to-depth comes first."""
+        op = node.op
+        assert isinstance(op, Conv2D | DepthwiseConv2D)
         values = self.graph.values
         kernel, out = values[node.inputs[1]], values[node.outputs[0]]
-        source = self.as_planar(node.inputs[0], node)
         h, w, in_c = extents(values[node.inputs[0]])
         out_h, out_w, out_c = extents(out)
         asked = self.weights(node, in_c)
         weights = dilated(asked, op.dilation)
         _, _, ky, kx = weights.values.shape
         pad_y, pad_x = convolution_pads(self.graph, node)
-        stride = op.stride[0]
-        depthwise = isinstance(op, DepthwiseConv2D)
-        first_pixel = stride == 2 and (depthwise or (ky == 1 and kx == 1))
         image = Box(w, h, in_c)
-        if stride == 2 and not first_pixel:
+        jobs: list[Job] = []
+        if op.stride[0] == 2 and not first_pixel:
             weights = space_to_depth_weights(weights)
             _, _, ky, kx = weights.values.shape
             deep_y, deep_x = out_h + ky - 1, out_w + kx - 1
             deep = self.tensor(deep_y * deep_x * 4 * in_c)
             shares = space_to_depth(h, w, in_c, deep_y, deep_x, pad_y, pad_x, source.zero_point, self.chip.tp_cores)
-            self.jobs.append(TPJob("reshuffle", (node.index,), Place(source.tensor), Place(deep), shares))
+            jobs.append(TPJob("reshuffle", (node.index,), Place(source.tensor), Place(deep), shares))
             source, image, pad_y, pad_x = Held(deep, source.zero_point), Box(deep_x, deep_y, 4 * in_c), 0, 0
         if ky == kx == 1 and weights.in_c == 1:
             weights = grown(weights, 2, 2)  # as the reference driver does: a 1x1 kernel on one channel is not taken
-        zero_point = self.stored_zero_point(op.activation, out)
-        self.planar[out.index] = Held(self.tensor(out.elements), zero_point)
-        self.convolve(
-            node, "depthwise" if depthwise else "convolution", source, self.planar[out.index], image,
-            Box(out_w, out_h, out_c), weights, conv_scale(values[node.inputs[0]], scale_of(kernel), out),
-            activation=op.activation, offset=(-pad_y, -pad_x), first_pixel=first_pixel, stride=stride,
+        jobs.append(self.convolved(
+            node, "depthwise" if isinstance(op, DepthwiseConv2D) else "convolution", source, self.planar[out.index],
+            image, Box(out_w, out_h, out_c), weights, conv_scale(values[node.inputs[0]], scale_of(kernel), out),
+            activation=op.activation, offset=(-pad_y, -pad_x), first_pixel=first_pixel, stride=op.stride[0],
             taps=asked.values[0].size,
-        )
+        ))
+        return jobs
 
     def weights(self, node: Node, in_c: int) -> Weights:
         """A convolution's kernels in the unsigned domain, each with the channels it really reads."""
@@ -283,20 +306,20 @@ class _Lowering:
         first = np.arange(out_c, dtype=np.int64) // (out_c // groups) * per_group
         return Weights(w.transpose(0, 3, 1, 2), first, in_c, zero)
 
-    def convolve(self, node: Node, role: str, source: Held, result: Held, image: Box, out: Box, weights: Weights,
-                 scale: float, *, activation: Activation, offset: tuple[int, int] = (0, 0), first_pixel: bool = False,
-                 stride: int = 1, taps: int = 0) -> None:
+    def convolved(self, node: Node, role: str, source: Held, result: Held, image: Box, out: Box, weights: Weights,
+                  scale: float, *, activation: Activation, offset: tuple[int, int] = (0, 0), first_pixel: bool = False,
+                  stride: int = 1, taps: int = 0) -> NNJob:
         _, _, ky, kx = weights.values.shape
         order: Order = "pointwise" if kx == ky == 1 else "spatial" if weights.in_c > 1 else "single"
         doubled = 2 if first_pixel else 1
-        self.jobs.append(NNJob(
+        return NNJob(
             role=role, nodes=(node.index,), source=Place(source.tensor), result=Place(result.tensor), input=image,
             output=out, kernel_x=kx, kernel_y=ky, offset_x=offset[1], offset_y=offset[0], first_pixel=first_pixel,
             stride=stride, relu=activation in ("relu", "relu6"), in_zp=source.zero_point, out_zp=result.zero_point,
             weight_zp=weights.filler, scale=scale, weights=weights, bias=bias_of(self.graph, node, weights.out_c),
             order=order, split=kx > 3, tile_extent=(out.x * doubled, out.y * doubled), tile_kernel=(kx, ky),
             zero_runs=order != "pointwise", taps=taps,
-        ))
+        )
 
     @staticmethod
     def stored_zero_point(activation: Activation, out: Value) -> int:
@@ -412,8 +435,9 @@ class _Lowering:
             weights = grown(weights, 2, 2)
         result = Held(self.tensor(m), self.stored_zero_point(op.activation, out))
         self.linear[out.index] = result
-        self.convolve(node, "fully_connected", source, result, Box(1, 1, n), Box(1, 1, m), weights,
-                      conv_scale(data, scale_of(tensor), out), activation=op.activation)
+        self.jobs.append(self.convolved(
+            node, "fully_connected", source, result, Box(1, 1, n), Box(1, 1, m), weights,
+            conv_scale(data, scale_of(tensor), out), activation=op.activation))
 
     def window_average(self, node: Node, op: Pool2D) -> None:
         """Averages over windows without padding: a depthwise convolution with equal weights."""
@@ -429,8 +453,9 @@ class _Lowering:
             weights = grown(weights, 2, 2)
         result = Held(self.tensor(out.elements), self.stored_zero_point(op.activation, out))
         self.planar[out.index] = result
-        self.convolve(node, "average", source, result, Box(w, h, c), Box(out_w, out_h, c), weights, scale,
-                      activation=op.activation, first_pixel=op.stride[0] == 2, stride=op.stride[0])
+        self.jobs.append(self.convolved(
+            node, "average", source, result, Box(w, h, c), Box(out_w, out_h, c), weights, scale,
+            activation=op.activation, first_pixel=op.stride[0] == 2, stride=op.stride[0]))
 
     def function(self, node: Node) -> None:
         op = node.op
@@ -470,8 +495,9 @@ class _Lowering:
         if c // x > ROWS_MAX:
             x = next(d for d in range(cdiv(c, ROWS_MAX), c + 1) if c % d == 0)
         job_node = replace(node, inputs=node.inputs[:1])  # a MEAN's axes are no bias
-        self.convolve(job_node, "average", source, result, Box(x, c // x, pixels), Box(x, c // x, 1), weights, scale,
-                      activation="none")
+        self.jobs.append(self.convolved(
+            job_node, "average", source, result, Box(x, c // x, pixels), Box(x, c // x, 1), weights, scale,
+            activation="none"))
 
     # memory
 
@@ -549,8 +575,7 @@ def lower(graph: Graph, part: Part, chip: Chip, keep_all: bool = False, search: 
 
     `search` replaces jobs by cheaper ones that compute the same, as far as its options allow.
     """
-    features = search.options.features if search else frozenset[str]()
-    work = _Lowering(graph, part, chip, keep_all, features)
+    work = _Lowering(graph, part, chip, keep_all, search)
     for node in part.nodes:
         work.node(node)
     downloads = []
@@ -566,8 +591,8 @@ def lower(graph: Graph, part: Part, chip: Chip, keep_all: bool = False, search: 
     if search:
         work.jobs, found = search.improve(work.jobs)
         tables = [_as_table(graph, job, search) for job in work.jobs if isinstance(job, TPJob) and job.table]
-        choices = (*found, *(c for c in tables if c.saved_ns > 0))
-    if search and features & {"axi-sram", "cascade"}:
+        choices = (*found, *work.choices, *(c for c in tables if c.saved_ns > 0))
+    if search and work.features & {"axi-sram", "cascade"}:
         resident, more = work.on_chip(downloads, search)
         choices += more
     buffers, homes = work.place(downloads, resident)

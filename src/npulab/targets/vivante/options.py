@@ -9,6 +9,7 @@ from types import MappingProxyType
 FEATURES: Mapping[str, str] = MappingProxyType({
     "tiles": "tiles of other sizes than the driver's rule gives, inside the same buffers",
     "zero-runs-1x1": "zero runs in the streams of 1x1 kernels, where the driver never tries them",
+    "stride-2": "a stride of 2 either way for every kernel: space-to-depth, or one pixel of four of a full convolution",
     "tp-split": "transposes cut over all TP cores, as the driver cuts reshuffles",
     "axi-sram": "tensors in the on-chip SRAM that the vendor's streams map at 4 MiB, jobs ordered for it",
     "tp-table": "functions of one number (LOGISTIC and others) as table jobs of the TP engine",
