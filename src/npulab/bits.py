@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Self, dataclass_transform
 
 from npulab.errors import InvariantError
@@ -23,7 +24,7 @@ from npulab.errors import InvariantError
 _PIECE = re.compile(r"w(\d+)(?:\[(\d+)(?::(\d+))?\])?$")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Piece:
     """`count` bits of word `word`, starting at bit `low`."""
 
@@ -31,14 +32,17 @@ class Piece:
     low: int
     count: int
 
-    @property
+    @cached_property
     def mask(self) -> int:
         return ((1 << self.count) - 1) << self.low
 
 
-@dataclass(slots=True)
+@dataclass
 class Field:
-    """One named value: where its bits are, and how they mean a number: value = raw * scale."""
+    """One named value: where its bits are, and how they mean a number: value = raw * scale.
+
+    Descriptors are read by the hundred, so what follows from the declaration is worked out once.
+    """
 
     where: str
     pieces: tuple[Piece, ...]
@@ -49,11 +53,11 @@ class Field:
     doc: str
     name: str = ""
 
-    @property
+    @cached_property
     def width(self) -> int:
         return sum(p.count for p in self.pieces)
 
-    @property
+    @cached_property
     def range(self) -> tuple[int, int]:
         """Smallest and largest value that fits."""
         if self.signed:
