@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import npulab
-from layers import Layers
+from layers import Layers, litert
 from npulab import api
 from npulab.errors import ModelError, UsageError
 from npulab.profiling.join import as_data, by_bound, gains
@@ -399,6 +399,24 @@ def test_jobs_in_another_order_give_the_same_bytes(seed, monkeypatch):
         assert any(a != b for a, b in orders)
 
 
+def test_a_fully_connected_layer_of_many_zeros_is_a_kernel_over_an_image():
+    """A 1x1 kernel has no zero runs in its stream; the driver's fully connected layers are wide kernels too."""
+    n = Layers(0, False)
+    x = n.input(1, 4, 8, 32)
+    weights, scale = n._weights((64, 1024), sparse=0.9)
+    out = n._tensor((1, 64), n.scale(), n.zero())
+    n.model.op("FULLY_CONNECTED", [n.reshape(x, 1, 1024), weights, n._bias(64, n.scales[x] * scale)], [out],
+               fused_activation_function="NONE")
+    model, inputs = n.build(out), n.samples()
+
+    p = api.profile(npulab.load(model))
+    plain = api.profile(npulab.load(model), options=PlanOptions(zero_runs=False))
+    assert [d.choice for d in p.decisions] == ["a kernel of 8x8 with zero runs"]
+    assert p.dram_bytes < 0.6 * plain.dram_bytes
+    got = api.open_session(api.compile(npulab.load(model))).run(inputs)
+    assert all(np.abs(got[k].astype(int) - v.astype(int)).max() <= 1 for k, v in litert(model, inputs).items())
+
+
 def test_another_order_is_taken_where_it_keeps_more_in_sram():
     """Two branches begun side by side, each too large to wait for the other in SRAM."""
     n = Layers(0, False)
@@ -591,12 +609,10 @@ def test_recorded_counts_are_those_of_the_models():
 @needs_shared
 @pytest.mark.parametrize("file", [p for p in model_files() if p.parent.name == "quantized"], ids=lambda p: p.stem)
 def test_no_real_network_is_slower_than_under_the_driver(file):
-    """By the model. One needs a feature: the driver writes fully connected layers as kernels of up to 8x8 taps, with
-    zero runs, in an order of taps that is probably wrong (H7); as 1x1 kernels they are right, and have none."""
+    """By the model."""
     g = npulab.load(file)
-    options = PlanOptions(features=frozenset({"zero-runs-1x1"} if file.stem == "ad01_int8" else ()))
 
-    assert api.profile(g, options=options).total_ns <= api.profile(g, plan="reference").total_ns
+    assert api.profile(g).total_ns <= api.profile(g, plan="reference").total_ns
 
 
 @needs_shared

@@ -430,14 +430,28 @@ class _Lowering:
         if tensor.dtype is DType.INT8:
             w = w ^ np.uint8(0x80)
         m, n = w.shape
-        weights = Weights(w.reshape(m, n, 1, 1), np.zeros(m, np.int64), n, unsigned_zero_point(tensor))
-        if n == 1:
-            weights = grown(weights, 2, 2)
         result = Held(self.tensor(m), self.stored_zero_point(op.activation, out))
         self.linear[out.index] = result
-        self.jobs.append(self.convolved(
-            node, "fully_connected", source, result, Box(1, 1, n), Box(1, 1, m), weights,
-            conv_scale(data, scale_of(tensor), out), activation=op.activation))
+
+        def over(k: int) -> list[Job]:
+            """The inputs as an image of k by k pixels, under one kernel of that size."""
+            weights = Weights(w.reshape(m, n // k**2, k, k), np.zeros(m, np.int64), n // k**2,
+                              unsigned_zero_point(tensor))
+            if n == 1:
+                weights = grown(weights, 2, 2)
+            return [self.convolved(
+                node, "fully_connected", source, result, Box(k, k, n // k**2), Box(1, 1, m), weights,
+                conv_scale(data, scale_of(tensor), out), activation=op.activation)]
+
+        jobs = over(1)
+        larger = [k for k in range(2, self.chip.kernel_max + 1) if n % k**2 == 0 and n > k**2]
+        if self.search and larger:  # whose streams may have zero runs
+            saved, k = max((self.cost(jobs) - self.cost(over(k)), k) for k in larger)
+            if saved > 0:
+                self.choices.append(Choice(node.index, f"a kernel of {k}x{k} with zero runs", "a 1x1 kernel", saved,
+                                           state="witnessed" if k <= 5 else "inferred"))
+                jobs = over(k)
+        self.jobs += jobs
 
     def window_average(self, node: Node, op: Pool2D) -> None:
         """Averages over windows without padding: a depthwise convolution with equal weights."""
