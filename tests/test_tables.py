@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import npulab
 from layers import Layers, litert
 from npulab import PlanOptions, api
+from npulab.cli import run_arguments
 from npulab.ir.ops import Elementwise
 from npulab.program.types import HostStep, NpuStep
 from npulab.targets.vivante import family
@@ -183,6 +184,17 @@ def test_a_function_is_left_to_the_host_unless_asked_for():
     assert faster.total_ns < api.profile(npulab.load(model)).total_ns
     assert faster.features == {"tp-table": "inferred"}
     assert [(d.choice, d.instead) for d in faster.decisions if d.feature] == [("LOGISTIC as a table", "on the host")]
+
+
+def test_the_remedy_that_check_names_is_one_it_takes(tmp_path, capsys):
+    n = Network(4, False)
+    path = tmp_path / "m.tflite"
+    path.write_bytes(n.build(n.function("LOGISTIC", n.conv(n.input(1, 8, 8, 8), 16, (3, 3)), 1 / 256, 0)))
+
+    assert run_arguments(["check", str(path), "--target", "a311d"]) == 0
+    assert "Try: --feature tp-table" in " ".join(capsys.readouterr().out.split())
+    assert run_arguments(["check", str(path), "--target", "a311d", "--feature", "tp-table"]) == 0
+    assert "2 of 2 operators" in capsys.readouterr().out
 
 
 def test_a_kink_between_the_table_s_entries_is_refused_with_its_error():

@@ -5,11 +5,11 @@ from __future__ import annotations
 import typer
 
 from npulab.cli.options import Json, ModelPath, Plan, PlanOption, TargetName
-from npulab.cli.plan_options import Channels, ChannelsOption, plan_options
+from npulab.cli.plan_options import Channels, ChannelsOption, Features, plan_options
 
 
 def check(model: ModelPath, target: TargetName, plan: PlanOption = Plan.BEST, channels: ChannelsOption = Channels.ANY,
-          json: Json = False) -> None:
+          feature: Features = None, json: Json = False) -> None:
     """Say which operators the NPU takes, and why not the others.
 
     Exit code 1: it takes none.
@@ -18,7 +18,7 @@ def check(model: ModelPath, target: TargetName, plan: PlanOption = Plan.BEST, ch
     from npulab.cli.printing import say, table, write_json
 
     graph = api.load(model)
-    verdicts = api.check(graph, target, plan.plan_name, plan_options(channels=channels))
+    verdicts = api.check(graph, target, plan.plan_name, plan_options(channels=channels, features=feature))
     npu = sum(v.where == "npu" for v in verdicts)
     if json:
         write_json({

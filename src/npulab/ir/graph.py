@@ -12,13 +12,17 @@ from npulab.ir.types import Value
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Node:
-    """One operator. `index` is its position in the source file; an absent optional input is -1."""
+    """One operator. `index` is its position in the source file; an absent optional input is -1.
+
+    `name` is what the file calls the node, "" where formats or files have no names for nodes.
+    """
 
     index: int
     op: Op
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     version: int = 1
+    name: str = ""
 
     def __str__(self) -> str:
         return f"{self.op.name} (node {self.index})"

@@ -140,5 +140,17 @@ class Custom:
     options: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class OnnxOp:
+    """An ONNX operator as its file has it: data is NCHW, kernels O,I,H,W. `domain` "" is ONNX's own.
+
+    Attributes are int, float, str or bytes, tuples of those, NumPy arrays for tensors, and Graphs for bodies.
+    """
+
+    name: str
+    attributes: Mapping[str, object]
+    domain: str = ""
+
+
 Op = (Conv2D | DepthwiseConv2D | FullyConnected | Pool2D | Add | Concat | Split | Pad | Reshape | Mean | Softmax
-      | Elementwise | Generic | Custom)
+      | Elementwise | Generic | Custom | OnnxOp)
