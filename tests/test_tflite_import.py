@@ -240,8 +240,6 @@ def test_the_signature_of_the_main_subgraph_names_inputs_and_outputs():
 @pytest.mark.parametrize(("content", "found", "advice"), [
     (b"", "an empty file", "get the file again"),
     (b"TFL", "3 bytes", "get the file again"),
-    (b"\x08\x08\x12\x07pytorch\x1a\x051.0", "what looks like an ONNX model",
-     "convert it to TFLite: this version of npulab does not read ONNX"),
     (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer in place of the file", "git lfs pull"),
     (b"<!DOCTYPE html><html>", "a web page or other markup", "download the file itself, not the page about it"),
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file (a Keras model)", "convert it to TFLite"),

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,11 +23,14 @@ if TYPE_CHECKING:
     from npulab.targets.target import PlanName, PlanOptions, Settings, Target
 
 
-def load(path: str | os.PathLike[str] | bytes) -> Graph:
-    """The Graph of a model file. Raises ModelError if it is not one, or is damaged."""
+def load(path: str | os.PathLike[str] | bytes, dims: Mapping[str, int] | None = None) -> Graph:
+    """The Graph of a TFLite or ONNX file. Raises ModelError if it is neither, or is damaged.
+
+    `dims` gives sizes to dynamic dimensions of an ONNX model: {"height": 320}, or {"images.2": 320} for an axis.
+    """
     from npulab.importers import load
 
-    return load(path)
+    return load(path, dims)
 
 
 def check(model: Graph | str | os.PathLike[str], target: str = "a311d", plan: PlanName = "best",

@@ -5,10 +5,11 @@ from __future__ import annotations
 import mmap
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from npulab.errors import ModelError
+from npulab.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
     from npulab.ir import Graph
@@ -17,17 +18,31 @@ SIZE_MAX = 2**32
 """Bytes of a model file: a FlatBuffer's own offsets have 32 bits."""
 
 
-def load(source: str | os.PathLike[str] | bytes | memoryview) -> Graph:
+def load(source: str | os.PathLike[str] | bytes | memoryview, dims: Mapping[str, int] | None = None) -> Graph:
     """The Graph of a model file, or of its content. A file is mapped, not read, and must stay as it is meanwhile.
 
-    Raises: ModelError saying what the file is, if it is not a model that npulab reads.
-    """
-    from npulab.importers.tflite import read_tflite
+    `dims` gives sizes to dynamic dimensions of an ONNX model (importers.onnx.read_onnx).
 
+    Raises: ModelError saying what the file is, if it is not a model that npulab reads; UsageError for `dims` that the
+    model does not have.
+    """
     if isinstance(source, bytes | memoryview):
-        return read_tflite(source, "model")
+        return _read(memoryview(source), "model", None, dims)
     path = Path(source)
-    return read_tflite(_map(path), path.stem)
+    return _read(_map(path), path.stem, path.parent, dims)
+
+
+def _read(data: memoryview, name: str, folder: Path | None, dims: Mapping[str, int] | None) -> Graph:
+    """What the content says counts, not what the file is called."""
+    from npulab.importers.tflite import is_onnx, read_tflite
+
+    if is_onnx(data):
+        from npulab.importers.onnx import read_onnx
+
+        return read_onnx(data, name, folder, dims)
+    if dims:
+        raise UsageError(f"'{name}' is not an ONNX model: its dimensions have sizes", got=", ".join(dims))
+    return read_tflite(data, name)
 
 
 def _map(path: Path) -> memoryview:

@@ -76,6 +76,12 @@ def read_tflite(data: bytes | memoryview, name: str) -> Graph:
     return graph
 
 
+def is_onnx(data: memoryview) -> bool:
+    """Whether the file begins as ONNX's protobuf does: ir_version, then one of the fields 2 to 8 or 14."""
+    head = bytes(data[:3])
+    return len(head) == 3 and head[0] == 0x08 and 0 < head[1] < 32 and head[2] in b"\x12\x1a\x22\x2a\x32\x3a\x42\x72"
+
+
 def what_is(data: memoryview) -> tuple[str, str]:
     """(what a file that is no TFLite model looks like, what to do about it), from its first bytes."""
     head = bytes(data[:64])
@@ -83,9 +89,7 @@ def what_is(data: memoryview) -> tuple[str, str]:
         if head.startswith(start):
             return found, advice
     if head[4:8] == b"ORTM":
-        return "an ONNX Runtime model", _FROM_ONNX
-    if len(head) > 2 and head[0] == 0x08 and 0 < head[1] < 32 and head[2] in b"\x12\x1a\x22\x2a\x32\x3a\x42":
-        return "what looks like an ONNX model", _FROM_ONNX  # protobuf: ir_version, then one of the fields 2 to 8
+        return "an ONNX Runtime model", _FROM_ORT
     if not head:
         return "an empty file", _GET_AGAIN
     if len(data) < 8:
@@ -94,7 +98,7 @@ def what_is(data: memoryview) -> tuple[str, str]:
 
 
 _GET_AGAIN = "get the file again"
-_FROM_ONNX = "convert it to TFLite: this version of npulab does not read ONNX"
+_FROM_ORT = "give the ONNX file that it was made from"
 _KINDS = (
     (b"version https://git-lfs", "a Git LFS pointer in place of the file", "git lfs pull"),
     (b"NPULAB\r\n", "a program that npulab compiled", "npulab run FILE.npu"),

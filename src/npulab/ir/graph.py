@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from npulab.errors import ModelError
-from npulab.ir.ops import Op
+from npulab.ir.ops import Op, captures
 from npulab.ir.types import Value
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Node:
-    """One operator. `index` is its position in the source file; an absent optional input is -1.
+    """One operator. `index` is its position in the source file; an absent optional input or output is -1.
 
     `name` is what the file calls the node, "" where formats or files have no names for nodes.
     """
@@ -26,6 +27,21 @@ class Node:
 
     def __str__(self) -> str:
         return f"{self.op.name} (node {self.index})"
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What an ONNX file says beside its graph, kept for writing it again.
+
+    opsets    (domain, version) that operators are of.   shell  the file without nodes, tensors and their types.
+    declared  inputs in the file's order, constants among them that a caller may replace.
+    types     ValueInfo, serialized, of values that are no tensors of fixed size.
+    """
+
+    opsets: tuple[tuple[str, int], ...]
+    shell: bytes
+    declared: tuple[int, ...]
+    types: Mapping[int, bytes]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,18 +61,19 @@ class Graph:
     format: str
     signature_inputs: tuple[tuple[str, int], ...] = ()
     signature_outputs: tuple[tuple[str, int], ...] = ()
+    header: Header | None = None
 
     @cached_property
     def producer(self) -> dict[int, Node]:
         """value index -> the node that computes it."""
-        return {v: n for n in self.nodes for v in n.outputs}
+        return {v: n for n in self.nodes for v in n.outputs if v >= 0}
 
     @cached_property
     def consumers(self) -> dict[int, tuple[Node, ...]]:
         """value index -> the nodes that read it, in order."""
         found: dict[int, list[Node]] = {}
         for n in self.nodes:
-            for v in dict.fromkeys(n.inputs):
+            for v in dict.fromkeys((*n.inputs, *captures(n.op))):
                 if v >= 0:
                     found.setdefault(v, []).append(n)
         return {v: tuple(ns) for v, ns in found.items()}
@@ -88,8 +105,10 @@ class Graph:
                 if v >= 0 and v not in ready:
                     raise ModelError(f"{n} reads tensor {v} ('{self.values[v].name}') before anything computed it")
             for v in n.outputs:
-                if not 0 <= v < count:
-                    raise ModelError(f"{n} writes tensor {v}, which does not exist", want=f"0..{count - 1}")
+                if not -1 <= v < count:
+                    raise ModelError(f"{n} writes tensor {v}, which does not exist", want=f"-1..{count - 1}")
+                if v < 0:
+                    continue
                 if v in made:
                     raise ModelError(f"{n} writes tensor {v} ('{self.values[v].name}') a second time")
                 if self.values[v].is_constant:

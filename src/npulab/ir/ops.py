@@ -141,10 +141,21 @@ class Custom:
 
 
 @dataclass(frozen=True, slots=True)
+class Embedded:
+    """An attribute that npulab hands on unread, as the file has it: a body of IF or LOOP, a type, a sparse tensor.
+
+    `captures` are values of the graph around it that a body reads.
+    """
+
+    data: bytes
+    captures: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class OnnxOp:
     """An ONNX operator as its file has it: data is NCHW, kernels O,I,H,W. `domain` "" is ONNX's own.
 
-    Attributes are int, float, str or bytes, tuples of those, NumPy arrays for tensors, and Graphs for bodies.
+    Attributes are int, float, str or bytes, tuples of those, NumPy arrays for tensors, and Embedded for the rest.
     """
 
     name: str
@@ -154,3 +165,10 @@ class OnnxOp:
 
 Op = (Conv2D | DepthwiseConv2D | FullyConnected | Pool2D | Add | Concat | Split | Pad | Reshape | Mean | Softmax
       | Elementwise | Generic | Custom | OnnxOp)
+
+
+def captures(op: Op) -> tuple[int, ...]:
+    """Values that the bodies inside an operator read, beside its inputs."""
+    if not isinstance(op, OnnxOp):
+        return ()
+    return tuple(v for a in op.attributes.values() if isinstance(a, Embedded) for v in a.captures)

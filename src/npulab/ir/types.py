@@ -35,6 +35,8 @@ class DType(enum.Enum):
     COMPLEX128 = "complex128"
     RESOURCE = "resource"
     VARIANT = "variant"
+    UNKNOWN = "unknown"
+    """Of a tensor whose type nothing says."""
 
     @property
     def numpy(self) -> np.dtype[np.generic] | None:
@@ -45,7 +47,8 @@ class DType(enum.Enum):
 _NUMPY: dict[DType, np.dtype[np.generic]] = {
     d: np.dtype(d.value)
     for d in DType
-    if d not in (DType.BFLOAT16, DType.INT4, DType.INT2, DType.UINT4, DType.STRING, DType.RESOURCE, DType.VARIANT)
+    if d not in (DType.BFLOAT16, DType.INT4, DType.INT2, DType.UINT4, DType.STRING, DType.RESOURCE, DType.VARIANT,
+                 DType.UNKNOWN)
 }
 
 
@@ -81,7 +84,10 @@ class Quantization:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Value:
-    """A tensor of the graph. `constant` is a view of the file's own bytes, never a copy; None if computed."""
+    """A tensor of the graph. `constant` is a view of the file's own bytes, never a copy where the file allows.
+
+    `dynamic_axes` have no fixed size; `shape` has 1 there. Without `has_shape` not even the rank is known.
+    """
 
     index: int
     name: str
@@ -91,6 +97,7 @@ class Value:
     constant: memoryview | None = None
     is_variable: bool = False
     dynamic_axes: tuple[int, ...] = ()
+    has_shape: bool = True
 
     @property
     def elements(self) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from npulab.errors import CapacityError, InvariantError, UsageError
+from npulab.errors import CapacityError, InvariantError, UnsupportedError, UsageError
 from npulab.exporters.tflite import cut
 from npulab.ir import Graph, Node
 from npulab.ir.ops import Concat, Elementwise, Mean, Pool2D, Reshape
@@ -82,13 +82,13 @@ class VivanteTarget:
         return VivanteTarget(varied(self.chip, settings), {**self.settings, **settings})
 
     def check(self, graph: Graph, plan: PlanName, options: PlanOptions = DEFAULT) -> list[Verdict]:
-        self._check_features(plan, options)
+        self._check_request(graph, plan, options)
         verdicts = self._divide(graph, plan, options)[1]
         return self._placed(graph, plan, options, verdicts)[1]
 
     def compile(self, graph: Graph, plan: PlanName, keep_all: bool = False, options: PlanOptions = DEFAULT) -> Program:
         """`keep_all` (plan best only) downloads every tensor the NPU computes, to look at layers one by one."""
-        self._check_features(plan, options)
+        self._check_request(graph, plan, options)
         parts, verdicts = self._divide(graph, plan, options)
         if keep_all:
             return self._compile(graph, plan, options, parts, verdicts, keep_all)
@@ -135,7 +135,10 @@ class VivanteTarget:
             return reference.lower(graph, part, self.chip, mended=options.channels != "any")
         return best.lower(graph, part, self.chip, keep_all, search)
 
-    def _check_features(self, plan: PlanName, options: PlanOptions) -> None:
+    def _check_request(self, graph: Graph, plan: PlanName, options: PlanOptions) -> None:
+        if graph.format != "tflite":
+            raise UnsupportedError(f"'{graph.name}' is an {graph.format.upper()} model, and {self.name} compiles "
+                                   "TFLite models so far", try_="convert it to TFLite")
         unknown = sorted(options.features - FEATURES.keys())
         if unknown:
             raise UsageError(f"{self.name} has no feature '{unknown[0]}'", want=", ".join(sorted(FEATURES)) or "none")

@@ -1,0 +1,126 @@
+"""Graphs to ONNX files: what `npulab.importers.onnx` read, and what passes made of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from npulab.errors import CapacityError, UnsupportedError
+from npulab.importers.onnx import _DTYPES, SIZE_MAX
+from npulab.ir import DType, Graph, Node, Value
+from npulab.ir.ops import Embedded, OnnxOp
+
+if TYPE_CHECKING:
+    import onnx
+
+CODES = {dtype: code for code, dtype in _DTYPES.items()}
+IR_WITH_FREE_CONSTANTS = 4
+"""IR version from which constants need not be inputs too. Source: ONNX's IR specification."""
+
+
+def to_onnx(graph: Graph) -> bytes:
+    """The graph as an ONNX file, weights inside. The same graph gives the same bytes.
+
+    Raises: UnsupportedError if the graph did not come from an ONNX file; CapacityError from 2 GiB on.
+    """
+    import onnx
+
+    if graph.header is None:
+        raise UnsupportedError(f"'{graph.name}' did not come from an ONNX file", got=graph.format, want="onnx")
+    proto = onnx.ModelProto.FromString(graph.header.shell)
+    proto.ir_version = max(proto.ir_version, IR_WITH_FREE_CONSTANTS)
+    constants = [v for v in graph.values if v.is_constant]
+    if sum(len(v.constant or b"") for v in constants) > SIZE_MAX:
+        raise CapacityError(f"'{graph.name}' does not fit one ONNX file", want="less than 2 GiB of weights")
+    proto.graph.name = proto.graph.name or graph.name
+    proto.graph.node.extend(_node(graph, n) for n in graph.nodes)
+    proto.graph.initializer.extend(_tensor(v) for v in constants)
+    proto.graph.input.extend(_info(graph, v) for v in graph.header.declared)
+    proto.graph.output.extend(_info(graph, v) for v in graph.outputs)
+    border = {*graph.header.declared, *graph.outputs}
+    proto.graph.value_info.extend(_info(graph, v.index) for v in graph.values
+                                  if v.index not in border and not v.is_constant and v.has_shape)
+    out: bytes = proto.SerializeToString(deterministic=True)
+    return out
+
+
+def _node(graph: Graph, node: Node) -> onnx.NodeProto:
+    import onnx
+
+    op = node.op
+    if not isinstance(op, OnnxOp):
+        raise UnsupportedError(f"{node} of '{graph.name}' is no ONNX operator")
+    made = onnx.NodeProto(op_type=op.name, domain=op.domain, name=node.name)
+    made.input.extend(graph.values[v].name if v >= 0 else "" for v in node.inputs)
+    made.output.extend(graph.values[v].name if v >= 0 else "" for v in node.outputs)
+    made.attribute.extend(_attribute(name, value) for name, value in op.attributes.items())
+    return made
+
+
+def _attribute(name: str, value: object) -> onnx.AttributeProto:
+    from onnx import AttributeProto, numpy_helper
+
+    made = AttributeProto(name=name)
+    match value:
+        case Embedded(data, _):
+            made.ParseFromString(data)
+        case int():
+            made.type, made.i = AttributeProto.INT, value
+        case float():
+            made.type, made.f = AttributeProto.FLOAT, value
+        case str() | bytes():
+            made.type, made.s = AttributeProto.STRING, _bytes(value)
+        case np.ndarray() | np.generic():
+            made.type = AttributeProto.TENSOR
+            made.t.CopyFrom(numpy_helper.from_array(np.asarray(value)))
+        case tuple():
+            _sequence(made, value)
+        case _:
+            raise UnsupportedError(f"attribute '{name}' has a value that ONNX does not have", got=type(value).__name__)
+    return made
+
+
+def _sequence(made: onnx.AttributeProto, values: tuple[Any, ...]) -> None:
+    if any(isinstance(v, str | bytes) for v in values):
+        made.type = made.STRINGS
+        made.strings.extend(_bytes(v) for v in values)
+    elif any(isinstance(v, float) for v in values):
+        made.type = made.FLOATS
+        made.floats.extend(values)
+    else:
+        made.type = made.INTS
+        made.ints.extend(values)
+
+
+def _bytes(value: str | bytes) -> bytes:
+    return value.encode() if isinstance(value, str) else value
+
+
+def _tensor(v: Value) -> onnx.TensorProto:
+    import onnx
+
+    made = onnx.TensorProto(name=v.name, data_type=CODES[v.dtype], dims=v.shape)
+    if v.dtype is DType.STRING:
+        made.string_data.extend(bytes(v.constant or b"").split(b"\0") if v.elements else [])
+    else:
+        made.raw_data = bytes(v.constant or b"")
+    return made
+
+
+def _info(graph: Graph, index: int) -> onnx.ValueInfoProto:
+    """A value's type: as the file had it where npulab's own cannot say it, else made from the value."""
+    import onnx
+
+    v = graph.values[index]
+    assert graph.header is not None
+    if index in graph.header.types:
+        stated: onnx.ValueInfoProto = onnx.ValueInfoProto.FromString(graph.header.types[index])
+        stated.name = v.name
+        return stated
+    made = onnx.ValueInfoProto(name=v.name)
+    if v.dtype is not DType.UNKNOWN:
+        made.type.tensor_type.elem_type = CODES[v.dtype]
+        if v.has_shape:
+            made.type.tensor_type.shape.dim.extend(onnx.TensorShapeProto.Dimension(dim_value=n) for n in v.shape)
+    return made
