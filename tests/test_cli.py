@@ -45,8 +45,8 @@ def test_help_is_instant_and_names_every_verb():
         times.append(time.perf_counter() - start)
 
     assert done.returncode == 0
-    for verb in ("run", "check", "compile", "profile", "compare", "cliffs", "sweep", "atlas", "disasm", "replay",
-                 "targets"):
+    for verb in ("run", "check", "patch", "compile", "profile", "compare", "cliffs", "sweep", "teardown", "zoo",
+                 "atlas", "disasm", "replay", "targets"):
         assert re.search(rf"^  {verb}  ", done.stdout, re.M)
     assert min(times) < 0.6  # 0.3 is asked for, on a machine that does nothing else
 
@@ -86,7 +86,8 @@ def test_check_gives_reasons_and_a_verdict(npulab):
     assert "18 of 19 operators of digits run on the NPU of a311d, plan best; 1 on the host." in out
     assert data["npu"] == 18
     assert data["nodes"][18]["where"] == "host"
-    assert set(data["nodes"][18]["reasons"][0]) == {"rule", "found", "source", "remedy"}
+    assert set(data["nodes"][18]["reasons"][0]) == {"rule", "found", "allowed", "source", "remedy"}
+    assert {n["verdict"] for n in data["nodes"]} == {"npu", "host"}
 
 
 def test_targets_are_listed_with_their_rules(npulab):

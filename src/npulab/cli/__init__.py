@@ -23,19 +23,23 @@ from npulab.cli.cliffs import cliffs
 from npulab.cli.compare import compare
 from npulab.cli.compile import compile
 from npulab.cli.disasm import disasm
+from npulab.cli.patch import patch
 from npulab.cli.profile import profile
 from npulab.cli.replay import replay
 from npulab.cli.run import run
 from npulab.cli.sweep import sweep
 from npulab.cli.targets import targets
+from npulab.cli.teardown import teardown
+from npulab.cli.zoo import zoo
 from npulab.errors import NpulabError
 
 app = typer.Typer(
     name="npulab", add_completion=False, rich_markup_mode=None, no_args_is_help=True, pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (run, check, compile, profile, compare, cliffs, sweep, atlas, disasm, replay, targets):
+for verb in (run, check, patch, compile, profile, compare, cliffs, sweep, teardown, atlas, disasm, replay, targets):
     app.command(no_args_is_help=verb not in (atlas, targets))(verb)
+app.add_typer(zoo, name="zoo")
 
 
 def _print_version(asked: bool) -> None:
@@ -103,5 +107,6 @@ def _wrong_usage(error: Exception, arguments: Sequence[str]) -> int:
         print(message, file=sys.stderr)
         return 2
     verbs = {c.name or getattr(c.callback, "__name__", "") for c in app.registered_commands}
+    verbs |= {g.name for g in app.registered_groups}
     verb = next((f"{a} " for a in arguments if a in verbs), "")
     return _fail(f"{message[:1].lower()}{message[1:].rstrip('.')}\n  try     npulab {verb}--help", 2)

@@ -11,12 +11,16 @@ from npulab.cli.options import Json
 
 def targets(
     name: Annotated[str | None, typer.Argument(help="Print what this target takes.", show_default=False)] = None,
+    boards: Annotated[bool, typer.Option("--boards", help="List the described boards, for npulab check.")] = False,
     json: Json = False,
 ) -> None:
     """List the targets, or every rule of one of them."""
     from npulab.cli.printing import say, table, write_json
     from npulab.targets.target import all_targets, find_target
 
+    if boards:
+        _boards(json)
+        return
     if name is None:
         known = sorted(all_targets().items())
         if json:
@@ -38,3 +42,17 @@ def targets(
             say(operator)
         before = operator
         say(f"  -  {rule} ({source})")
+
+
+def _boards(json: bool) -> None:
+    from npulab.cli.printing import say, table, write_json
+    from npulab.targets.facts.board import boards
+
+    known = boards()
+    if json:
+        write_json({"boards": [{"name": n, "title": b.title, "vendor": b.facts.vendor, "boards": list(b.facts.boards)}
+                               for n, b in known.items()]})
+        return
+    table(["board", "chip+", "found on+"], [(n, b.title, ", ".join(b.facts.boards)) for n, b in known.items()])
+    say()
+    say("Described by what their vendors publish: npulab check says what they take. It compiles for: npulab targets.")

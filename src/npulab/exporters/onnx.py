@@ -19,8 +19,8 @@ IR_WITH_FREE_CONSTANTS = 4
 """IR version from which constants need not be inputs too. Source: ONNX's IR specification."""
 
 
-def to_onnx(graph: Graph) -> bytes:
-    """The graph as an ONNX file, weights inside. The same graph gives the same bytes.
+def to_onnx(graph: Graph, shapes: bool = True) -> bytes:
+    """The graph as an ONNX file, weights inside. The same graph gives the same bytes. `shapes`: those inside it too.
 
     Raises: UnsupportedError if the graph did not come from an ONNX file; CapacityError from 2 GiB on.
     """
@@ -40,7 +40,7 @@ def to_onnx(graph: Graph) -> bytes:
     proto.graph.output.extend(_info(graph, v) for v in graph.outputs)
     border = {*graph.header.declared, *graph.outputs}
     proto.graph.value_info.extend(_info(graph, v.index) for v in graph.values
-                                  if v.index not in border and not v.is_constant and v.has_shape)
+                                  if shapes and v.index not in border and not v.is_constant and v.has_shape)
     out: bytes = proto.SerializeToString(deterministic=True)
     return out
 
@@ -54,11 +54,12 @@ def _node(graph: Graph, node: Node) -> onnx.NodeProto:
     made = onnx.NodeProto(op_type=op.name, domain=op.domain, name=node.name)
     made.input.extend(graph.values[v].name if v >= 0 else "" for v in node.inputs)
     made.output.extend(graph.values[v].name if v >= 0 else "" for v in node.outputs)
-    made.attribute.extend(_attribute(name, value) for name, value in op.attributes.items())
+    made.attribute.extend(attribute(name, value) for name, value in op.attributes.items())
     return made
 
 
-def _attribute(name: str, value: object) -> onnx.AttributeProto:
+def attribute(name: str, value: object) -> onnx.AttributeProto:
+    """An attribute of a node. Raises UnsupportedError for a value that ONNX does not have."""
     from onnx import AttributeProto, numpy_helper
 
     made = AttributeProto(name=name)

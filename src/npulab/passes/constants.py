@@ -1,0 +1,85 @@
+"""What constants alone decide, decided."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from npulab.ir.ops import OnnxOp, captures
+from npulab.passes.rewrite import Rewrite
+from npulab.passes.types import Pass
+
+ELEMENTS_MAX = 1 << 20
+"""Of a folded result: larger ones would make the file larger than the graph is worth."""
+RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli",
+          "Dropout")
+
+
+def fold(r: Rewrite) -> list[str]:
+    """A node that reads only constants becomes its result, of at most a million elements, and so does the Shape or Size
+    of a tensor of fixed size. Evaluated by ONNX's own reference evaluator; random numbers and bodies are left alone."""
+    done = []
+    for n in r.live():
+        op = n.op
+        if not isinstance(op, OnnxOp) or op.domain or op.name in RANDOM or captures(op) or len(n.outputs) != 1:
+            continue
+        result = r.values[n.outputs[0]]
+        source = r.values[n.inputs[0]] if n.inputs and n.inputs[0] >= 0 else None
+        found: np.ndarray | None = None
+        if op.name in ("Shape", "Size") and source is not None and source.has_shape and not source.dynamic_axes:
+            shape = np.array(source.shape, np.int64)
+            found = shape.prod() if op.name == "Size" else shape[_part(op)]
+        elif n.inputs and all(v < 0 or r.constant(v) is not None for v in n.inputs):
+            found = _evaluated(r, n.inputs, op)
+        if found is None or found.size > ELEMENTS_MAX or result.index in r.outputs:
+            continue
+        r.substitute(result.index, r.add_constant(result.name, np.asarray(found)))
+        done.append(f"{n.name or op.name}: {op.name} of constants")
+    return done
+
+
+def _part(op: OnnxOp) -> slice:
+    start, end = op.attributes.get("start", 0), op.attributes.get("end")
+    assert isinstance(start, int)
+    assert end is None or isinstance(end, int)
+    return slice(start, end)
+
+
+def _evaluated(r: Rewrite, inputs: tuple[int, ...], op: OnnxOp) -> np.ndarray | None:
+    """The result, or None where the evaluator has no such operator or does not like its operands."""
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+
+    from npulab.exporters.onnx import attribute
+
+    if _size_of(r, inputs, op) > ELEMENTS_MAX:
+        return None
+    header = r.source.header
+    assert header is not None
+    node = onnx.NodeProto(op_type=op.name, output=["y"])
+    node.input.extend("" if v < 0 else f"x{i}" for i, v in enumerate(inputs))
+    node.attribute.extend(attribute(name, value) for name, value in op.attributes.items())
+    feeds = {f"x{i}": r.constant(v) for i, v in enumerate(inputs) if v >= 0}
+    graph = onnx.helper.make_graph([node], "one", [onnx.ValueInfoProto(name=name) for name in feeds],
+                                   [onnx.ValueInfoProto(name="y")])
+    opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in header.opsets if not domain]
+    try:
+        (out,) = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=opsets)).run(None, feeds)
+    except Exception:  # it raises what it likes; the node then stays as it is
+        return None
+    return out if isinstance(out, np.ndarray) else None
+
+
+def _size_of(r: Rewrite, inputs: tuple[int, ...], op: OnnxOp) -> int:
+    """Elements that the node would make, as far as that shows beforehand: a bound on memory for hostile files."""
+    if op.name in ("ConstantOfShape", "Expand", "Tile", "Resize", "Upsample", "Pad", "OneHot", "Range"):
+        largest = 1.0
+        for v in inputs:
+            c = r.constant(v)
+            if c is not None and np.issubdtype(c.dtype, np.number) and 0 < c.size <= 32:
+                largest = max(largest, float(np.prod(np.maximum(np.abs(c.astype(np.float64)), 1))))
+        return int(min(largest * max(r.values[inputs[0]].elements, 1), 2**62)) if op.name != "ConstantOfShape" \
+            else int(min(largest, 2**62))
+    return max((r.values[v].elements for v in inputs if v >= 0), default=0)
+
+
+PASS = Pass("constants", fold)
