@@ -61,7 +61,7 @@ def patch(
         raise UsageError(f"{model} is not an ONNX model", got=graph.format, try_="patch the ONNX file it was made from")
     feeds = _feeds(inputs, graph) if inputs else None
     progress("rewriting")
-    after, changes = patched(graph, passes or (), (lambda g: _misfits(board.check(g))) if board else None)
+    after, changes = patched(graph, passes or (), (lambda g: _off(board.check(g))) if board else None)
     progress("running both networks")
     agreements = compared(graph, after, feeds)
     exact = all(c.exact for c in changes)
@@ -82,8 +82,8 @@ def patch(
         raise typer.Exit(1)
 
 
-def _misfits(check: Check) -> int:
-    return len(check.findings) - check.count("npu")
+def _off(check: Check) -> set[int]:
+    return {f.node for f in check.findings if f.where != "npu"}
 
 
 def _feeds(path: Path, graph: Graph) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from npulab.errors import UsageError
 from npulab.exporters.onnx import to_onnx
@@ -29,45 +29,64 @@ class Change:
 
 
 def find_passes(names: Collection[str]) -> list[Pass]:
-    """The passes of these names, in the order in which they run. Raises UsageError for an unknown one."""
+    """The passes of these names ("pad-channels", "pad-channels=16"), in the order in which they run.
+
+    Raises: UsageError for an unknown one, and for a number that a pass does not take.
+    """
     known = {p.name: p for p in PASSES}
-    for name in names:
+    numbers: dict[str, int | None] = {}
+    for text in names:
+        name, equals, number = text.partition("=")
         if name not in known:
             raise UsageError(f"there is no pass '{name}'", want=", ".join(known))
-    return [p for p in PASSES if p.name in names]
+        numbers[name] = known[name].number
+        if equals and (known[name].number is None or not number.isdecimal() or not 0 < int(number) < 1 << 16):
+            raise UsageError(f"the pass '{name}' does not take '{number}'", want=(
+                "no number" if known[name].number is None else f"{name}=NUMBER, for example {known[name].number}"))
+        if equals:
+            numbers[name] = int(number)
+    return [replace(p, number=numbers[p.name]) for p in PASSES if p.name in numbers]
 
 
-def run(graph: Graph, passes: Collection[Pass]) -> tuple[Graph, list[Change]]:
-    """The graph behind these passes, again and again until nothing changes, and what they did."""
+def run(graph: Graph, passes: Collection[Pass], off: Callable[[Graph], Collection[int]] | None = None,
+        ) -> tuple[Graph, list[Change]]:
+    """The graph behind these passes, again and again until nothing changes, and what they did.
+
+    `off` gives the nodes that a board does not take: passes that are not for everyone leave the others alone.
+    """
     done: list[Change] = []
     for _ in range(ROUNDS):
-        before = len(done)
+        before, stale = len(done), False
         for p in passes:
-            rewrite = Rewrite(graph)
+            if stale and not p.always:
+                graph, stale = _with_shapes(graph), False
+            rewrite = Rewrite(graph, None if off is None or p.always else off(graph), p.number)
             if texts := p.apply(rewrite):
-                graph = rewrite.graph()
+                graph, stale = rewrite.graph(), True
                 done += [Change(p.name, p.exact, text) for text in texts]
         if len(done) == before:
             break
-        graph = _with_shapes(graph)
+        if stale:
+            graph = _with_shapes(graph)
     return graph, done
 
 
-def patched(graph: Graph, asked: Collection[str] = (), misfits: Callable[[Graph], int] | None = None,
+def patched(graph: Graph, asked: Collection[str] = (), off: Callable[[Graph], Collection[int]] | None = None,
             ) -> tuple[Graph, list[Change]]:
     """The graph made simpler, then changed by the passes that are `asked` for, and by those exact ones that leave fewer
-    nodes off the NPU: `misfits` counts those.
+    nodes off the NPU: `off` gives those that a board does not take.
 
     Raises: UsageError for an unknown pass.
     """
     named = find_passes(asked)
     always = [p for p in PASSES if p.always]
     graph, done = run(graph, [*always, *(p for p in named if not p.always)])
-    for p in PASSES if misfits else ():
-        if p.always or not p.exact or p in named:
+    names = {p.name for p in named}
+    for p in PASSES if off else ():
+        if p.always or not p.exact or p.name in names:
             continue
-        other, changes = run(graph, [p, *always])
-        if changes and misfits and misfits(other) < misfits(graph):
+        other, changes = run(graph, [p, *always], off)
+        if changes and off and len(off(other)) < len(off(graph)):
             graph = other
             done += changes
     return graph, done

@@ -15,7 +15,7 @@ def chain(r: Rewrite) -> list[str]:
     done = []
     for n in r.live():
         op = n.op
-        if not isinstance(op, OnnxOp) or op.domain or op.name != "MaxPool" or len(n.outputs) != 1:
+        if not isinstance(op, OnnxOp) or op.domain or op.name != "MaxPool" or len(n.outputs) != 1 or not r.wanted(n):
             continue
         kernel: Any = op.attributes.get("kernel_shape")
         half = kernel[0] // 2

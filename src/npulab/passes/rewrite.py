@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,12 +16,18 @@ _DTYPES = {d.numpy: d for d in DType if d.numpy is not None}
 
 
 class Rewrite:
-    """An ONNX graph as lists. Values keep their numbers until `graph`; nodes keep their order, new ones where asked."""
+    """An ONNX graph as lists. Values keep their numbers until `graph`; nodes keep their order, new ones where asked.
 
-    def __init__(self, graph: Graph) -> None:
+    off     nodes that the board at hand does not take; None: no board is at hand, and every place is meant.
+    number  what the user gave a pass with NAME=NUMBER, which says what it is.
+    """
+
+    def __init__(self, graph: Graph, off: Collection[int] | None = None, number: int | None = None) -> None:
         if graph.format != "onnx":
             raise InvariantError(f"passes work on ONNX graphs; '{graph.name}' is {graph.format}")
         self.source = graph
+        self.off = off
+        self.number = number
         self.values: list[Value] = list(graph.values)
         self.nodes: list[Node] = list(graph.nodes)
         self.outputs = list(graph.outputs)
@@ -54,6 +60,10 @@ class Rewrite:
         """The nodes as they are when their turn comes, new ones last; `Node.index` is their key here."""
         for i in range(len(self.nodes)):
             yield replace(self.nodes[i], index=i)
+
+    def wanted(self, node: Node) -> bool:
+        """Whether a pass that only some boards need should touch this node, one of the source graph."""
+        return self.off is None or node.index in self.off
 
     def maker(self, value: int, *names: str) -> Node | None:
         """The node that computes a value, if it is one of ONNX's own operators of these names."""

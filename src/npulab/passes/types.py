@@ -15,13 +15,16 @@ class Pass:
     """`apply` changes the graph in place and says what, a line a change.
 
     exact   outputs stay what they are, up to the rounding of floats. What is not is done only when asked for by name.
-    always  the graph is simpler for every target. What is not is done where a target needs it.
+    always  the graph is simpler for every target. What is not is done where a target needs it: at nodes that are
+            `Rewrite.wanted`.
+    number  the number that NAME=NUMBER replaces; None where a pass takes none.
     """
 
     name: str
     apply: Apply
     exact: bool = True
     always: bool = True
+    number: int | None = None
 
     @property
     def rule(self) -> str:
