@@ -56,7 +56,7 @@ def test_boards_stand_side_by_side(npulab, yolo):
 
     assert code == 0
     assert max(map(len, out.splitlines())) <= 80
-    assert [line.split()[0] for line in out.splitlines()[1:] if line.startswith(("rk3588", "hailo8"))] == [
+    assert [line.split()[0] for line in out.splitlines()[1:] if line.startswith(("rk3588 ", "hailo8 "))] == [
         "rk3588", "hailo8"]
     assert [t["target"] for t in everything["targets"]] == list(boards())
 

@@ -326,7 +326,8 @@ def test_kinds_of_convolution():
     assert names.canonical(p.node, p) == ("Conv3D", "Conv")
     assert [p.get(f"kernel_{a}") for a in "dhw"] == [2, 3, 4]
     p = properties(conv((1, 8, 9), (4, 8, 3)))
-    assert (p.get("kernel_w"), p.get("kernel_h"), p.get("stride")) == (3, None, None)
+    assert [p.get(n) for n in ("kernel_w", "kernel_h", "stride", "height", "width", "pad_top", "rank")] == [
+        3, 1, [1, 1], 1, 9, 0, 3]
 
 
 def test_a_dynamic_size_is_not_known_and_a_dynamic_batch_is_one():
@@ -382,7 +383,7 @@ def test_names_of_tflite_operators_are_in_nchw():
     want = {"shape": [1, 8, 20, 21], "out_shape": [1, 16, 10, 21], "kernel_h": 3, "kernel_w": 5, "stride": [2, 1],
             "pad_top": 0, "pad_bottom": 1, "pad_left": 2, "pad_right": 2, "padding": "SAME", "fused": "Clip",
             "channels": 8, "out_channels": 16, "height": 20, "width": 21, "groups": 1, "zero_point": 4,
-            "quantized": True, "auto_pad": "SAME_UPPER", "attr_pads": [0, 2, 1, 2]}
+            "quantized": True, "auto_pad": "NOTSET", "attr_pads": [0, 2, 1, 2]}
     assert {n: p.get(n) for n in want} == want
     p = properties(tflite("CONCATENATION", [(1, 4, 6, 8)] * 2, (1, 4, 6, 16), axis=-1))
     assert p.get("axis") == 1
@@ -402,6 +403,47 @@ def test_names_of_tflite_operators_are_in_nchw():
     assert (p.get("broadcast"), p.get("constant_inputs")) == ("channel", 1)
     p = properties(tflite("PAD", [(1, 4, 6, 8), np.array([[0, 0], [1, 2], [3, 4], [0, 0]], np.int32)], (1, 7, 13, 8)))
     assert [p.get(f"pad_{s}") for s in ("top", "bottom", "left", "right")] == [1, 2, 3, 4]
+
+
+def test_names_of_operands_together():
+    p = properties(tflite("STRIDED_SLICE", [(1, 8, 9, 4), *(np.array(v, np.int32) for v in (
+        [0, 0, 0, 0], [1, 8, 9, 4], [1, 2, 3, 4]))], (1, 4, 3, 1)))
+    assert [p.get(n) for n in ("steps", "steps_elsewhere", "parameters_constant")] == [[1, 4, 2, 3], 4, True]
+    p = properties(tflite("MAXIMUM", [(1, 4), (1, 4)], (1, 4)))  # zero points 4, 4 and 5
+    assert [p.get(n) for n in ("same_quantization", "same_scales", "same_types", "all_quantized", "data_per_channel",
+                               "static", "least_rank", "in_bits", "out_bits", "out_zero_point", "weighted")] == [
+        False, True, True, True, False, True, 2, 8, 8, 5, False]
+    w = np.full((2, 3, 3, 4), -100, np.int8)
+    w[1] = 127
+    p = properties(tflite("CONV_2D", [(1, 9, 9, 4), w, np.array([5, -70], np.int32)], (1, 9, 9, 2), padding="SAME",
+                          stride_h=1, stride_w=1))
+    assert [p.get(n) for n in ("weight_sum", "bias_largest", "bias_constant", "weighted", "all_quantized")] == [
+        36 * 127, 70, True, True, False]  # the weights have no scale
+    p = properties(tflite("RESIZE_BILINEAR", [(1, 4, 6, 8), np.array([8, 12], np.int32)], (1, 8, 12, 8),
+                          half_pixel_centers=True, align_corners=True))
+    assert (p.get("align_corners"), p.get("half_pixel_centers")) == (True, True)
+
+
+def test_a_float_model_has_the_weights_and_types_that_a_converter_will_give_it():
+    p = properties(conv(weights=(16, 8, 3, 5)), assume="int8")
+    assert [p.get(n) for n in ("weight_sum", "out_bits", "same_scales", "all_quantized")] == [120 * 127, 8, True, True]
+    p = properties(tflite("FULLY_CONNECTED", [(1, 8), np.ones((4, 8), np.int8)], (1, 4)))
+    assert [p.get(n) for n in ("alpha", "beta", "attr_transA", "attr_transB")] == [1, 1, 0, 1]
+
+
+def test_a_shape_of_a_tflite_file_stays_where_the_list_says():
+    graph = tflite("SHAPE", [(1, 4)], (2,))
+    listed = "[[op]]\nnames = ['Shape']\nsupport = 'host'\n"
+    assert Board(facts(listed)).check(graph).findings[0].where == "host"
+    assert Board(facts(CONV)).check(graph).findings[0].where == "npu"
+
+
+@pytest.mark.parametrize(("alpha", "want"), [(1 / 6, "npu"), (0.2, "refused")])
+def test_hard_sigmoid_and_mul_of_one_value_are_hard_swish(alpha, want):
+    graph = onnx_graph([("HardSigmoid", ["x"], ["s"], {"alpha": alpha, "beta": 0.5}), ("Mul", ["x", "s"], ["y"], {})],
+                       {"x": ("float32", [1, 8, 9, 9])})
+    found = Board(facts("[[op]]\nnames = ['HardSwish']\n")).check(graph).findings
+    assert [f.where for f in found] == [want] * 2
 
 
 @needs_shared

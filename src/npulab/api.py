@@ -1,6 +1,7 @@
 """The pipeline on one page. Each verb takes one noun to the next; nothing else chains them.
 
     load         model file              -> Graph
+    convert      Graph                   -> the same network in the other dialect
     check        Graph                   -> one Verdict a node
     compile      Graph (or model file)   -> Program
     profile      Program (or model)      -> Profile: where the time goes
@@ -14,6 +15,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from typing import Literal
+
     from npulab.ir import Graph
     from npulab.plan.types import Verdict
     from npulab.profiling.types import Profile
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     from npulab.runtime.device import Device
     from npulab.runtime.session import Session
     from npulab.targets.target import PlanName, PlanOptions, Settings, Target
+
+    Dialect = Literal["tflite", "onnx"]
 
 
 def load(path: str | os.PathLike[str] | bytes, dims: Mapping[str, int] | None = None) -> Graph:
@@ -33,9 +38,28 @@ def load(path: str | os.PathLike[str] | bytes, dims: Mapping[str, int] | None = 
     return load(path, dims)
 
 
+def convert(model: Graph | str | os.PathLike[str], dialect: Dialect, keep_layout: bool = False) -> Graph:
+    """The network in the dialect "tflite" or "onnx"; one that is in it stays as it is. TFLite nodes keep the names of
+    the ONNX nodes that they were made from. Pictures come and go channels last in TFLite and first in ONNX, unless
+    `keep_layout`.
+
+    Raises: UnsupportedError naming every operator that the dialect has no words for; UsageError for another dialect.
+    """
+    from npulab.dialects import to_onnx, to_tflite
+    from npulab.errors import UsageError
+
+    if dialect not in ("tflite", "onnx"):
+        raise UsageError(f"there is no dialect '{dialect}'", want="tflite or onnx")
+    graph = load(model) if isinstance(model, str | os.PathLike) else model
+    return to_tflite(graph, keep_layout) if dialect == "tflite" else to_onnx(graph, keep_layout)
+
+
 def check(model: Graph | str | os.PathLike[str], target: str = "a311d", plan: PlanName = "best",
           options: PlanOptions | None = None) -> list[Verdict]:
-    """Where each node runs, and every reason why the NPU does not take it."""
+    """Where each node runs, and every reason why the NPU does not take it.
+
+    Of an ONNX model the nodes are those of `convert(model, "tflite")`.
+    """
     from npulab.targets.target import PlanOptions, find_target
 
     return find_target(target).check(_graph(model), plan, options or PlanOptions())
@@ -44,6 +68,8 @@ def check(model: Graph | str | os.PathLike[str], target: str = "a311d", plan: Pl
 def compile(model: Graph | str | os.PathLike[str], target: str = "a311d", plan: PlanName = "best",
             keep_all: bool = False, options: PlanOptions | None = None) -> Program:
     """The Program for `target`. `keep_all` (plan best) brings back every tensor the NPU computes.
+
+    An ONNX model is converted to TFLite first.
 
     Raises: UsageError for an unknown target; UnsupportedError or CapacityError if the model does not fit it.
     """
@@ -63,6 +89,10 @@ def _compile(graph: Graph, chip: Target, plan: PlanName, keep_all: bool = False,
         verify(program)
     except ModelError as e:
         raise InvariantError(f"the compiler made a program that breaks its own law: {e.message}", **e.facts) from e
+    if any(n.name for n in graph.nodes):
+        import msgspec
+
+        program = msgspec.structs.replace(program, origins=tuple(n.name for n in graph.nodes))
     return program
 
 
@@ -128,4 +158,5 @@ def open_session(program: Program, device: Device | None = None) -> Session:
 
 
 def _graph(model: Graph | str | os.PathLike[str]) -> Graph:
-    return load(model) if isinstance(model, str | os.PathLike) else model
+    """What targets compile: TFLite."""
+    return convert(model, "tflite")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from npulab.cli.options import Json, ModelPath, Plan, PlanOption, TargetName
+from npulab.cli.options import DimOption, Json, Plan, PlanOption, TargetName, parse_dims
 from npulab.cli.plan_options import (
     Channels,
     ChannelsOption,
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def compile(
-    model: ModelPath,
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A .tflite or .onnx file.", show_default=False)],
     target: TargetName,
     plan: PlanOption = Plan.BEST,
     no_zero_runs: NoZeroRuns = False,
@@ -39,9 +39,13 @@ def compile(
                                                 help="Write the program here.", show_default=False)] = None,
     dump: Annotated[Path | None, typer.Option("--dump", metavar="DIR", show_default=False,
                                               help="Write jobs.json and the raw streams here.")] = None,
+    dim: DimOption = None,
     json: Json = False,
 ) -> None:
-    """Compile a model, and say what runs where. Writes only what -o and --dump ask for."""
+    """Compile a model, and say what runs where. Writes only what -o and --dump ask for.
+
+    An ONNX model is converted to TFLite first: what is quantized in it (QDQ, QOperator) runs in integers.
+    """
     from npulab import api
     from npulab.cli.printing import write_json
     from npulab.program.dump import dump as write_dump
@@ -49,7 +53,7 @@ def compile(
     options = plan_options(no_zero_runs, channels, no_kernel_cache, no_image_cache, feature)
     if search_log is not None:
         options = replace(options, search_log=str(search_log))
-    program = api.compile(model, target, plan.plan_name, options=options)
+    program = api.compile(api.load(model, parse_dims(dim)), target, plan.plan_name, options=options)
     if output is not None:
         api.write_program(program, output)
     if dump is not None:
@@ -75,6 +79,7 @@ def as_data(program: Program) -> dict[str, Any]:
         steps.append({
             "step": i, "where": "npu" if npu else "host", "nodes": list(s.nodes),
             "ops": [program.ops[n] for n in s.nodes],
+            **({"origins": [program.origins[n] for n in s.nodes]} if program.origins else {}),
             "jobs": len(s.jobs) if isinstance(s, NpuStep) else 0,
             "macs": sum(j.macs for j in s.jobs) if isinstance(s, NpuStep) else 0,
             "upload_bytes": sum(t.size for t in s.uploads) if isinstance(s, NpuStep) else 0,
@@ -104,8 +109,12 @@ def print_summary(program: Program) -> None:
         f"descriptors {memory['descriptor']} B; {memory['words']} command words.")
     if program.host_nodes:
         say()
-        table([">node", "operator", "why the host runs it+"],
-              [(h.node, h.op, "\n".join(h.reasons)) for h in program.host_nodes])
+        if program.origins:
+            table([">node", "operator", "made from+", "why the host runs it+"],
+                  [(h.node, h.op, program.origins[h.node], "\n".join(h.reasons)) for h in program.host_nodes])
+        else:
+            table([">node", "operator", "why the host runs it+"],
+                  [(h.node, h.op, "\n".join(h.reasons)) for h in program.host_nodes])
 
 
 def said_options(program: Program) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,20 +15,24 @@ if TYPE_CHECKING:
     from npulab.ir import Graph
     from npulab.passes.certificate import Agreement
     from npulab.passes.pipeline import Change
-    from npulab.targets.facts.board import Check
+    from npulab.postprocess.types import Post
+    from npulab.targets.facts.board import Board, Check
 
 SHOWN = 6
 """Changes of one pass that the terminal lists."""
 
 
 def patch(
-    model: Annotated[Path | None, typer.Argument(metavar="MODEL", show_default=False, help="An .onnx file.")] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="OUT.onnx", show_default=False,
+    model: Annotated[Path | None, typer.Argument(metavar="MODEL", show_default=False,
+                                                help="An .onnx file; a .tflite file for cut-head.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="OUT", show_default=False,
                                                 help="The rewritten network.")] = None,
     target: Annotated[str | None, typer.Option("--target", metavar="BOARD", show_default=False, help=(
         "Also apply the exact passes that leave fewer operators off this board's NPU."))] = None,
     passes: Annotated[list[str] | None, typer.Option("--pass", metavar="NAME", show_default=False,
                                                      help="Apply this pass too; once for each.")] = None,
+    as_: Annotated[str | None, typer.Option("--as", metavar="TYPE", show_default=False, help=(
+        "The type that floats will have been given for the board. Otherwise int8 where it takes more so."))] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the passes and stop.")] = False,
     inputs: Annotated[Path | None, typer.Option(
         "--input", metavar="FILE.npz", show_default=False,
@@ -38,14 +44,15 @@ def patch(
 ) -> None:
     """Rewrite a network so that a board takes more of it, and prove it.
 
-    Both networks are run in ONNX Runtime. Exit code 1: a pass called exact changed the outputs, and nothing is written.
+    Both networks are run in ONNX Runtime, or LiteRT. A head that is cut off is written beside OUT: as a record that
+    npulab run reads (.post.json), and as a Python program (_post.py).
+
+    Exit code 1: a pass called exact changed the outputs, and nothing is written.
     """
     from npulab import api
     from npulab.cli.printing import progress, write_json
     from npulab.errors import UsageError
-    from npulab.exporters.onnx import to_onnx
-    from npulab.passes.certificate import compared
-    from npulab.passes.pipeline import PASSES, find_passes, patched
+    from npulab.passes.pipeline import PASSES, find_passes
     from npulab.program.files import write_atomically
     from npulab.targets.facts.board import find_board
 
@@ -53,23 +60,29 @@ def patch(
         _list(PASSES, json)
         return
     if model is None or output is None:
-        raise UsageError("npulab patch needs a model and -o OUT.onnx", try_="npulab patch --help")
+        raise UsageError("npulab patch needs a model and -o OUT", try_="npulab patch --help")
     find_passes(passes or ())
     board = find_board(target) if target else None
     graph = api.load(model, parse_dims(dim))
-    if graph.format != "onnx":
-        raise UsageError(f"{model} is not an ONNX model", got=graph.format, try_="patch the ONNX file it was made from")
+    kind = as_ or (_quantized(board, graph) if board else "")
+
+    def check(g: Graph) -> Check | None:
+        return board.check(g, kind) if board else None
+
     feeds = _feeds(inputs, graph) if inputs else None
     progress("rewriting")
-    after, changes = patched(graph, passes or (), (lambda g: _off(board.check(g))) if board else None)
+    made = (_tflite if graph.format == "tflite" else _onnx)(graph, passes or [], check if board else None)
     progress("running both networks")
-    agreements = compared(graph, after, feeds)
-    exact = all(c.exact for c in changes)
+    agreements = made.agreements(feeds)
+    exact = all(c.exact for c in made.changes)
     broken = [a for a in agreements if exact and not a.equal]
-    data = _as_data(graph, after, changes, agreements, board.check(graph) if board else None,
-                    board.check(after) if board else None)
-    if not broken:
-        write_atomically(output, to_onnx(after))
+    data = _as_data(graph, made.graph, made.changes, agreements, check(graph), check(made.graph))
+    if board:
+        data["as"] = kind or None
+    written = {} if broken else _files(output, made)
+    data["files"] = [str(path) for path in written]
+    for path, content in written.items():
+        write_atomically(path, content)
     if report:
         import json as formats
 
@@ -77,9 +90,69 @@ def patch(
     if json:
         write_json(data)
     else:
-        _print(graph.name, data, changes, None if broken else output)
+        _print(graph.name, data, made.changes, list(written))
     if broken:
         raise typer.Exit(1)
+
+
+@dataclass(frozen=True)
+class Made:
+    """The new network, as a file too, and how to compare it with the old one."""
+
+    graph: Graph
+    data: Callable[[], bytes]
+    changes: list[Change]
+    post: Post | None
+    agreements: Callable[[dict[str, Any] | None], list[Agreement]]
+
+
+def _onnx(graph: Graph, passes: list[str], check: Callable[[Graph], Any] | None) -> Made:
+    from npulab.exporters.onnx import to_onnx
+    from npulab.passes.certificate import compared
+    from npulab.passes.pipeline import patched, post_of
+
+    after, changes = patched(graph, passes, (lambda g: _off(check(g))) if check else None)
+    post = post_of(graph, after, changes)
+    return Made(after, lambda: to_onnx(after), changes, post, lambda feeds: compared(graph, after, feeds, post))
+
+
+def _tflite(graph: Graph, passes: list[str], check: Callable[[Graph], Any] | None) -> Made:
+    """A TFLite network without its detection operator, if that was asked for or the board does not take it."""
+    from npulab.errors import UsageError
+    from npulab.passes.tflite_head import detection, same_detections, without_head
+
+    if others := [p for p in passes if p != "cut-head"]:
+        raise UsageError(f"the pass '{others[0]}' works on ONNX networks", got=f"{graph.name}, a TFLite network",
+                         try_="patch the ONNX file it was made from; --pass cut-head alone takes TFLite")
+    n = detection(graph)
+    if not passes and not (check and n is not None and n.index in _off(check(graph))):
+        raise UsageError(f"nothing of '{graph.name}' is to be patched", got=(
+            "a TFLite network, of which only a detection head can be cut off" if n is None
+            else f"{n}, which {'the board takes' if check else 'no --target asks to be cut off'}"),
+            try_="patch the ONNX file it was made from" if n is None else "--pass cut-head")
+    made = without_head(graph)
+    return Made(made.body, lambda: made.data, [made.change], made.post,
+                lambda feeds: same_detections(graph, made, feeds))
+
+
+def _files(output: Path, made: Made) -> dict[Path, bytes]:
+    """What is written: what belongs to a cut head first."""
+    found = {}
+    if made.post is not None:
+        import re
+
+        from npulab.postprocess.program import standalone
+        from npulab.postprocess.types import to_json
+
+        found[output.with_suffix(".post.json")] = to_json(made.post)
+        name = re.sub(r"\W", "_", output.stem)
+        found[output.with_name(f"{name}_post.py")] = standalone(made.post).encode()
+    return found | {output: made.data()}
+
+
+def _quantized(board: Board, graph: Graph) -> str:
+    """int8 if the board takes more of the network so, as its vendor's quantizer would make it; else nothing."""
+    return "int8" if board.check(graph, "int8").count("npu") > board.check(graph).count("npu") else ""
 
 
 def _off(check: Check) -> set[int]:
@@ -87,27 +160,9 @@ def _off(check: Check) -> set[int]:
 
 
 def _feeds(path: Path, graph: Graph) -> dict[str, Any]:
-    import zipfile
+    from npulab.importers.arrays import read_arrays
 
-    import numpy as np
-
-    from npulab.errors import ModelError, UsageError
-
-    names = [graph.values[v].name for v in graph.inputs]
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            found = {name: stored[name] for name in names if name in stored}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError, TypeError, AttributeError) as e:
-        raise ModelError(f"{path} is not a file of arrays by name", got=str(e)[:200],
-                         want="what numpy.savez writes") from None
-    for v in graph.inputs:
-        value = graph.values[v]
-        if value.name not in found:
-            raise UsageError(f"{path} has no array '{value.name}'", want=", ".join(names))
-        if found[value.name].shape != value.shape or found[value.name].dtype != value.dtype.numpy:
-            raise UsageError(f"the array '{value.name}' of {path} does not fit",
-                             got=f"{found[value.name].dtype}{list(found[value.name].shape)}", want=str(value))
-    return found
+    return read_arrays(path, (graph.values[v] for v in graph.inputs))
 
 
 def _list(passes: Any, json: bool) -> None:
@@ -139,6 +194,7 @@ def _as_data(before: Graph, after: Graph, changes: list[Change], agreements: lis
 
     data: dict[str, Any] = {
         "model": before.name, "digest": before.digest, "equivalent": all(c.exact for c in changes),
+        "post_processing": any(c.stage for c in changes),
         "changes": [{"pass": c.name, "exact": c.exact, "text": c.text} for c in changes],
         "before": size(before), "after": size(after),
         "outputs": [{"name": a.output, "largest_error": a.largest, "relative_error": a.relative, "cosine": a.cosine,
@@ -149,7 +205,7 @@ def _as_data(before: Graph, after: Graph, changes: list[Change], agreements: lis
     return data
 
 
-def _print(name: str, data: dict[str, Any], changes: list[Change], output: Path | None) -> None:
+def _print(name: str, data: dict[str, Any], changes: list[Change], written: list[Path]) -> None:
     from npulab.cli.printing import say, table
 
     say(name)
@@ -168,7 +224,8 @@ def _print(name: str, data: dict[str, Any], changes: list[Change], output: Path 
     rows = [("nodes", before["nodes"], after["nodes"]), ("MACs", before["macs"], after["macs"]),
             ("bytes of constants", before["constant_bytes"], after["constant_bytes"])]
     if "target" in data:
-        rows += [(f"{where} on {data['target']}", data["verdicts_before"][where], data["verdicts_after"][where])
+        as_ = f", as {data['as']}" if data["as"] else ""
+        rows += [(f"{where} on {data['target']}{as_}", data["verdicts_before"][where], data["verdicts_after"][where])
                  for where in data["verdicts_before"]]
     table([" ", ">before", ">after"], rows)
     say()
@@ -179,10 +236,15 @@ def _print(name: str, data: dict[str, Any], changes: list[Change], output: Path 
     if not data["equivalent"]:
         inexact = ", ".join(dict.fromkeys(c.name for c in changes if not c.exact))
         say(f"NOT EQUIVALENT: {inexact} changed what the network computes. Train it again, or measure its accuracy.")
-    elif output is None:
+    elif not written:
         say("THE OUTPUTS CHANGED although every pass is exact: nothing was written. This is a defect of npulab, or the "
             "network has outputs that rounding decides.")
     else:
-        say("Equivalent: the outputs agree within 1e-5 of their largest value, on random inputs and on those given.")
-    if output is not None:
-        say(f"Wrote {output}.")
+        how = " with its post-processing" if data["post_processing"] else ""
+        say(f"Equivalent{how}: the outputs agree within 1e-5 of their largest value, on random inputs and on those "
+            "given.")
+    for path in written[-1:]:
+        say(f"Wrote {path}.")
+    for path in written[:-1]:
+        use = "for npulab run" if path.suffix == ".json" else "post-processing that needs NumPy alone"
+        say(f"Wrote {path}: {use}.")

@@ -43,7 +43,8 @@ class Fit(enum.StrEnum):
 
 def run(
     model: Annotated[Path, typer.Argument(metavar="MODEL", show_default=False,
-                                          help="A .tflite file, or a .npu program.")],
+                                          help=(
+                                              "A .tflite file, a .npu program, or an .onnx file to run here."))],
     inputs: Annotated[list[str] | None, typer.Option(
         "--input", metavar="[NAME=]FILE", show_default=False,
         help="An image or a .npy array; once for each input.")] = None,
@@ -74,32 +75,50 @@ def run(
 ) -> None:
     """Compile, execute on the virtual NPU and the host, answer.
 
+    An ONNX network runs in ONNX Runtime on this machine. MODEL.post.json, which npulab patch writes for a network whose
+    head it cut off, finds the objects.
+
     Exit code 1: --compare found a layer further than one step from LiteRT's.
     """
     from npulab import api
     from npulab.cli.printing import progress, write_json
     from npulab.errors import UsageError
+    from npulab.postprocess import apply
     from npulab.runtime import answers
     from npulab.runtime.compare import compare_outputs
+    from npulab.runtime.objects import answer_with, post_beside
+    from npulab.runtime.session import tensor_names
 
+    if model.suffix == ".onnx" and target is None:
+        if compare:
+            raise UsageError("--compare is for what is compiled; an ONNX network runs in ONNX Runtime alone",
+                             try_="npulab run without --compare")
+        from npulab.cli.run_onnx import run_onnx
+
+        run_onnx(model, inputs or [], output, labels, top, score, draw, fit, normalize, json)
+        return
     options = plan_options(no_zero_runs, channels, no_kernel_cache, no_image_cache, feature)
+    post = post_beside(model)
     program, graph = _program(model, target, plan, options)
     if compare and graph is None:
         raise UsageError("--compare needs the model, which a .npu file does not hold", try_="run the .tflite file")
     if output is not None:
-        _check_output(output, program)
+        _check_output(output, len(post.outputs if post else set(program.outputs)))
     if draw is not None:
         _check_drawing(draw)
     found = labels or answers.labels_beside(model)
     names = answers.read_labels(found) if found else None
-    arrays, images, notes = _inputs(program, inputs or [], fit, normalize)
+    tensors = tensor_names(program)
+    wanted = {tensors[v]: t for v in program.inputs for t in program.tensors if t.value == v}
+    arrays, images, notes = _inputs(wanted, inputs or [], fit, normalize)
     if draw is not None and len(images) != 1:
         raise UsageError("--draw needs one image among the inputs", got=f"{len(images)} images")
     progress(f"running {program.model} on the virtual NPU of {program.target}")
     session = api.open_session(program)
     known: dict[int, Any] = {}
     outputs = session.run(arrays, trace=known.__setitem__)
-    answer = answers.answer(program, outputs, names, top, score)
+    real = _real(program, tensors, outputs) if post else {}
+    answer = answer_with(post, real, names, score) if post else answers.answer(program, outputs, names, top, score)
     layers: list[Difference] = []
     wholes: list[Difference] = []
     if compare and graph is not None:
@@ -107,7 +126,7 @@ def run(
         layers = _layers(program, graph, arrays, known)
         wholes = compare_outputs(program, graph, known)
     if output is not None:
-        _write_outputs(output, outputs)
+        _write_outputs(output, apply(post, real) if post else outputs)
     if draw is not None:
         _draw(draw, answer, images[0])
     close = all(d.is_close for d in layers)
@@ -144,20 +163,28 @@ def _program(path: Path, target: str | None, plan: Plan, options: PlanOptions) -
     if target is None:
         raise UsageError("a model needs a target", want=", ".join(sorted(all_targets())),
                          try_=f"--target {min(all_targets())}")
-    graph = api.load(path)
+    graph = api.convert(path, "tflite")
     progress(f"compiling {graph.name} for {target}")
     return api.compile(graph, target, plan.plan_name, options=options), graph
 
 
-def _inputs(program: Program, given: list[str], fit: Fit, normalize: str | None
+def _real(program: Program, names: dict[int, str], outputs: dict[str, Any]) -> dict[str, Any]:
+    """A body's outputs as real numbers, where they are quantized."""
+    import numpy as np
+
+    from npulab.runtime.answers import real
+
+    known = {names[t.value]: t for t in program.tensors}
+    return {name: real(known[name], x).astype(np.float32) if known[name].scale else x for name, x in outputs.items()}
+
+
+def _inputs(wanted: dict[str, Tensor], given: list[str], fit: Fit, normalize: str | None
             ) -> tuple[dict[str | int, Any], list[Prepared], list[tuple[str, str]]]:
     """Arrays by input name, the images among them, and (name, what was done) for each."""
     from npulab.errors import UsageError
     from npulab.runtime.images import prepare
-    from npulab.runtime.session import describe, tensor_names
+    from npulab.runtime.session import describe
 
-    names = tensor_names(program)
-    wanted = {names[v]: t for v in program.inputs for t in program.tensors if t.value == v}
     if len(given) != len(wanted):
         raise UsageError(
             f"the model takes {len(wanted)} input{'s' if len(wanted) > 1 else ''}",
@@ -213,13 +240,13 @@ def _npy(file: str, tensor: Tensor) -> tuple[Any, str] | None:
     return np.array(array), done
 
 
-def _check_output(path: Path, program: Program) -> None:
+def _check_output(path: Path, count: int) -> None:
     from npulab.errors import UsageError
 
     if path.suffix not in (".npy", ".npz"):
         raise UsageError(f"cannot tell how to write {path}", want="a name that ends in .npz or .npy")
-    if path.suffix == ".npy" and len(set(program.outputs)) != 1:
-        raise UsageError(f"{path} cannot hold {len(set(program.outputs))} outputs", try_=str(path.with_suffix(".npz")))
+    if path.suffix == ".npy" and count != 1:
+        raise UsageError(f"{path} cannot hold {count} outputs", try_=str(path.with_suffix(".npz")))
 
 
 def _write_outputs(path: Path, outputs: dict[str, Any]) -> None:
@@ -295,6 +322,18 @@ def _print(program: Program, notes: list[tuple[str, str]], answer: Answer, recor
     from npulab.cli.printing import amount, listed, say, table
 
     say(f"{program.model} for {program.target}, plan {program.plan}{said_options(program)}")
+    _print_answer(notes, answer)
+    table([">step", "where", "operators+", ">jobs", ">MACs", ">up B", ">down B", ">ms here"], [
+        (r.index, r.where, listed(r.ops), *(
+            (r.jobs, amount(r.macs), r.upload_bytes, r.download_bytes) if r.where == "npu" else ("", "", "", "")),
+         f"{1000 * r.seconds:.1f}") for r in records])
+    say()
+    say("ms here: wall time on this machine, whose virtual NPU executes the commands; it says nothing of a board.")
+
+
+def _print_answer(notes: list[tuple[str, str]], answer: Answer) -> None:
+    from npulab.cli.printing import say, table
+
     for name, done in notes:
         say(f"{name}  {done}")
     say()
@@ -314,12 +353,6 @@ def _print(program: Program, notes: list[tuple[str, str]], answer: Answer, recor
     for note in answer.notes:
         say(note)
     say()
-    table([">step", "where", "operators+", ">jobs", ">MACs", ">up B", ">down B", ">ms here"], [
-        (r.index, r.where, listed(r.ops), *(
-            (r.jobs, amount(r.macs), r.upload_bytes, r.download_bytes) if r.where == "npu" else ("", "", "", "")),
-         f"{1000 * r.seconds:.1f}") for r in records])
-    say()
-    say("ms here: wall time on this machine, whose virtual NPU executes the commands; it says nothing of a board.")
 
 
 def _comparison(layers: list[Difference], outputs: list[Difference], close: bool) -> dict[str, Any]:

@@ -65,8 +65,10 @@ class ModelBuilder:
         self.tensors.append(tensor)
         return len(self.tensors) - 1
 
-    def op(self, name: str, inputs: Sequence[int], outputs: Sequence[int], **options: Any) -> None:
+    def op(self, name: str, inputs: Sequence[int], outputs: Sequence[int], version: int | None = None,
+           **options: Any) -> None:
         """A builtin operator, named as in the schema; an absent input is -1. Enum options are given by name.
+        `version` of the operator: None for one that takes int8.
 
         Options left out have the schema's defaults: for a stride that is 0.
 
@@ -78,7 +80,7 @@ class ModelBuilder:
         place = options_of(name)
         if place is None and options:
             raise UsageError(f"{name} takes no options", got=", ".join(options))
-        operator: dict[str, Any] = {"opcode_index": self._code(code, "", _VERSIONS.get(name, 1)),
+        operator: dict[str, Any] = {"opcode_index": self._code(code, "", version or _VERSIONS.get(name, 1)),
                                     "inputs": list(inputs), "outputs": list(outputs)}
         if place is not None:
             union, table = place

@@ -33,6 +33,13 @@ NODES_MAX = 1_000_000
 RANK_MAX = 32
 SMALL = 1024
 """Elements of constants that shape inference gets to see: shapes and axes, not weights."""
+OUTSIDE_MAX = 2**33
+"""Bytes of weights outside the file, each use counted: they are hashed, and copied where a model is written."""
+NAME_MAX = 2**16
+WORD_MAX = 256
+"""Characters of a name, and of an operator, its domain or an attribute's name."""
+PROPAGATED_MAX = 2**16
+"""Elements of a shape that inference may work out: it holds each as a message."""
 DIMENSION_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_. /+*-]*")
 
 _DTYPES = {
@@ -121,13 +128,20 @@ def parse(data: bytes | memoryview, name: str) -> onnx.ModelProto:
                          try_="get the file again") from None
     if not proto.HasField("graph") or not (proto.graph.node or proto.graph.initializer):
         raise ModelError(f"'{name}' is an ONNX model without a graph", try_="get the file again")
-    if any(isinstance(text, bytes) for text in (*_texts(proto.graph), *(o.domain for o in proto.opset_import))):
+    texts = [*_texts(proto.graph), *(o.domain for o in proto.opset_import)]
+    if any(isinstance(text, bytes) for text in texts):
         raise ModelError(f"'{name}' has names that are no text", want="UTF-8", try_="get the file again")
+    if (longest := max(map(len, texts), default=0)) > NAME_MAX:
+        raise ModelError(f"'{name}' has a name of {longest} characters", want=f"at most {NAME_MAX}")
+    if (longest := max(map(len, _words(proto.graph)), default=0)) > WORD_MAX:
+        raise ModelError(f"'{name}' has an operator or attribute whose name has {longest} characters",
+                         want=f"at most {WORD_MAX}")
     return proto
 
 
 def _texts(graph: onnx.GraphProto) -> Iterator[str | bytes]:
     """Every name in a graph and its bodies. Protobuf gives bytes for what is not UTF-8."""
+    yield graph.name
     for n in graph.node:
         yield from (n.op_type, n.domain, n.name, n.overload, *n.input, *n.output)
         for a in n.attribute:
@@ -140,6 +154,16 @@ def _texts(graph: onnx.GraphProto) -> Iterator[str | bytes]:
     for i in (*graph.input, *graph.output, *graph.value_info):
         yield i.name
         yield from (d.dim_param for d in i.type.tensor_type.shape.dim)
+
+
+def _words(graph: onnx.GraphProto) -> Iterator[str]:
+    """Names of operators, domains and attributes in a graph and its bodies."""
+    for n in graph.node:
+        yield from (n.op_type, n.domain)
+        for a in n.attribute:
+            yield a.name
+            for body in (*([a.g] if a.HasField("g") else []), *a.graphs):
+                yield from _words(body)
 
 
 def _shell(proto: onnx.ModelProto) -> bytes:
@@ -200,11 +224,29 @@ def _types(proto: onnx.ModelProto, nodes: Iterable[onnx.NodeProto], constants: M
         else:
             light.graph.input.append(onnx.helper.make_tensor_value_info(label, t.data_type, list(t.dims)))
     try:
-        graph = infer_shapes(light, data_prop=True).graph
+        graph = infer_shapes(light, data_prop=not _grows(light.graph, {})).graph
     except Exception as e:  # the inference is C++: it raises what it likes
         raise ModelError(f"the shapes of '{name}' cannot be inferred", got=str(e).strip()[:300],
                          try_="check the file with onnx.checker") from None
     return {v.name: v for v in (*graph.value_info, *graph.output, *graph.input)}
+
+
+def _grows(graph: onnx.GraphProto, outer: Mapping[str, int]) -> bool:
+    """Whether constants joined again and again would make shapes of more than PROPAGATED_MAX elements."""
+    size = dict(outer) | {t.name: _elements(t) for t in graph.initializer}
+    for n in graph.node:
+        if n.op_type == "Concat":
+            found = sum(size.get(i, RANK_MAX) for i in n.input)
+        else:
+            found = max((size[i] for i in n.input if i in size), default=RANK_MAX)
+        if found > PROPAGATED_MAX and n.op_type == "Concat":
+            return True
+        size.update((o, found) for o in n.output)
+        for a in n.attribute:
+            for body in (*([a.g] if a.HasField("g") else []), *a.graphs):
+                if _grows(body, size):
+                    return True
+    return False
 
 
 def _elements(t: onnx.TensorProto) -> int:
@@ -319,6 +361,8 @@ class _Outside:
         self.folder = folder.resolve() if folder else None
         self.model = model
         self._files: dict[str, memoryview] = {}
+        self._used: dict[str, set[tuple[int, int]]] = {}
+        self._total = 0
 
     def content(self, t: onnx.TensorProto, name: str, size: int | None) -> memoryview:
         where = {e.key: e.value for e in t.external_data}
@@ -330,22 +374,31 @@ class _Outside:
             offset = int(where.get("offset") or 0)
             length = int(where["length"]) if where.get("length") else size if size is not None else len(data) - offset
         except ValueError:
-            raise ModelError(f"constant {shown(name)} lies at a place that is no number", got=where) from None
+            raise ModelError(f"constant {shown(name)} lies at a place that is no number",
+                             got=shown(str({k: v[:40] for k, v in where.items()}))) from None
         if not 0 <= offset <= offset + length <= len(data):
             raise ModelError(f"constant {shown(name)} lies outside {shown(location)}",
                              got=f"bytes {offset}..{offset + length}", want=f"0..{len(data)}")
+        self._total += length
+        if self._total > OUTSIDE_MAX:
+            raise ModelError(f"'{self.model}' has too many weights outside the file",
+                             got=f"{self._total} bytes or more", want=f"at most {OUTSIDE_MAX} bytes")
+        self._used.setdefault(location, set()).add((offset, offset + length))
         return data[offset : offset + length]
 
     def _open(self, location: str, name: str) -> memoryview:
         if self.folder is None:
             raise ModelError(f"constant {shown(name)} lies in the file {shown(location)}, but this model has no folder",
                              try_="load the model by its path")
-        path = (self.folder / location).resolve()
+        try:
+            path = (self.folder / location).resolve()
+        except (OSError, ValueError, RuntimeError) as e:  # a zero in the name, a link to itself
+            raise ModelError(f"{shown(location)} cannot be read", where=f"constant {shown(name)}", got=e) from None
         if not location or Path(location).is_absolute() or not path.is_relative_to(self.folder):
             raise ModelError(f"constant {shown(name)} lies outside the model's folder", got=shown(location),
                              want="a file beside the model")
         try:
-            if not path.is_file():
+            if not path.is_file():  # no pipe, no device
                 raise ModelError(f"constant {shown(name)} lies in {shown(location)}, which is not there",
                                  where=f"looked in the folder of '{self.model}'", try_="get the weights too")
             with path.open("rb") as f:
@@ -356,10 +409,13 @@ class _Outside:
             raise ModelError(f"{shown(location)} cannot be read", got=getattr(e, "strerror", None) or e) from None
 
     def digest(self, data: bytes | memoryview) -> str:
-        """SHA-256 of the model and of its weights' files, in order of use."""
+        """SHA-256 of the model and of what it uses of its weights' files, in order of use, each byte once."""
         found = hashlib.sha256(data)
-        for content in self._files.values():
-            found.update(content)
+        for location, content in self._files.items():
+            end = 0
+            for first, last in sorted(self._used.get(location, ())):
+                found.update(content[max(first, end) : max(last, end)])
+                end = max(last, end)
         return found.hexdigest()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 from npulab.errors import UnsupportedError, UsageError
 from npulab.exporters.onnx import to_onnx
 from npulab.ir import DType, Graph, Value
+from npulab.passes.bounds import affordable, limited_run
+from npulab.postprocess import apply
+from npulab.postprocess.types import Post, YoloV5, YoloV8
 
 RUNS = 3
 """Random inputs that both graphs get."""
@@ -34,25 +37,58 @@ class Agreement:
         return self.relative <= TOLERANCE
 
 
-def compared(before: Graph, after: Graph, inputs: Feeds | None = None) -> list[Agreement]:
+def compared(before: Graph, after: Graph, inputs: Feeds | None = None, post: Post | None = None) -> list[Agreement]:
     """Each output of two graphs with the same inputs and outputs, on random inputs and on `inputs` if there are any.
+
+    post  what makes the outputs of `before` from those of `after`. Boxes, objectness and classes that it puts into one
+          output are then compared apart, because boxes are numbers of pixels and would hide the others.
 
     Raises: UsageError if ONNX Runtime is not installed; UnsupportedError if it does not run one of the graphs.
     """
-    first, second = _session(before), _session(after)
-    feeds = [_random(before, seed) for seed in range(RUNS)] + ([inputs] if inputs else [])
+    affordable(before)
+    affordable(after)
+    first, second = session(before), session(after)
+    feeds = [random_inputs(before, seed) for seed in range(RUNS)] + ([inputs] if inputs else [])
     names = [before.values[v].name for v in before.outputs]
-    found = [Agreement(name, 0.0, 0.0, 1.0) for name in names]
+    others = [after.values[v].name for v in after.outputs]
+    found: dict[str, Agreement] = {}
     for feed in feeds:
         try:
-            pairs = zip(first.run(names, dict(feed)), second.run(names, dict(feed)), strict=True)
+            wanted = dict(zip(names, limited_run(first, names, feed), strict=True))
+            given = dict(zip(others, limited_run(second, others, feed), strict=True))
         except Exception as e:  # the runtime is C++: it raises what it likes
             raise UnsupportedError(f"ONNX Runtime does not run '{before.name}'", got=str(e).strip()[:300]) from None
-        found = [_worse(a, _agreement(a.output, x, y)) for a, (x, y) in zip(found, pairs, strict=True)]
-    return found
+        if post is not None:
+            given = apply(post, given)
+        for name in names:
+            for part, x, y in _parts(name, wanted[name], given[name], post):
+                now = agreement(part, x, y)
+                found[part] = worse(found[part], now) if part in found else now
+    return list(found.values())
 
 
-def _session(graph: Graph) -> Any:
+def _parts(name: str, x: NDArray[Any], y: NDArray[Any], post: Post | None
+           ) -> Iterator[tuple[str, NDArray[Any], NDArray[Any]]]:
+    """An output, or its groups of columns, in both networks."""
+    result = next((r for s in (post.stages if post else ()) if isinstance(s, YoloV5 | YoloV8) for r in s.results
+                   if r.name == name and len(r.columns) > 1), None)
+    if result is None or x.shape != y.shape:
+        yield name, x, y
+        return
+    at, rest, axis = 0, x.shape[2 if result.last else 1], 2 if result.last else 1
+    wide = {"xywh": 4, "xyxy": 4, "yxyx": 4, "object": 1}
+    for column in result.columns:
+        width = wide.get(column, rest - at)
+        one, other = (np.take(z, range(at, at + width), axis) for z in (x, y))
+        at += width
+        yield f"{name}: {column}", one, other
+
+
+def session(graph: Graph) -> Any:
+    """The graph in ONNX Runtime, without its own optimizations.
+
+    Raises: UsageError if that is not installed; UnsupportedError if it does not load the graph.
+    """
     try:
         import onnxruntime
     except ImportError:
@@ -67,7 +103,7 @@ def _session(graph: Graph) -> Any:
         raise UnsupportedError(f"ONNX Runtime does not load '{graph.name}'", got=str(e).strip()[:300]) from None
 
 
-def _random(graph: Graph, seed: int) -> dict[str, NDArray[np.generic]]:
+def random_inputs(graph: Graph, seed: int) -> dict[str, NDArray[np.generic]]:
     rng = np.random.default_rng(seed)
     return {v.name: _values(v, rng) for v in (graph.values[i] for i in graph.inputs)}
 
@@ -83,7 +119,7 @@ def _values(v: Value, rng: np.random.Generator) -> NDArray[np.generic]:
     return rng.integers(low, low + 256, v.shape).astype(v.dtype.numpy)
 
 
-def _agreement(name: str, x: NDArray[np.generic], y: NDArray[np.generic]) -> Agreement:
+def agreement(name: str, x: NDArray[np.generic], y: NDArray[np.generic]) -> Agreement:
     if x.shape != y.shape:
         return Agreement(name, np.inf, np.inf, -1.0)
     a, b = (np.asarray(z, np.float64).reshape(-1) for z in (x, y))
@@ -95,5 +131,5 @@ def _agreement(name: str, x: NDArray[np.generic], y: NDArray[np.generic]) -> Agr
     return Agreement(name, difference, difference / top if top else difference, cosine if np.isfinite(cosine) else -1.0)
 
 
-def _worse(a: Agreement, b: Agreement) -> Agreement:
+def worse(a: Agreement, b: Agreement) -> Agreement:
     return Agreement(a.output, max(a.largest, b.largest), max(a.relative, b.relative), min(a.cosine, b.cosine))

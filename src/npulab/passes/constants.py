@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from npulab.ir.ops import OnnxOp, captures
@@ -10,6 +12,20 @@ from npulab.passes.types import Pass
 
 ELEMENTS_MAX = 1 << 20
 """Of a folded result: larger ones would make the file larger than the graph is worth."""
+TOTAL_MAX = 1 << 23
+"""Elements of all results of one run."""
+HEAVY = frozenset({
+    "Conv", "ConvTranspose", "ConvInteger", "DeformConv", "MaxPool", "AveragePool", "LpPool", "MaxRoiPool", "RoiAlign",
+    "Resize", "Upsample", "GridSample", "Einsum", "LSTM", "GRU", "RNN", "Loop", "Scan", "If", "SequenceMap", "DFT",
+    "STFT", "NonMaxSuppression", "RegexFullMatch", "StringNormalizer", "StringSplit", "TfIdfVectorizer", "Unique",
+    "ImageDecoder", "Attention", "Det",
+})
+"""Operators that the evaluator runs in Python, element by element, or whose work their sizes do not bound."""
+KEEPING = frozenset({
+    "Abs", "Cast", "Ceil", "Clip", "Exp", "Flatten", "Floor", "Identity", "Log", "Neg", "Not", "Reciprocal", "Reshape",
+    "Round", "Shape", "Sign", "Size", "Slice", "Split", "Sqrt", "Squeeze", "Tanh", "Transpose", "Unsqueeze",
+})
+"""Operators whose result has no more elements than their first input."""
 RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli",
           "Dropout")
 
@@ -18,6 +34,7 @@ def fold(r: Rewrite) -> list[str]:
     """A node that reads only constants becomes its result, of at most a million elements, and so does the Shape or Size
     of a tensor of fixed size. Evaluated by ONNX's own reference evaluator; random numbers and bodies are left alone."""
     done = []
+    total = 0
     for n in r.live():
         op = n.op
         if not isinstance(op, OnnxOp) or op.domain or op.name in RANDOM or captures(op) or len(n.outputs) != 1:
@@ -29,9 +46,12 @@ def fold(r: Rewrite) -> list[str]:
             shape = np.array(source.shape, np.int64)
             found = shape.prod() if op.name == "Size" else shape[_part(op)]
         elif n.inputs and all(v < 0 or r.constant(v) is not None for v in n.inputs):
-            found = _evaluated(r, n.inputs, op)
+            found = _evaluated(r, n.inputs, op, n.outputs[0])
         if found is None or found.size > ELEMENTS_MAX or result.index in r.outputs:
             continue
+        total += found.size
+        if total > TOTAL_MAX:
+            break
         r.substitute(result.index, r.add_constant(result.name, np.asarray(found)))
         done.append(f"{n.name or op.name}: {op.name} of constants")
     return done
@@ -44,14 +64,14 @@ def _part(op: OnnxOp) -> slice:
     return slice(start, end)
 
 
-def _evaluated(r: Rewrite, inputs: tuple[int, ...], op: OnnxOp) -> np.ndarray | None:
+def _evaluated(r: Rewrite, inputs: tuple[int, ...], op: OnnxOp, out: int) -> np.ndarray | None:
     """The result, or None where the evaluator has no such operator or does not like its operands."""
     import onnx
     from onnx.reference import ReferenceEvaluator
 
     from npulab.exporters.onnx import attribute
 
-    if _size_of(r, inputs, op) > ELEMENTS_MAX:
+    if op.name in HEAVY or max(_size_of(r, inputs, op), _size_of_result(r, inputs, op, out)) > ELEMENTS_MAX:
         return None
     header = r.source.header
     assert header is not None
@@ -63,10 +83,19 @@ def _evaluated(r: Rewrite, inputs: tuple[int, ...], op: OnnxOp) -> np.ndarray | 
                                    [onnx.ValueInfoProto(name="y")])
     opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in header.opsets if not domain]
     try:
-        (out,) = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=opsets)).run(None, feeds)
+        (found,) = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=opsets)).run(None, feeds)
     except Exception:  # it raises what it likes; the node then stays as it is
         return None
-    return out if isinstance(out, np.ndarray) else None
+    return found if isinstance(found, np.ndarray) else None
+
+
+def _size_of_result(r: Rewrite, inputs: tuple[int, ...], op: OnnxOp, out: int) -> int:
+    """Elements of the result by its inferred shape; without one, the most that its inputs can make together."""
+    value = r.values[out]
+    if value.has_shape and not value.dynamic_axes:
+        return value.elements
+    sizes = [r.values[v].elements for v in inputs if v >= 0]
+    return sum(sizes) if op.name == "Concat" else max(sizes[:1], default=0) if op.name in KEEPING else math.prod(sizes)
 
 
 def _size_of(r: Rewrite, inputs: tuple[int, ...], op: OnnxOp) -> int:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from npulab.errors import InvariantError
 from npulab.ir import DType, Graph, Node, Value
 from npulab.ir.ops import Embedded, OnnxOp, captures
+from npulab.postprocess.types import Stage
 
 _DTYPES = {d.numpy: d for d in DType if d.numpy is not None}
 
@@ -20,6 +21,7 @@ class Rewrite:
 
     off     nodes that the board at hand does not take; None: no board is at hand, and every place is meant.
     number  what the user gave a pass with NAME=NUMBER, which says what it is.
+    stage   what a pass took off the end, for NumPy to do.
     """
 
     def __init__(self, graph: Graph, off: Collection[int] | None = None, number: int | None = None) -> None:
@@ -28,10 +30,11 @@ class Rewrite:
         self.source = graph
         self.off = off
         self.number = number
+        self.stage: Stage | None = None
         self.values: list[Value] = list(graph.values)
         self.nodes: list[Node] = list(graph.nodes)
         self.outputs = list(graph.outputs)
-        self._names = {v.name for v in graph.values}
+        self._names = {v.name for v in graph.values} | {n.name for n in graph.nodes}
         self._added: dict[int, list[Node]] = {}
         self._readers: dict[int, set[int]] = {}
         self._makers: dict[int, int] = {}

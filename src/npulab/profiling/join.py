@@ -31,7 +31,8 @@ def join(program: Program, title: str, timing: Timing, settings: Settings) -> Pr
         else:
             groups.setdefault(NO_OPERATOR.get(s.unit, s.unit).format(s.name), []).append(s)
     rows = tuple(_row(None if isinstance(key, str) else key, key if isinstance(key, str) else program.ops[key], spans,
-                      timing.peak_macs) for key, spans in groups.items())
+                      timing.peak_macs, program.origins[key] if program.origins and isinstance(key, int) else "")
+                 for key, spans in groups.items())
     named = program.options.get("features", "")
     features: dict[str, State] = {name: "inferred" for name in named.split(",") if name}
     return Profile(
@@ -43,7 +44,7 @@ def join(program: Program, title: str, timing: Timing, settings: Settings) -> Pr
     )
 
 
-def _row(node: int | None, op: str, spans: list[Span], peak: float) -> Row:
+def _row(node: int | None, op: str, spans: list[Span], peak: float, origin: str) -> Row:
     terms = _sum(s.terms for s in spans)
     gains = {t: sum(s.ns - span_ns(_without(s.terms, t)) for s in spans if t in s.terms) for t in TERMS if t in terms}
     ns = sum(s.ns for s in spans)
@@ -52,7 +53,7 @@ def _row(node: int | None, op: str, spans: list[Span], peak: float) -> Row:
     return Row(
         node, op, _shape(spans), "+".join(units) or "none", ns, _bound(spans), terms, gains,
         sum(s.macs for s in spans), useful, _sum(s.waste for s in spans), _sum(s.dram for s in spans),
-        _sum(s.sram for s in spans), useful / (peak * ns * 1e-9) if ns else 0.0,
+        _sum(s.sram for s in spans), useful / (peak * ns * 1e-9) if ns else 0.0, origin,
     )
 
 
@@ -114,7 +115,8 @@ def as_data(profile: Profile) -> dict[str, Any]:
         "bound": next(iter(by_bound(profile)), "none"),
         "gains_ms": {t: ns / 1e6 for t, ns in gains(profile).items()},
         "nodes": [{
-            "node": r.node, "op": r.op, "shape": r.shape, "unit": r.unit, "ms": r.ns / 1e6, "bound": r.bound,
+            "node": r.node, "op": r.op, "origin": r.origin, "shape": r.shape, "unit": r.unit,
+            "ms": r.ns / 1e6, "bound": r.bound,
             "macs": r.macs, "macs_useful": r.macs_useful, "dram_bytes": r.dram_bytes, "sram_bytes": r.sram_bytes,
             "waste": dict(r.waste), "dram": dict(r.dram), "sram": dict(r.sram), "utilisation": r.utilisation,
             "terms_ms": {t: ns / 1e6 for t, ns in r.terms.items()},

@@ -84,6 +84,7 @@ class Row:
     gains        ns saved if that resource were free, all else unchanged.
     utilisation  macs_useful over the MACs the engine could have done in the row's time at its peak, 0 to 1.
     shape        for people: '112x112x32 -> 112x112x64, 3x3/1'.
+    origin       the node that the operator was made from, of a model that came in another dialect.
     """
 
     node: int | None
@@ -100,6 +101,7 @@ class Row:
     dram: Mapping[str, int]
     sram: Mapping[str, int]
     utilisation: float
+    origin: str = ""
 
     @property
     def dram_bytes(self) -> int:

@@ -88,6 +88,7 @@ class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ops: tuple[str, ...]
     options: dict[str, str] = {}
     choices: tuple[Choice, ...] = ()
+    origins: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
 
 
 def write_program(program: Program, path: str | os.PathLike[str]) -> None:
@@ -109,6 +110,7 @@ def program_bytes(program: Program) -> bytes:
     header = msgspec.json.encode(_Header(
         program.target, program.plan, program.model, program.digest, init, sections, steps, program.tensors,
         program.inputs, program.outputs, program.host_nodes, program.ops, program.options, program.choices,
+        program.origins or msgspec.UNSET,
     ))
     gap = bytes(-(PREFIX.size + len(header)) % ALIGNMENT)
     rest = b"".join([struct.pack("<II", VERSION, len(header)), header, gap, *payload.parts])
@@ -231,7 +233,7 @@ def _assemble(h: _Header, payload: memoryview) -> Program:
     if reader.end != len(payload):
         raise ModelError("it does not end where its content ends", want=f"{reader.end} bytes of payload",
                          got=f"{len(payload)} bytes")
-    kept: dict[str, Any] = {"init": init, "sections": sections, "steps": tuple(steps)}
+    kept: dict[str, Any] = {"init": init, "sections": sections, "steps": tuple(steps), "origins": h.origins or ()}
     same = ("target", "plan", "model", "digest", "tensors", "inputs", "outputs", "host_nodes", "ops", "options",
             "choices")
     return Program(**kept, **{name: getattr(h, name) for name in same})

@@ -76,6 +76,9 @@ def verify(program: Program) -> None:
     for h in program.host_nodes:
         if h.node not in ops:
             raise ModelError(f"host operator {h.node} does not exist", want=f"0..{len(ops) - 1}")
+    if len(program.origins) not in (0, len(ops)):
+        raise ModelError("the program names the origins of other operators than it has", want=len(ops),
+                         got=len(program.origins))
     for c in program.choices:
         if c.node not in ops or c.saved_ns not in COUNT:
             raise ModelError(f"a choice for operator {c.node} makes no sense",

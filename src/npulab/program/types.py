@@ -106,8 +106,8 @@ class Choice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A compiled model. `digest` is the SHA-256 (hex) of the model file; `ops` names every source operator.
 
-    `options` are the plan options that are not default, `choices` those of the search: for reports, nothing runs on
-    them.
+    `options` are the plan options that are not default, `choices` those of the search, `origins` the names of the nodes
+    that operators were made from if the model came in another dialect: for reports, nothing runs on them.
     """
 
     target: str
@@ -124,3 +124,4 @@ class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ops: tuple[str, ...]
     options: dict[str, str] = {}
     choices: tuple[Choice, ...] = ()
+    origins: tuple[str, ...] = ()

@@ -77,7 +77,7 @@ def _section(name: str, title: str, lead: str, body: str) -> str:
 
 
 def _name(row: Row) -> str:
-    return f"{'' if row.node is None else f'{row.node} '}{row.op}"
+    return f"{'' if row.node is None else f'{row.node} '}{row.op}{f' of {row.origin}' if row.origin else ''}"
 
 
 def _key(terms: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ reported as open: a predicate whose names have no value, an operator that a list
 from __future__ import annotations
 
 import difflib
-import weakref
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,6 +24,8 @@ POLICY = {"host": "host", "reject": "refused", "cut": "refused", "unknown": "unk
 """What a vendor's stack does with an operator -> where the node is."""
 FOLDED = ("Constant", "Identity", "Dropout")
 """Operators that every converter removes."""
+SHAPES = ("SHAPE", "RANK")
+"""Operators of TFLite that ask for a shape: known beforehand, but compilers of TFLite files leave them as they are."""
 MARKERS = ("QuantizeLinear", "DequantizeLinear")
 """Operators that say how ONNX data is quantized; a converter folds them into what is beside them."""
 NMS = ("NonMaxSuppression", "tflite:TFLite_Detection_PostProcess")
@@ -97,9 +99,11 @@ def _constant(graph: Graph, nodes: Mapping[int, Properties]) -> Iterator[int]:
 
 
 def _swish(graph: Graph, names: Mapping[int, tuple[str, ...]]) -> Iterator[tuple[int, int]]:
-    """(Sigmoid, Mul) of x * sigmoid(x), where nothing else reads the sigmoid."""
+    """(Sigmoid, Mul) of x * sigmoid(x), HardSigmoid among them, where nothing else reads the sigmoid."""
     for n in graph.nodes:
-        if "Sigmoid" not in names[n.index] or not n.outputs or not n.inputs or n.outputs[0] in graph.outputs:
+        if not {"Sigmoid", "HardSigmoid"} & set(names[n.index]) or not n.inputs or not n.outputs:
+            continue
+        if n.outputs[0] in graph.outputs:
             continue
         readers = graph.consumers.get(n.outputs[0], ())
         if len(readers) == 1 and "Mul" in names[readers[0].index] \
@@ -107,14 +111,19 @@ def _swish(graph: Graph, names: Mapping[int, tuple[str, ...]]) -> Iterator[tuple
             yield n.index, readers[0].index
 
 
-_VIEWS: weakref.WeakKeyDictionary[Graph, dict[str, View]] = weakref.WeakKeyDictionary()
+def _product(view: View, sigmoid: int) -> str:
+    """What x * sigmoid(x) is; "" of a HardSigmoid with other numbers than HardSwish has."""
+    if "HardSigmoid" not in view.names[sigmoid]:
+        return "Swish"
+    alpha, beta = (view.nodes[sigmoid].get(n) for n in ("alpha", "beta"))
+    usual = isinstance(alpha, int | float) and isinstance(beta, int | float)
+    return "HardSwish" if usual and abs(alpha - 1 / 6) < 1e-4 and abs(beta - 0.5) < 1e-4 else ""
 
 
+@functools.lru_cache(maxsize=4)
 def _view(graph: Graph, assume: str) -> View:
-    kept = _VIEWS.setdefault(graph, {})
-    if assume not in kept:
-        kept[assume] = View(graph, assume)
-    return kept[assume]
+    """The view of a graph, kept for the next board. Few are: each holds its graph in memory."""
+    return View(graph, assume)
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +166,8 @@ class Board:
         names = view.names[node.index]
         label = naming.label(names)
         name = next((n for n in names if n in self.facts.ops), None)
-        if node.index in view.constant or (name is None and names[0] in FOLDED):
+        stated = graph.format == "tflite" and node.op.name in SHAPES and name is not None
+        if (node.index in view.constant and not stated) or (name is None and names[0] in FOLDED):
             note = Reason("A converter works out constants and drops operators that change nothing.", label, "npulab")
             return Finding(node.index, node.op.name, "npu", (), label, (note,))
         if name is None:
@@ -311,12 +321,14 @@ class Board:
         into: dict[int, Node] = {}
         for sigmoid, mul in view.swish.items():
             pair = (sigmoid, mul)
-            entry = self.facts.ops.get("Swish")
+            name = _product(view, sigmoid)
+            entry = self.facts.ops.get(name)
             if entry is None or all(found[i].where == "npu" for i in pair):
                 continue
             p = view.nodes[sigmoid]
-            swish = self._listed(graph, p, entry, "Swish")
-            note = Reason("Sigmoid and Mul of one value are Swish.", f"nodes {sigmoid} and {mul}", "npulab")
+            swish = self._listed(graph, p, entry, name)
+            kind = "Sigmoid" if name == "Swish" else "HardSigmoid"
+            note = Reason(f"{kind} and Mul of one value are {name}.", f"nodes {sigmoid} and {mul}", "npulab")
             for i in pair:
                 found[i] = replace(swish, node=i, op=view.nodes[i].node.op.name, notes=(*swish.notes, note))
         for n in graph.nodes:
@@ -324,7 +336,7 @@ class Board:
             if found[n.index].where == "npu":
                 continue
             together = (n.index, view.swish[n.index]) if n.index in view.swish else (n.index,)
-            names = ("Swish",) if len(together) == 2 else names
+            names = (_product(view, n.index),) if len(together) == 2 else names
             head = next((h for v in n.inputs if v >= 0 and (h := self._head(graph, v, together, into)) is not None
                          and found[h.index].where == "npu" and self._takes(view, h, names)), None)
             if head is None or ("BatchNormalization" in names and not _foldable(graph, view, n, head)):

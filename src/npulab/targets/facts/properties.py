@@ -16,6 +16,7 @@ from typing import Any
 from npulab.errors import ModelError
 from npulab.ir import DType, Graph, Node, Value
 from npulab.ir.ops import Conv2D, Custom, DepthwiseConv2D, Elementwise, Generic, OnnxOp, Pad, Pool2D, Softmax
+from npulab.targets.facts import operands
 from npulab.targets.facts.names import ACTIVATIONS, TFLITE, words
 
 NCHW = (0, 2, 3, 1)
@@ -136,7 +137,8 @@ class Properties:
         dims = self.dims(value)
         if not dims:
             return None
-        last = self.kind in ("Gemm", "MatMul") or len(dims) < 2 or (not self.onnx and len(dims) not in (4, 5))
+        last = self.kind in ("Gemm", "MatMul") and not self.moves(value)
+        last = last or len(dims) < 2 or (not self.onnx and len(dims) not in (4, 5))
         return sure(dims[-1] if last else dims[1])
 
     def axis_of(self, axis: int, rank: int) -> int:
@@ -173,6 +175,8 @@ class Properties:
         if value is None and (found := _MOVED.get((self.kind, name))) is not None and self.onnx:
             value = numbers(self.input(found))
             return value[0] if value and name in ("min", "max", "k") else value
+        if value is None and self.onnx and self.kind == "MatMul" and name in ("transA", "transB"):
+            return 0
         if value is not None or self.onnx:
             return value
         if name == "direction" and self.kind in ("LSTM", "RNN"):
@@ -236,7 +240,7 @@ class Properties:
         if window is None or strides is None or dilations is None:
             return None
         n = len(window)
-        auto = self.auto_pad() or "NOTSET"
+        auto = self.stated_pad() or "NOTSET"
         if self.kind.startswith("Global") or auto == "VALID":
             return [0] * n, [0] * n
         given = self.own("pads") if self.onnx else None
@@ -274,13 +278,18 @@ class Properties:
             raise Unknown
         return ([int(given[2]), int(given[4])], [int(given[3]), int(given[5])]) if len(given) == 8 else None
 
-    def auto_pad(self) -> str | None:
-        """ONNX's word."""
+    def stated_pad(self) -> str | None:
+        """How the file states the padding, in ONNX's word."""
         if self.window() is None:
             return None
         if self.onnx:
             return str(self.own("auto_pad") or "NOTSET")
         return {"same": "SAME_UPPER", "valid": "VALID"}.get(str(self.own("padding")).lower())
+
+    def auto_pad(self) -> str | None:
+        """ONNX's attribute; NOTSET of TFLite, whose padding every importer writes out in numbers."""
+        found = self.stated_pad()
+        return "NOTSET" if found is not None and not self.onnx else found
 
     # types
 
@@ -442,24 +451,28 @@ def onnx_default(operator: str, domain: str, version: int, attribute: str) -> An
 
 
 def _nth(which: Callable[[Properties], list[int] | None], axis: str) -> Callable[[Properties], int | None]:
-    """One of (d, h, w), (h, w), (w)."""
+    """One of (d, h, w), (h, w), (w); a window of one axis is one pixel high."""
     back = "whd".index(axis)
 
     def find(p: Properties) -> int | None:
         values = which(p)
+        if values is not None and len(values) == 1 and axis == "h":
+            return 1
         return None if values is None or len(values) <= back else values[-1 - back]
     return find
 
 
 def _pair(which: Callable[[Properties], list[int] | None]) -> Callable[[Properties], list[int] | None]:
     """[h, w]."""
-    return lambda p: None if (values := which(p)) is None or len(values) < 2 else values[-2:]
+    return lambda p: None if (values := which(p)) is None or not values else [1, *values][-2:]
 
 
 def _pad(end: int, axis: str) -> Callable[[Properties], int | None]:
     def find(p: Properties) -> int | None:
         values = p.pads()
         back = "wh".index(axis)
+        if values is not None and len(values[end]) == 1 and back:
+            return 0
         return None if values is None or len(values[end]) <= back else values[end][-1 - back]
     return find
 
@@ -468,13 +481,15 @@ def _size(out: bool, axis: str) -> Callable[[Properties], int | None]:
     def find(p: Properties) -> int | None:
         dims = p.spatial(p.output if out else p.data)
         back = "wh".index(axis)
+        if dims is not None and len(dims) == 1 and back and p.window() is not None:
+            return 1
         return None if dims is None or len(dims) <= back else sure(dims[-1 - back])
     return find
 
 
 def _padding(p: Properties) -> str | None:
     """SAME, VALID or EXPLICIT. Pads in ONNX that are those of SAME are SAME."""
-    auto = p.auto_pad()
+    auto = p.stated_pad()
     if auto is None or auto == "VALID":
         return auto
     if auto.startswith("SAME"):
@@ -642,6 +657,14 @@ def _coordinates(p: Properties) -> str | None:
     return "align_corners" if p.own("align_corners") else "half_pixel" if p.own("half_pixel_centers") else "asymmetric"
 
 
+def _flag(name: str, mode: str) -> Callable[[Properties], bool | None]:
+    """A flag of TFLite's Resize, which may state two that exclude each other; ONNX has a word for each."""
+    def find(p: Properties) -> bool | None:
+        found = _coordinates(p)
+        return None if found is None else mode in found if p.onnx else bool(p.own(name))
+    return find
+
+
 def _perm(p: Properties) -> list[int] | None:
     if p.kind != "Transpose":
         return None
@@ -676,11 +699,19 @@ def _fused(p: Properties) -> str | None:
 
 
 def _beta(p: Properties) -> Any:
+    if p.kind in _PLAIN and not (p.onnx and p.kind == "Gemm"):
+        return 1.0
     return p.node.op.beta if isinstance(p.node.op, Softmax) else p.own("beta")
+
+
+_PLAIN = ("Gemm", "MatMul")
+"""Products: what is no Gemm of ONNX has no factors, so they are 1."""
 
 
 def _alpha(p: Properties) -> Any:
     op = p.node.op
+    if p.kind in _PLAIN and not (p.onnx and p.kind == "Gemm"):
+        return 1.0
     if isinstance(op, Elementwise):
         return op.alpha if op.name == "LEAKY_RELU" else 1.0 if op.name == "ELU" else None
     return p.own("alpha")
@@ -750,8 +781,8 @@ _NAMES: Mapping[str, Callable[[Properties], Any]] = {
     "scale_h": _scale("h"), "scale_w": _scale("w"),
     "mode": _mode,
     "coordinate_mode": _coordinates,
-    "align_corners": lambda p: None if (m := _coordinates(p)) is None else m == "align_corners",
-    "half_pixel_centers": lambda p: None if (m := _coordinates(p)) is None else "half_pixel" in m,
+    "align_corners": _flag("align_corners", "align_corners"),
+    "half_pixel_centers": _flag("half_pixel_centers", "half_pixel"),
     "perm": _perm,
     "keepdims": _keepdims,
     "epsilon": lambda p: p.own("epsilon"),
@@ -763,6 +794,7 @@ _NAMES: Mapping[str, Callable[[Properties], Any]] = {
     "zero_point": Properties.zero_point,
     "quantized": Properties.quantized,
     "per_channel": Properties.per_channel,
+    **operands.NAMES,
 }
 
 

@@ -291,7 +291,10 @@ NAMES = _set("""
     out_height out_width rank batch shape out_shape elements axis axes dtype out_dtype weight_dtype weight_bits
     weights_constant bias_dtype inputs outputs constant_inputs same_shapes broadcast scale_h scale_w mode
     coordinate_mode align_corners half_pixel_centers perm keepdims epsilon alpha beta fused count_include_pad ceil_mode
-    auto_pad zero_point quantized per_channel""")
+    auto_pad zero_point quantized per_channel
+    all_quantized data_per_channel same_quantization same_types static least_rank parameters_constant
+    zero_points_fit out_zero_point bias_constant bias_largest weight_sum steps
+    steps_elsewhere same_scales in_bits out_bits weighted""")
 """What predicates about nodes and tensors may read, besides attr_NAME; properties.py computes them."""
 GRAPH_NAMES = _set("nodes operators inputs outputs shape rank batch channels height width dtype quantized")
 """What predicates about graphs may read; `operators` are canonical names, from `shape` on it is the first input."""
