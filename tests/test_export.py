@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from npulab import zoo
 from npulab.cli import run_arguments
 from npulab.doors import folder, tflm, tools
 from npulab.doors.bundle import bundle
@@ -506,6 +507,14 @@ def test_a_board_picks_tool_and_chip(capsys, tmp_path):
     assert "CHIP = 'rk3566'" in (tmp_path / "o" / "convert.py").read_text()
     assert cli(capsys, tmp_path / "m.onnx", "--to", "rknn", "--chip", "rk3568", "-o", tmp_path / "p")[0] == 0
     assert "CHIP = 'rk3568'" in (tmp_path / "p" / "convert.py").read_text()
+
+
+def test_a_head_that_was_cut_off_goes_along_as_a_program(capsys, tmp_path):
+    (tmp_path / "m.onnx").write_bytes(zoo.build("yolov8n", size=64))
+    assert run_arguments(["patch", str(tmp_path / "m.onnx"), "-o", str(tmp_path / "b.onnx"), "--pass", "cut-head"]) == 0
+    assert cli(capsys, tmp_path / "b.onnx", "--to", "onnx", "-o", tmp_path / "o")[0] == 0
+    assert (tmp_path / "o" / "postprocess.py").read_bytes() == (tmp_path / "b_post.py").read_bytes()
+    assert "give the outputs, dequantized, to postprocess.py" in (tmp_path / "o" / "README.txt").read_text()
 
 
 def test_the_arena_of_a_very_large_network_is_bounded_work(monkeypatch):

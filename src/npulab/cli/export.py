@@ -61,6 +61,7 @@ def export(
     from npulab.doors import folder as folders
     from npulab.doors import tools
     from npulab.doors.bundle import bundle
+    from npulab.runtime.objects import post_beside
 
     if model is None:
         raise UsageError("npulab export needs a model", try_="npulab export --help")
@@ -71,7 +72,7 @@ def export(
     located = tools.locate(door, tool) if run or tool else None
     graph = api.load(model, parse_dims(dim))
     progress(f"preparing {door.name}")
-    made = bundle(graph, door, target, board, how, calibration, _opset(board, door))
+    made = bundle(graph, door, target, board, how, calibration, _opset(board, door), post_beside(model))
     ran = None
     with folders.building(place, force) as building:
         folders.write_files(building, made.files)

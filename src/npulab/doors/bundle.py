@@ -22,6 +22,8 @@ from npulab.doors.model import Prepared, computed, example, is_quantized, pictur
 from npulab.doors.types import Door, Preprocessing
 from npulab.errors import NpulabError, UnsupportedError, UsageError
 from npulab.ir import DType, Graph, Value
+from npulab.postprocess.program import standalone
+from npulab.postprocess.types import Post
 
 Array = NDArray[Any]
 MARK = "npulab export"
@@ -46,12 +48,13 @@ class Bundle:
 
 
 def bundle(graph: Graph, door: Door, target: str = "", board: str | None = None, how: Preprocessing | None = None,
-           calibration: Path | None = None, opset: int = 0) -> Bundle:
+           calibration: Path | None = None, opset: int = 0, post: Post | None = None) -> Bundle:
     """Everything that `door` needs to convert `graph`.
 
     target       the tool's word for the chip, one of door.targets.
     how          what a picture goes through before the network, None if that is not said.
     calibration  folder of pictures or .npz files that ranges are measured on.
+    post         what a head that was cut off computed; it goes along as a program.
 
     Raises: UsageError, UnsupportedError and ModelError of the parts.
     """
@@ -79,6 +82,8 @@ def bundle(graph: Graph, door: Door, target: str = "", board: str | None = None,
         files |= tflm.sources(model.graph, model.content, hashlib.sha256(model.content).hexdigest(), how)
         manifest["tflm"] = {"arena_bytes": tflm.arena_bytes(model.graph),
                             "operators": tflm.resolver_calls(model.graph)}
+    if post is not None:
+        files["postprocess.py"] = standalone(post).encode()
     if door.name == "axera":
         files["config.json"] = _pulsar2(model.graph, how, samples)
     files["README.txt"] = readme.text(door, manifest, tuple(notes), sorted({*files, "README.txt", "export.json"}))

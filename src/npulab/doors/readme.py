@@ -17,6 +17,7 @@ WHAT = {
     "preprocess.py": "what happens to calibration pictures",
     "calibration.npy": "calibration pictures, uint8 [N,H,W,C], red first",
     "calibration.txt": "the calibration set, one sample a line",
+    "postprocess.py": "what the head that was cut off computed; it needs NumPy alone",
     "config.json": "Pulsar2's configuration", "model_data.c": "the model as a C array", "model_data.h": "its header",
     "model_ops.h": "the operators to register, and the size of the arena", "model_io.h": "shapes and scales",
 }
@@ -33,7 +34,7 @@ def text(door: Door, manifest: dict[str, Any], notes: tuple[str, ...], files: li
     source = manifest["source"]
     lines = [f"{_plain(source['name'])} for {door.tool}", "",
              *_wrapped(f"Made by `npulab export`. The {source['format']} file's SHA-256: {source['sha256']}."),
-             "", "TO DO", "", *_steps(door, manifest), "", "TENSORS", ""]
+             "", "TO DO", "", *_steps(door, manifest, files), "", "TENSORS", ""]
     for kind in ("inputs", "outputs"):
         for t in manifest[kind]:
             one = len(t.get("scale", ())) == 1
@@ -53,7 +54,7 @@ def text(door: Door, manifest: dict[str, Any], notes: tuple[str, ...], files: li
     return ("\n".join([*lines, "", "Documentation of the tool:", f"  {door.source}"]) + "\n").encode()
 
 
-def _steps(door: Door, manifest: dict[str, Any]) -> list[str]:
+def _steps(door: Door, manifest: dict[str, Any], files: list[str]) -> list[str]:
     steps = [f"Get {door.tool}: {door.install}."]
     scripts = {script_name(s) for s in door.scripts}
     chip = f" for {manifest['target']}" if manifest["target"] else ""
@@ -67,6 +68,8 @@ def _steps(door: Door, manifest: dict[str, Any]) -> list[str]:
                      "give MicroInterpreter an arena of kModelArenaSize aligned to 16 bytes.")
     if "verify.py" in scripts:
         steps.append("There, on this machine: python verify.py. It prints how far the outputs are from the source's.")
+    if "postprocess.py" in files:
+        steps.append("On the board: give the outputs, dequantized, to postprocess.py. Its head says how.")
     if not manifest["calibration"]["samples"] and door.calibration:
         steps.append("There is no calibration set in this folder" + (
             ", and the tool needs one" if door.needs else
