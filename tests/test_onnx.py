@@ -203,6 +203,24 @@ def test_a_real_network_comes_back_whole(path, dims):
         assert (want == got).all()
 
 
+def test_many_joints_of_data_do_not_hide_the_shapes_behind_them():
+    """Shapes are followed through constants, but not where those grow without bound: data is neither."""
+    joints = [helper.make_node("Concat", [f"v{i}", f"v{i}"], [f"w{i}"], axis=1) for i in range(20)]
+    halves = [helper.make_node("MaxPool", [f"w{i}"], [f"v{i + 1}"], kernel_shape=[1, 1], strides=[2, 1])
+              for i in range(20)]
+    nodes = [n for pair in zip(joints, halves, strict=True) for n in pair]
+    nodes += [helper.make_node("Shape", ["v0"], ["s"]), helper.make_node("Reshape", ["v0", "s"], ["y"])]
+    net = helper.make_model(helper.make_graph(
+        nodes, "n", [helper.make_tensor_value_info("v0", TensorProto.FLOAT, [1, 1, 2**20, 1])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None),
+         helper.make_tensor_value_info("v20", TensorProto.FLOAT, None)]),
+        opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    g = load(net.SerializeToString())
+
+    assert [g.values[v].shape for v in g.outputs] == [(1, 1, 2**20, 1), (1, 2**20, 1, 1)]
+    assert not any(v.dynamic_axes for v in g.values)
+
+
 # weights outside the file
 
 

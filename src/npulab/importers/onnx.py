@@ -40,6 +40,8 @@ WORD_MAX = 256
 """Characters of a name, and of an operator, its domain or an attribute's name."""
 PROPAGATED_MAX = 2**16
 """Elements of a shape that inference may work out: it holds each as a message."""
+SHAPE_MOVES = ("Cast", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Unsqueeze")
+"""Operators through which inference follows the content of their first input, besides joints and sums."""
 DIMENSION_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_. /+*-]*")
 
 _DTYPES = {
@@ -232,15 +234,21 @@ def _types(proto: onnx.ModelProto, nodes: Iterable[onnx.NodeProto], constants: M
 
 
 def _grows(graph: onnx.GraphProto, outer: Mapping[str, int]) -> bool:
-    """Whether constants joined again and again would make shapes of more than PROPAGATED_MAX elements."""
+    """Whether constants joined again and again would make shapes of more than PROPAGATED_MAX elements. What other
+    operators than those of shapes compute is data, whose content inference does not follow."""
     size = dict(outer) | {t.name: _elements(t) for t in graph.initializer}
     for n in graph.node:
+        known = [size.get(i, 0) for i in n.input]
         if n.op_type == "Concat":
-            found = sum(size.get(i, RANK_MAX) for i in n.input)
+            found = sum(known)
+            if found > PROPAGATED_MAX:
+                return True
+        elif n.op_type == "Shape":
+            found = RANK_MAX
+        elif n.op_type in ("Add", "Div", "Mul", "Sub"):
+            found = max(known) if known and all(known) else 0
         else:
-            found = max((size[i] for i in n.input if i in size), default=RANK_MAX)
-        if found > PROPAGATED_MAX and n.op_type == "Concat":
-            return True
+            found = known[0] if known and n.op_type in SHAPE_MOVES else 0
         size.update((o, found) for o in n.output)
         for a in n.attribute:
             for body in (*([a.g] if a.HasField("g") else []), *a.graphs):
