@@ -5,13 +5,15 @@
 
 A line is one network and one board: nodes off the NPU before and after, CPU seconds of `patched`, seconds of the
 certificate, MiB of memory at most, the largest error of any output as a share of its largest value, and the passes that
-the board needed. Boards that get the same network share its certificate. The exit status is 1 if anything raised, an
-error is above 1e-5, a patch leaves more off than there was, or takes longer than --limit seconds.
+the board needed. "Before" is the network with its constants folded, as every converter folds them: a check takes what
+is computed from constants for data. Boards that get the same network share its certificate. The exit status is 1 if
+anything raised, an error is above 1e-5, a patch leaves more off than there was, or takes longer than --limit seconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import multiprocessing
 import resource
@@ -25,14 +27,16 @@ from pathlib import Path
 from npulab import api, zoo
 from npulab.cli.patch import _off, _quantized
 from npulab.exporters.onnx import to_onnx
+from npulab.ir import Graph
+from npulab.passes import constants
 from npulab.passes.certificate import TOLERANCE, compared
-from npulab.passes.pipeline import PASSES, patched, post_of
+from npulab.passes.pipeline import PASSES, patched, post_of, run
 from npulab.targets.facts.board import Board, boards
 
 SIZES = {"yolov5s": 96, "yolov8n": 96, "ssdlite": 96}
 """Pixels of zoo networks; 64 of the others."""
 ROW = "{:17.17s} {:>4d} {:>4d} {:>6.2f} {:>5.1f} {:>5d} {:>8.1e} {:s}"
-HEAD = f"{'board':17s} {'off':>4s} {'then':>4s} {'CPU-s':>6s} {'cert':>5s} {'MiB':>5s} {'error':>8s} passes of the board"
+HEAD = f"{'board':17s} {'off':>4s} {'then':>4s} {'CPU-s':>6s} {'cert':>5s} {'MiB':>5s} {'error':>8s} the board's passes"
 ALWAYS = {p.name for p in PASSES if p.always}
 
 
@@ -64,10 +68,8 @@ def networks(folder: Path | None) -> Iterator[tuple[str, str]]:
 
 def forget_peak() -> None:
     """Let the peak of memory begin anew, where Linux allows that."""
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
 
 
 def peak() -> int:
@@ -87,11 +89,12 @@ def network(name: str, where: str, chosen: dict[str, Board], limit: float) -> Re
                                  for a in graph.values[v].dynamic_axes})
     print(f"\n{name}: {len(graph.nodes)} nodes, {len(graph.source) >> 20} MiB\n{HEAD}", flush=True)
     certificates: dict[str, float] = {}
+    folded = run(graph, [constants.PASS])[0]
     total = Result()
     for board in chosen.values():
         forget_peak()
         try:
-            one = pair(graph, board, certificates)
+            one = pair(graph, folded, board, certificates)
         except Exception:
             traceback.print_exc(file=sys.stdout)
             total += Result(pairs=1, defects=1)
@@ -102,11 +105,13 @@ def network(name: str, where: str, chosen: dict[str, Board], limit: float) -> Re
     return total
 
 
-def pair(graph: api.Graph, board: Board, certificates: dict[str, float]) -> Result:
+def pair(graph: Graph, folded: Graph, board: Board, certificates: dict[str, float]) -> Result:
     kind = _quantized(board, graph)
-    before = len(_off(board.check(graph, kind)))
+    before = len(_off(board.check(folded, kind)))
+    newest = board.facts.facts.get("onnx_opset")
+    opset = newest.value if newest is not None and isinstance(newest.value, int) else None
     began = time.process_time()
-    after, changes = patched(graph, (), lambda g: _off(board.check(g, kind)))
+    after, changes = patched(graph, (), lambda g: _off(board.check(g, kind)), opset)
     seconds = time.process_time() - began
     left = len(_off(board.check(after, kind)))
     began = time.perf_counter()

@@ -83,7 +83,8 @@ def rows(e: OpEntry) -> list[str]:
 
 
 def sentence(r: Rule) -> str:
-    kind = {"refuse": "", "slow": " Otherwise slow.", "unknown": " What follows otherwise is not stated."}[r.effect]
+    kind = {"refuse": "", "host": " Otherwise on the CPU.", "slow": " Otherwise slow.",
+            "unknown": " What follows otherwise is not stated."}[r.effect]
     return cell(r.text + kind + (f" Try: {r.remedy}." if r.remedy else ""))
 
 

@@ -14,7 +14,7 @@ from npulab.targets.target import find_target
 from shared import MODELS, SHARED, needs_shared
 
 ROOT = Path(__file__).resolve().parents[1]
-RECORDS = [Path(__file__).with_name("vela_5_2_0.json")]
+RECORDS = sorted(Path(__file__).parent.glob("vela_5_2_0*.json"))
 GOLDEN = SHARED / "golden" / "vivante"
 
 

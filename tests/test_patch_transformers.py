@@ -196,7 +196,7 @@ def test_matmul_of_many_dimensions(seed, lead, rows, columns, rule):
     want = {"matmul-3d": 3, "matmul-heads": 2, "matmul-2d": 2}[rule]
     if rule == "matmul-2d":
         assert [len(after.values[m.inputs[0]].shape) for m in after.nodes if m.op.name == "MatMul"] == [2]
-    elif rule == "matmul-3d" or np.prod(lead) > 1:
+    elif rule == "matmul-3d" or 1 < np.prod(lead) <= 16:  # HEADS_MAX
         assert set(ranks) == {want}
         assert len(ranks) == (1 if rule == "matmul-3d" else np.prod(lead))
 
@@ -507,8 +507,8 @@ def block():
 
 
 @pytest.mark.parametrize(("board", "rules"), [
-    ("axera_ax650", {"gather-to-slice"}), ("qualcomm_htp", {"gelu"}), ("ethos_u85", {"layer-norm-split-log", "gelu"}),
-    ("ethos_u55", {"gelu", "layer-norm-split-log"}),
+    ("axera_ax650", {"gather-to-slice"}), ("ethos_u85", {"layer-norm-split-log"}),
+    ("ethos_u55", {"layer-norm-split-log"}),
 ])
 def test_a_transformer_runs_wholly_on_boards_that_refused_parts(block, board, rules):
     off = boards_off(board)
@@ -528,13 +528,14 @@ def test_boards_that_take_everything_keep_the_network(block):
     assert not patched(block, (), off)[1]
 
 
-def test_the_zoo_s_vision_transformer_runs_wholly_on_a_board_that_refused_its_gelu():
-    before, off = load(zoo.build("vit-tiny", size=32)), boards_off("qualcomm_htp")
-    after, changes = patched(before, (), off)
+def test_gelu_spelled_out_is_left_to_boards_that_know_it(block):
+    """The check counts its five operators as one, so that nothing has to be written anew."""
+    off = boards_off("qualcomm_htp")
+    vision = load(zoo.build("vit-tiny", size=32))
 
-    assert len(off(before)) == 12
-    assert not off(after)
-    assert {c.name for c in changes} == {"gelu"}
+    assert not off(block)
+    assert not off(vision)
+    assert not patched(vision, (), off)[1]
 
 
 def test_every_pass_here_has_been_tried():

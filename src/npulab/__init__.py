@@ -1,4 +1,4 @@
-"""npulab takes a neural network and an edge NPU and carries it all the way: check, compile, run, explain.
+"""npulab takes a neural network and an edge NPU and carries it all the way: check, patch, compile, run, explain.
 
     import npulab
 
@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from npulab.api import check, compile, load, open_session, profile, read_program, write_program
+    from npulab.api import check, compile, convert, load, open_session, patch, profile, read_program, write_program
     from npulab.errors import (
         CapacityError,
         DeviceError,
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "api": ("check", "compile", "load", "open_session", "profile", "read_program", "write_program"),
+    "api": ("check", "compile", "convert", "load", "open_session", "patch", "profile", "read_program",
+            "write_program"),
     "errors": ("CapacityError", "DeviceError", "InvariantError", "ModelError", "NpulabError", "UnsupportedError",
                "UsageError"),
     "ir": ("Graph",),
@@ -49,8 +50,8 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "CapacityError", "DeviceError", "Graph", "InvariantError", "ModelError", "NpulabError", "PlanOptions",
-    "Profile", "Program", "Session", "UnsupportedError", "UsageError", "Verdict", "check", "compile", "load",
-    "open_session", "profile", "read_program", "write_program",
+    "Profile", "Program", "Session", "UnsupportedError", "UsageError", "Verdict", "check", "compile", "convert", "load",
+    "open_session", "patch", "profile", "read_program", "write_program",
 ]
 
 

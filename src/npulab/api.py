@@ -3,6 +3,7 @@
     load         model file              -> Graph
     convert      Graph                   -> the same network in the other dialect
     check        Graph                   -> one Verdict a node
+    patch        Graph, board            -> Patched: the network rewritten, and how to compare both
     compile      Graph (or model file)   -> Program
     profile      Program (or model)      -> Profile: where the time goes
     open_session Program, Device         -> Session; its `run` gives the outputs
@@ -11,13 +12,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from typing import Literal
 
     from npulab.ir import Graph
+    from npulab.patching import Patched
     from npulab.plan.types import Verdict
     from npulab.profiling.types import Profile
     from npulab.program.types import Program
@@ -55,14 +57,35 @@ def convert(model: Graph | str | os.PathLike[str], dialect: Dialect, keep_layout
 
 
 def check(model: Graph | str | os.PathLike[str], target: str = "a311d", plan: PlanName = "best",
-          options: PlanOptions | None = None) -> list[Verdict]:
+          options: PlanOptions | None = None, assume: str = "") -> Sequence[Verdict]:
     """Where each node runs, and every reason why the NPU does not take it.
 
-    Of an ONNX model the nodes are those of `convert(model, "tflite")`.
-    """
-    from npulab.targets.target import PlanOptions, find_target
+    `target` is a chip that npulab compiles for, or a board that is described ("rk3588"): then the verdicts are what its
+    published rules say (`targets.facts.board.Finding`), and `assume` is the type that floats will have been given
+    ("int8"). For a chip, the nodes of an ONNX model are those of `convert(model, "tflite")`.
 
+    Raises: UsageError for an unknown target or type.
+    """
+    from npulab.targets.target import PlanOptions, all_targets, find_target
+
+    if target not in all_targets():
+        from npulab.targets.facts.board import find_board
+
+        graph = load(model) if isinstance(model, str | os.PathLike) else model
+        return find_board(target).check(graph, assume).findings
     return find_target(target).check(_graph(model), plan, options or PlanOptions())
+
+
+def patch(model: Graph | str | os.PathLike[str], target: str | None = None, passes: Sequence[str] = (),
+          assume: str | None = None) -> Patched:
+    """The network made simpler, changed by `passes`, and by the exact ones that a described board needs; `compare` of
+    the result runs both. See `patching.patch`.
+
+    Raises: UsageError for an unknown pass, board or type; UnsupportedError where a pass that is asked for cannot work.
+    """
+    from npulab.patching import patch
+
+    return patch(load(model) if isinstance(model, str | os.PathLike) else model, target, passes, assume)
 
 
 def compile(model: Graph | str | os.PathLike[str], target: str = "a311d", plan: PlanName = "best",

@@ -67,7 +67,7 @@ def check(
         outlooks = [_outlook(graph, name, as_, str(model), progress) for name in (names or _all())]
         if json:
             data = [_board_data(graph, o) for o in outlooks]
-            write_json(data[0] if len(names) == 1 else {"model": graph.name, "targets": data})
+            _write(data[0] if len(names) == 1 else {"model": graph.name, "targets": data})
         elif len(names) == 1:
             _print_board(graph, outlooks[0])
         else:
@@ -94,6 +94,22 @@ def _outlook(graph: Graph, name: str, as_: str | None, model: str, progress: Any
                          try_=f"--target {name} alone, or its described family")
     progress(name)
     return outlook(graph, find_board(name), as_ or "", model)
+
+
+def _write(data: Any) -> None:
+    """As `write_json`, ten times as fast: of all boards it is megabytes."""
+    import json
+
+    import msgspec
+
+    from npulab.cli.printing import write_json
+
+    try:
+        text = json.dumps(data, allow_nan=False)
+    except ValueError:
+        write_json(data)
+    else:
+        print(msgspec.json.format(text, indent=1))
 
 
 def _reason_data(r: Reason) -> dict[str, str]:

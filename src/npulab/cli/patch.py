@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,8 +14,8 @@ if TYPE_CHECKING:
     from npulab.ir import Graph
     from npulab.passes.certificate import Agreement
     from npulab.passes.pipeline import Change
-    from npulab.postprocess.types import Post
-    from npulab.targets.facts.board import Board, Check
+    from npulab.patching import Patched
+    from npulab.targets.facts.board import Check
 
 SHOWN = 6
 """Changes of one pass that the terminal lists."""
@@ -24,7 +23,7 @@ SHOWN = 6
 
 def patch(
     model: Annotated[Path | None, typer.Argument(metavar="MODEL", show_default=False,
-                                                help="An .onnx file; a .tflite file for cut-head.")] = None,
+                                                help="An .onnx or .tflite file.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="OUT", show_default=False,
                                                 help="The rewritten network.")] = None,
     target: Annotated[str | None, typer.Option("--target", metavar="BOARD", show_default=False, help=(
@@ -44,41 +43,31 @@ def patch(
 ) -> None:
     """Rewrite a network so that a board takes more of it, and prove it.
 
-    Both networks are run in ONNX Runtime, or LiteRT. A head that is cut off is written beside OUT: as a record that
-    npulab run reads (.post.json), and as a Python program (_post.py).
+    Both networks are run in ONNX Runtime, or in LiteRT. A TFLite network stays one, with its inputs and outputs. A head
+    that is cut off is written beside OUT: as a record that npulab run reads (.post.json), and as a Python program
+    (_post.py).
 
     Exit code 1: a pass called exact changed the outputs, and nothing is written.
     """
     from npulab import api
     from npulab.cli.printing import progress, write_json
     from npulab.errors import UsageError
-    from npulab.passes.pipeline import PASSES, find_passes
+    from npulab.passes.pipeline import PASSES
     from npulab.program.files import write_atomically
-    from npulab.targets.facts.board import find_board
 
     if list_:
         _list(PASSES, json)
         return
     if model is None or output is None:
         raise UsageError("npulab patch needs a model and -o OUT", try_="npulab patch --help")
-    find_passes(passes or ())
-    board = find_board(target) if target else None
     graph = api.load(model, parse_dims(dim))
-    kind = as_ or (_quantized(board, graph) if board else "")
-
-    def check(g: Graph) -> Check | None:
-        return board.check(g, kind) if board else None
-
     feeds = _feeds(inputs, graph) if inputs else None
     progress("rewriting")
-    made = (_tflite if graph.format == "tflite" else _onnx)(graph, passes or [], check if board else None)
+    made = api.patch(graph, target, passes or [], as_)
     progress("running both networks")
-    agreements = made.agreements(feeds)
-    exact = all(c.exact for c in made.changes)
-    broken = [a for a in agreements if exact and not a.equal]
-    data = _as_data(graph, made.graph, made.changes, agreements, check(graph), check(made.graph))
-    if board:
-        data["as"] = kind or None
+    agreements, how = made.compare(feeds)
+    broken = [a for a in agreements if made.exact and not a.equal]
+    data = _as_data(graph, made, agreements) | {"measured_with": how, "notes": made.notes}
     written = {} if broken else _files(output, made)
     data["files"] = [str(path) for path in written]
     for path, content in written.items():
@@ -95,47 +84,7 @@ def patch(
         raise typer.Exit(1)
 
 
-@dataclass(frozen=True)
-class Made:
-    """The new network, as a file too, and how to compare it with the old one."""
-
-    graph: Graph
-    data: Callable[[], bytes]
-    changes: list[Change]
-    post: Post | None
-    agreements: Callable[[dict[str, Any] | None], list[Agreement]]
-
-
-def _onnx(graph: Graph, passes: list[str], check: Callable[[Graph], Any] | None) -> Made:
-    from npulab.exporters.onnx import to_onnx
-    from npulab.passes.certificate import compared
-    from npulab.passes.pipeline import patched, post_of
-
-    after, changes = patched(graph, passes, (lambda g: _off(check(g))) if check else None)
-    post = post_of(graph, after, changes)
-    return Made(after, lambda: to_onnx(after), changes, post, lambda feeds: compared(graph, after, feeds, post))
-
-
-def _tflite(graph: Graph, passes: list[str], check: Callable[[Graph], Any] | None) -> Made:
-    """A TFLite network without its detection operator, if that was asked for or the board does not take it."""
-    from npulab.errors import UsageError
-    from npulab.passes.tflite_head import detection, same_detections, without_head
-
-    if others := [p for p in passes if p != "cut-head"]:
-        raise UsageError(f"the pass '{others[0]}' works on ONNX networks", got=f"{graph.name}, a TFLite network",
-                         try_="patch the ONNX file it was made from; --pass cut-head alone takes TFLite")
-    n = detection(graph)
-    if not passes and not (check and n is not None and n.index in _off(check(graph))):
-        raise UsageError(f"nothing of '{graph.name}' is to be patched", got=(
-            "a TFLite network, of which only a detection head can be cut off" if n is None
-            else f"{n}, which {'the board takes' if check else 'no --target asks to be cut off'}"),
-            try_="patch the ONNX file it was made from" if n is None else "--pass cut-head")
-    made = without_head(graph)
-    return Made(made.body, lambda: made.data, [made.change], made.post,
-                lambda feeds: same_detections(graph, made, feeds))
-
-
-def _files(output: Path, made: Made) -> dict[Path, bytes]:
+def _files(output: Path, made: Patched) -> dict[Path, bytes]:
     """What is written: what belongs to a cut head first."""
     found = {}
     if made.post is not None:
@@ -148,15 +97,6 @@ def _files(output: Path, made: Made) -> dict[Path, bytes]:
         name = re.sub(r"\W", "_", output.stem)
         found[output.with_name(f"{name}_post.py")] = standalone(made.post).encode()
     return found | {output: made.data()}
-
-
-def _quantized(board: Board, graph: Graph) -> str:
-    """int8 if the board takes more of the network so, as its vendor's quantizer would make it; else nothing."""
-    return "int8" if board.check(graph, "int8").count("npu") > board.check(graph).count("npu") else ""
-
-
-def _off(check: Check) -> set[int]:
-    return {f.node for f in check.findings if f.where != "npu"}
 
 
 def _feeds(path: Path, graph: Graph) -> dict[str, Any]:
@@ -179,8 +119,7 @@ def _list(passes: Any, json: bool) -> None:
     say("What is not exact changes the outputs, and is done only if asked for with --pass.")
 
 
-def _as_data(before: Graph, after: Graph, changes: list[Change], agreements: list[Agreement], was: Check | None,
-             now: Check | None) -> dict[str, Any]:
+def _as_data(before: Graph, made: Patched, agreements: list[Agreement]) -> dict[str, Any]:
     """The certificate."""
     from npulab.teardown import layers
 
@@ -193,19 +132,32 @@ def _as_data(before: Graph, after: Graph, changes: list[Change], agreements: lis
         return {where: check.count(where) for where in ("npu", "host", "refused", "unknown")}
 
     data: dict[str, Any] = {
-        "model": before.name, "digest": before.digest, "equivalent": all(c.exact for c in changes),
-        "post_processing": any(c.stage for c in changes),
-        "changes": [{"pass": c.name, "exact": c.exact, "text": c.text} for c in changes],
-        "before": size(before), "after": size(after),
+        "model": before.name, "digest": before.digest, "equivalent": made.exact,
+        "post_processing": any(c.stage for c in made.changes),
+        "changes": [{"pass": c.name, "exact": c.exact, "text": c.text} for c in made.changes],
+        "before": size(before), "after": size(made.graph),
         "outputs": [{"name": a.output, "largest_error": a.largest, "relative_error": a.relative, "cosine": a.cosine,
-                     "equal": a.equal} for a in agreements],
+                     "steps": a.steps, "limit": a.limit if a.limit < 1e9 else None, "equal": a.equal}
+                    for a in agreements],
     }
-    if was and now:
-        data |= {"target": was.board, "verdicts_before": verdicts(was), "verdicts_after": verdicts(now)}
+    if made.before and made.after:
+        data |= {"target": made.before.board, "as": made.assume or None, "verdicts_before": verdicts(made.before),
+                 "verdicts_after": verdicts(made.after)}
     return data
 
 
-def _print(name: str, data: dict[str, Any], changes: list[Change], written: list[Path]) -> None:
+def _table_of(outputs: list[dict[str, Any]], stepped: bool) -> None:
+    from npulab.cli.printing import table
+
+    def row(o: dict[str, Any]) -> list[str]:
+        steps = "" if o["steps"] is None else f"{o['steps']:.1f}"
+        return [o["name"], f"{o['largest_error']:.3g}", f"{o['relative_error']:.3g}", f"{o['cosine']:.9f}",
+                *([steps] if stepped else [])]
+
+    table(["output+", ">error", ">of the largest", ">cosine", *([">steps"] if stepped else [])], map(row, outputs))
+
+
+def _print(name: str, data: dict[str, Any], changes: Sequence[Change], written: list[Path]) -> None:
     from npulab.cli.printing import say, table
 
     say(name)
@@ -229,16 +181,25 @@ def _print(name: str, data: dict[str, Any], changes: list[Change], written: list
                  for where in data["verdicts_before"]]
     table([" ", ">before", ">after"], rows)
     say()
-    table(["output", ">largest error", ">of the largest value", ">cosine"],
-          [(o["name"], f"{o['largest_error']:.3g}", f"{o['relative_error']:.3g}", f"{o['cosine']:.9f}")
-           for o in data["outputs"]])
-    say()
+    stepped = any(o["steps"] is not None for o in data["outputs"])
+    if data["outputs"]:
+        _table_of(data["outputs"], stepped)
+        say(f"Measured with {data['measured_with']}.")
+        say()
+    for note in data["notes"]:
+        say(note)
     if not data["equivalent"]:
         inexact = ", ".join(dict.fromkeys(c.name for c in changes if not c.exact))
         say(f"NOT EQUIVALENT: {inexact} changed what the network computes. Train it again, or measure its accuracy.")
     elif not written:
         say("THE OUTPUTS CHANGED although every pass is exact: nothing was written. This is a defect of npulab, or the "
             "network has outputs that rounding decides.")
+    elif not data["outputs"]:
+        say("It is the same file.")
+    elif stepped:
+        say("Equivalent with its post-processing, up to rounding: it gives what the head computes in floats on the "
+            "same maps, with its grids, strides and bins as they were before they were quantized. The untouched head "
+            "rounds each number to 8 bits on its way, and is so many steps of its output away from that.")
     else:
         how = " with its post-processing" if data["post_processing"] else ""
         say(f"Equivalent{how}: the outputs agree within 1e-5 of their largest value, on random inputs and on those "

@@ -86,6 +86,7 @@ class _Place:
         float operator gets the node's name."""
         r, v = self.r, self.node.inputs
         shape = r.values[self.node.outputs[0]].shape
+        r.release_name(self.node)
         out = self._add(op, inputs, attributes, inputs[0], shape, self.name)
         zero = v[scale + 1] if scale + 1 < len(v) and v[scale + 1] >= 0 else r.add_constant(f"{self.name}_zero",
                                                                                           np.array(0, np.uint8))

@@ -25,16 +25,23 @@ Feeds = Mapping[str, NDArray[np.generic]]
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """One output over all runs: the largest difference, that as a share of the largest value, and the least cosine."""
+    """One output over all runs: the largest difference, that as a share of the largest value, and the least cosine.
+
+    limit  the share up to which both are called equal.
+    steps  the largest difference in steps of the output's quantization, where rounding is part of the comparison; then
+           `limit` counts steps.
+    """
 
     output: str
     largest: float
     relative: float
     cosine: float
+    limit: float = TOLERANCE
+    steps: float | None = None
 
     @property
     def equal(self) -> bool:
-        return self.relative <= TOLERANCE
+        return (self.relative if self.steps is None else self.steps) <= self.limit
 
 
 def compared(before: Graph, after: Graph, inputs: Feeds | None = None, post: Post | None = None) -> list[Agreement]:
@@ -61,14 +68,14 @@ def compared(before: Graph, after: Graph, inputs: Feeds | None = None, post: Pos
         if post is not None:
             given = apply(post, given)
         for name in names:
-            for part, x, y in _parts(name, wanted[name], given[name], post):
+            for part, x, y in parts(name, wanted[name], given[name], post):
                 now = agreement(part, x, y)
                 found[part] = worse(found[part], now) if part in found else now
     return list(found.values())
 
 
-def _parts(name: str, x: NDArray[Any], y: NDArray[Any], post: Post | None
-           ) -> Iterator[tuple[str, NDArray[Any], NDArray[Any]]]:
+def parts(name: str, x: NDArray[Any], y: NDArray[Any], post: Post | None
+          ) -> Iterator[tuple[str, NDArray[Any], NDArray[Any]]]:
     """An output, or its groups of columns, in both networks."""
     result = next((r for s in (post.stages if post else ()) if isinstance(s, YoloV5 | YoloV8) for r in s.results
                    if r.name == name and len(r.columns) > 1), None)
@@ -132,4 +139,6 @@ def agreement(name: str, x: NDArray[np.generic], y: NDArray[np.generic]) -> Agre
 
 
 def worse(a: Agreement, b: Agreement) -> Agreement:
-    return Agreement(a.output, max(a.largest, b.largest), max(a.relative, b.relative), min(a.cosine, b.cosine))
+    steps = None if a.steps is None or b.steps is None else max(a.steps, b.steps)
+    return Agreement(a.output, max(a.largest, b.largest), max(a.relative, b.relative), min(a.cosine, b.cosine), a.limit,
+                     steps)

@@ -6,7 +6,7 @@ mean bin. That fixes strides, anchors and order; random maps then show whether t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +36,18 @@ class Tail:
 
 
 @dataclass(frozen=True, slots=True)
+class Map:
+    """What a convolution gives, (1, C, h, w)."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+Run = Callable[[Arrays], Arrays]
+"""Runs a tail on maps by name, and gives the outputs by name; raises what it likes."""
+
+
+@dataclass(frozen=True, slots=True)
 class Probe:
     """What the tail gives: on zeros, and on random maps."""
 
@@ -45,53 +57,67 @@ class Probe:
 
 
 def recognized(graph: Graph, tail: Tail) -> YoloV5 | YoloV8 | None:
-    """The head that the tail is, proven on random maps; None if it is none of those known here."""
+    """The head that the tail of an ONNX graph is, proven on random maps; None if it is none of those known here."""
     values = [graph.values[v] for v in tail.maps]
-    outputs = [graph.values[v] for v in graph.outputs]
-    if not 1 <= len(values) <= MAPS_MAX or any(v.dtype is not DType.FLOAT32 for v in (*values, *outputs)) \
-            or any(len(v.shape) != 3 or v.shape[0] != 1 or v.dynamic_axes or not v.has_shape for v in outputs) \
-            or sum(v.elements for v in (*values, *outputs)) > CELLS_MAX:
+    if not measurable(values, [graph.values[v] for v in graph.outputs]):
         return None
-    sizes = {v.shape[2:] for v in values}
-    if len(sizes) < len(values) / 2 or (len({v.shape[1] for v in values}) > 1 and len(sizes) == len(values)):
+    run = _runner(graph, tail)
+    return None if run is None else form_of([Map(v.name, v.shape) for v in values], run)
+
+
+def measurable(maps: Sequence[Value], outputs: Sequence[Value]) -> bool:
+    """Whether a tail from these maps to these outputs can be run to see what it is: floats of fixed, bearable size."""
+    return 1 <= len(maps) <= MAPS_MAX and all(v.dtype is DType.FLOAT32 for v in (*maps, *outputs)) \
+        and all(len(v.shape) == 3 and v.shape[0] == 1 and not v.dynamic_axes and v.has_shape for v in outputs) \
+        and sum(v.elements for v in (*maps, *outputs)) <= CELLS_MAX
+
+
+def form_of(maps: Sequence[Map], run: Run) -> YoloV5 | YoloV8 | None:
+    """The head that a tail is, by running it."""
+    sizes = {m.shape[2:] for m in maps}
+    if len(sizes) < len(maps) / 2 or (len({m.shape[1] for m in maps}) > 1 and len(sizes) == len(maps)):
         return None
-    probe = _probed(graph, tail, values)
+    probe = _probed(maps, run)
     if probe is None:
         return None
     for descending in (True, False):
-        ordered = sorted(values, key=lambda v: v.shape[2] * v.shape[3], reverse=descending)
-        found = _v5(ordered, probe) if len(sizes) == len(values) else _v8(ordered, probe)
+        ordered = sorted(maps, key=lambda m: m.shape[2] * m.shape[3], reverse=descending)
+        found = _v5(ordered, probe) if len(sizes) == len(maps) else _v8(ordered, probe)
         if found is not None:
             return found
     return None
 
 
-def _probed(graph: Graph, tail: Tail, values: Sequence[Value]) -> Probe | None:
+def _runner(graph: Graph, tail: Tail) -> Run | None:
     from npulab.passes.certificate import session
     from npulab.passes.rewrite import Rewrite
 
     assert graph.header is not None
     alone = replace(graph, nodes=tail.nodes, inputs=tail.maps, header=replace(graph.header, declared=tail.maps))
     try:
-        run = session(Rewrite(alone).graph())
+        made = session(Rewrite(alone).graph())
     except UnsupportedError:  # no such operator here: nothing can be measured
         return None
-    rng = np.random.default_rng(0)
     names = [graph.values[v].name for v in graph.outputs]
+    return lambda feeds: dict(zip(names, made.run(names, feeds), strict=True))
+
+
+def _probed(values: Sequence[Map], run: Run) -> Probe | None:
+    rng = np.random.default_rng(0)
     maps = {v.name: rng.normal(0, 2, v.shape).astype(np.float32) for v in values}
     try:
-        zeros = run.run(names, {v.name: np.zeros(v.shape, np.float32) for v in values})
-        random = run.run(names, maps)
+        zeros = run({v.name: np.zeros(v.shape, np.float32) for v in values})
+        random = run(maps)
     except Exception:  # the runtime is C++: it raises what it likes
         return None
-    probe = Probe(dict(zip(names, zeros, strict=True)), dict(zip(names, random, strict=True)), maps)
-    return probe if all(np.isfinite(x).all() for x in (*zeros, *random)) else None
+    return Probe(zeros, random, maps) if all(np.isfinite(x).all() for x in (*zeros.values(), *random.values())) \
+        else None
 
 
 # YOLOv5
 
 
-def _v5(values: Sequence[Value], probe: Probe) -> YoloV5 | None:
+def _v5(values: Sequence[Map], probe: Probe) -> YoloV5 | None:
     channels = values[0].shape[1]
     if any(v.shape[1] != channels for v in values):
         return None
@@ -137,8 +163,8 @@ def _short(x: float) -> float:
 # YOLOv8
 
 
-def _v8(values: Sequence[Value], probe: Probe) -> YoloV8 | None:
-    levels: dict[tuple[int, ...], list[Value]] = {}
+def _v8(values: Sequence[Map], probe: Probe) -> YoloV8 | None:
+    levels: dict[tuple[int, ...], list[Map]] = {}
     for v in values:
         levels.setdefault(v.shape[2:], []).append(v)
     if any(len(pair) != 2 for pair in levels.values()):

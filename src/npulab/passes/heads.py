@@ -81,13 +81,15 @@ def _cut_head(r: Rewrite) -> list[str]:
     number = {r.values[v].name: v for v in tail.maps}
     r.outputs = [number[name] for name in stage.reads]
     r.stage = stage
-    return [f"{', '.join(stage.gives)}: {_described(stage)}, left to NumPy; {len(r.outputs)} maps are outputs instead"]
+    return [f"{', '.join(stage.gives)}: {described(stage)}, left to NumPy; {len(r.outputs)} maps are outputs instead"]
 
 
-def _described(stage: Stage) -> str:
+def described(stage: Stage) -> str:
+    """A head of YOLO's, in a few words."""
     assert isinstance(stage, YoloV5 | YoloV8)
     kind = "YOLOv5's head" if isinstance(stage, YoloV5) else "YOLOv8's head"
-    return f"{kind} at strides {', '.join(f'{s:g}' for s in stage.strides)}"
+    unit = " of the input" if max(stage.strides) < 1 else ""
+    return f"{kind} at strides {', '.join(f'{s:g}' for s in stage.strides)}{unit}"
 
 
 def _tail(r: Rewrite) -> Tail | None:

@@ -39,10 +39,10 @@ def each(r: Rewrite, *names: str, all_: bool = False) -> Iterator[tuple[Node, Ma
     wanted, or `all_`. Not those whose results a body reads: there they cannot be replaced."""
     inside: set[int] | None = None
     for i in range(len(r.nodes)):
-        op = r.nodes[i].op
+        n = r.nodes[i]
+        op = n.op
         if not isinstance(op, OnnxOp) or op.domain or op.name not in names:
             continue
-        n = replace(r.nodes[i], index=i)
         if inside is None:
             inside = {v for m in r.nodes for v in captures(m.op)}
         if (all_ or r.wanted(n)) and inside.isdisjoint(n.outputs):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from npulab.errors import UsageError
 from npulab.exporters.onnx import to_onnx
@@ -22,7 +23,9 @@ from npulab.passes import (
     pool_chain,
     transformers,
 )
+from npulab.passes.price import affordable
 from npulab.passes.rewrite import Rewrite
+from npulab.passes.shapes import inferred
 from npulab.passes.types import Pass
 from npulab.postprocess.types import Picture, Post, Stage
 
@@ -31,10 +34,13 @@ PASSES: tuple[Pass, ...] = (constants.PASS, identities.PASS, pads.PASS, batch_no
                             *activations.PASSES)
 ROUNDS = 8
 """Times that the passes run at most: one may make room for another."""
+SWEEPS = 3
+"""Times that a board's passes are tried: one may make what another clears."""
+PAIRED = 128
+"""Nodes off the NPU up to which pairs of passes are tried: with more, the search takes longer than it is worth."""
+Off = Callable[[Graph], Collection[int]]
+"""The nodes of a graph that a board does not take."""
 
-GROWTH, SPARE = 2, 1 << 16
-"""A pass that is not asked for by name may make constants so many times as large, and add these bytes for small ones:
-weights with zeros filled in can outgrow what chips hold, and no verdict says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +73,7 @@ def find_passes(names: Collection[str]) -> list[Pass]:
     return [replace(p, number=numbers[p.name]) for p in PASSES if p.name in numbers]
 
 
-def run(graph: Graph, passes: Collection[Pass], off: Callable[[Graph], Collection[int]] | None = None,
-        ) -> tuple[Graph, list[Change]]:
+def run(graph: Graph, passes: Collection[Pass], off: Off | None = None) -> tuple[Graph, list[Change]]:
     """The graph behind these passes, again and again until nothing changes, and what they did.
 
     `off` gives the nodes that a board does not take: passes that are not for everyone leave the others alone.
@@ -78,54 +83,149 @@ def run(graph: Graph, passes: Collection[Pass], off: Callable[[Graph], Collectio
         before, stale = len(done), False
         for p in passes:
             if stale and not p.always:
-                graph, stale = _with_shapes(graph), False
+                graph, stale = inferred(graph), False
             rewrite = Rewrite(graph, None if off is None or p.always else off(graph), p.number)
-            if texts := p.apply(rewrite):
+            if changes := applied(p, rewrite):
                 graph, stale = rewrite.graph(), True
-                done += [Change(p.name, p.exact, text, rewrite.stage) for text in texts]
+                done += changes
         if len(done) == before:
             break
         if stale:
-            graph = _with_shapes(graph)
+            graph = inferred(graph)
     return graph, done
 
 
-def patched(graph: Graph, asked: Collection[str] = (), off: Callable[[Graph], Collection[int]] | None = None,
-            ) -> tuple[Graph, list[Change]]:
+def applied(p: Pass, rewrite: Rewrite) -> list[Change]:
+    """What the pass did to it."""
+    return [Change(p.name, p.exact, text, rewrite.stage) for text in p.apply(rewrite)]
+
+
+def patched(graph: Graph, asked: Collection[str] = (), off: Off | None = None, opset: int | None = None,
+            leave: Collection[str] = ()) -> tuple[Graph, list[Change]]:
     """The graph made simpler, then changed by the passes that are `asked` for, and by those exact ones that leave fewer
     nodes off the NPU: `off` gives those that a board does not take.
 
     Such a pass must not leave a kind of operator off that was not off before: five operators fused into one that the
-    board does not know either are no gain. Nor may it make the constants `GROWTH` times as large.
+    board does not know either are no gain. Nor may it cost too much (`price`), or raise the graph above
+    `opset`, the last version of ONNX's operators that the board's tools read; None where that is not known.
+    `leave` are passes that do nothing unless they are asked for.
 
     Raises: UsageError for an unknown pass.
     """
     named = find_passes(asked)
-    always = [p for p in PASSES if p.always]
-    graph, done = run(graph, [*always, *(p for p in named if not p.always)])
-    names = {p.name for p in named}
-    left = set(off(graph)) if off else set()
-    for p in PASSES:
-        if not left or not off:
-            break
-        if p.always or not p.exact or p.name in names or not p.apply(Rewrite(graph, left, p.number)):
-            continue
-        other, changes = run(graph, [p, *always], off)
-        still = set(off(other))
-        if changes and len(still) < len(left) and _kinds(other, still) <= _kinds(graph, left) \
-                and _constants(other) <= GROWTH * _constants(graph) + SPARE:
-            graph, left = other, still
-            done += changes
-    return graph, done
+    always = [p for p in PASSES if p.always and p.name not in leave]
+    found, done = run(graph, [*always, *(p for p in named if not p.always)])
+    if off is not None:
+        names = {*leave, *(p.name for p in named)}
+        others = [p for p in PASSES if p.exact and not p.always and p.name not in names]
+        found, more = Search(off, always, opset).all(found, others)
+        done += more
+    if not done:
+        return graph, done
+    return read_onnx(to_onnx(found, shapes=False), graph.name), done
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A graph that passes made, the nodes that are off the NPU there, and the keys of those nodes of the graph before
+    that were changed without being cleared."""
+
+    graph: Graph
+    changes: list[Change]
+    off: frozenset[int]
+    futile: frozenset[str]
+
+
+class Search:
+    """Which passes leave fewer nodes off a board's NPU."""
+
+    def __init__(self, off: Off, always: Collection[Pass], opset: int | None) -> None:
+        self.off = lru_cache(maxsize=4)(lambda graph: frozenset(off(graph)))
+        self.always = always
+        self.opset = opset
+
+    def all(self, graph: Graph, passes: Collection[Pass]) -> tuple[Graph, list[Change]]:
+        """Each pass in order, and again those that may find something in what others made."""
+        done: list[Change] = []
+        seen: dict[str, set[str]] = {}
+        for _ in range(SWEEPS):
+            before = len(done)
+            for p in passes:
+                left = self.off(graph)
+                names = {key(graph, i) for i in left}
+                if names <= seen.get(p.name, set()):
+                    continue
+                seen[p.name] = names
+                if trial := self.best(graph, p):
+                    graph, done = trial.graph, done + trial.changes
+            if len(done) == before and (pair := self.pair(graph, passes)):
+                graph, done = pair.graph, done + pair.changes
+            if len(done) == before:
+                break
+        return graph, done
+
+    def pair(self, graph: Graph, passes: Collection[Pass]) -> Trial | None:
+        """The best of two passes of which neither is a gain, where the second takes up what the first leaves off."""
+        left = {key(graph, i) for i in self.off(graph)}
+        if len(left) > PAIRED:
+            return None
+        found: Trial | None = None
+        for p in passes:
+            one = self.trial(graph, p)
+            names = {key(one.graph, i) for i in one.off} if one else set()
+            if one is None or names <= left:
+                continue
+            for q in passes:
+                two = self.trial(one.graph, q, frozenset(names & left)) if q is not p else None
+                if two and self.gain(graph, two) and (found is None or len(two.off) < len(found.off)):
+                    found = Trial(two.graph, one.changes + two.changes, two.off, frozenset())
+        return found
+
+    def best(self, graph: Graph, p: Pass) -> Trial | None:
+        """What the pass makes of the graph, if that is a gain: only where it clears nodes, if that can be told."""
+        trial = self.trial(graph, p)
+        if trial is None:
+            return None
+        second = self.trial(graph, p, trial.futile) if trial.futile else None
+        gains = [t for t in (second, trial) if t is not None and self.gain(graph, t)]
+        return min(gains, key=lambda t: len(t.off), default=None)
+
+    def trial(self, graph: Graph, p: Pass, futile: frozenset[str] = frozenset()) -> Trial | None:
+        """What the pass, and passes for everyone, make of the graph; None if it finds nothing."""
+        def wanted(g: Graph) -> set[int]:
+            return {i for i in self.off(g) if key(g, i) not in futile}
+
+        rewrite = Rewrite(graph, wanted(graph), p.number)
+        changes = applied(p, rewrite)
+        if not changes:
+            return None
+        other, more = run(inferred(rewrite.graph()), [*self.always, p], wanted)
+        off = self.off(other)
+        sources = rewrite.sources()
+        still = {sources[name] for i in off if (name := other.nodes[i].name) in sources}
+        return Trial(other, changes + more, off, frozenset(key(graph, i) for i in still & wanted(graph)))
+
+    def gain(self, graph: Graph, trial: Trial) -> bool:
+        left = self.off(graph)
+        return (len(trial.off) < len(left) and _kinds(trial.graph, trial.off) <= _kinds(graph, left)
+                and affordable(graph, trial.graph)
+                and version(trial.graph) <= max(self.opset or 1 << 30, version(graph)))
+
+
+def key(graph: Graph, node: int) -> str:
+    """What a node is called by, also where it has no name."""
+    n = graph.nodes[node]
+    return n.name or next((graph.values[v].name for v in n.outputs if v >= 0), "")
+
+
+def version(graph: Graph) -> int:
+    """Of ONNX's own operators."""
+    assert graph.header is not None
+    return next((v for d, v in graph.header.opsets if d in ("", "ai.onnx")), 1)
 
 
 def _kinds(graph: Graph, nodes: Collection[int]) -> set[str]:
     return {graph.nodes[i].op.name for i in nodes}
-
-
-def _constants(graph: Graph) -> int:
-    """Bytes of them."""
-    return sum(len(v.constant or b"") for v in graph.values)
 
 
 def post_of(before: Graph, after: Graph, changes: Collection[Change]) -> Post | None:
@@ -147,8 +247,3 @@ def picture(graph: Graph) -> Picture | None:
             h, w = v.shape[1:3] if graph.format == "tflite" else v.shape[2:]
             found.append(Picture(name=v.name, height=h, width=w))
     return found[0] if len(found) == 1 else None
-
-
-def _with_shapes(graph: Graph) -> Graph:
-    """The graph with all its shapes inferred anew: what was folded may have made them fixed."""
-    return read_onnx(to_onnx(graph, shapes=False), graph.name)

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from npulab.errors import ModelError, UnsupportedError, UsageError
+from npulab.errors import ModelError, UnsupportedError
 from npulab.exporters.tflite import cut
 from npulab.importers import load
 from npulab.ir import Graph, Node, Value
 from npulab.ir.ops import Custom
-from npulab.passes.certificate import RUNS, Agreement, Feeds, agreement, random_inputs, worse
+from npulab.passes.certificate import Agreement, Feeds, agreement, worse
+from npulab.passes.litert import feeds_of, networks
 from npulab.passes.pipeline import Change, picture
 from npulab.postprocess import apply
 from npulab.postprocess.types import CELLS_MAX, Post, Ssd
@@ -58,7 +58,7 @@ def without_head(graph: Graph) -> Cut:
     boxes, scores = (_raw(graph, v) for v in n.inputs[:2])
     others = [v for v in graph.outputs if v not in n.outputs]
     outputs = list(dict.fromkeys((boxes.index, scores.index, *others)))
-    data = cut(graph, _needed(graph, outputs), graph.inputs, outputs)
+    data = cut(graph, needed(graph, outputs), graph.inputs, outputs)
     body = load(data)
     given = [graph.values[v] for v in outputs]
     names = unique_names(graph, [*outputs, *graph.outputs])
@@ -82,12 +82,13 @@ def _raw(graph: Graph, v: int) -> Value:
     return graph.values[v]
 
 
-def _needed(graph: Graph, outputs: Sequence[int]) -> list[int]:
-    needed, nodes = set(outputs), []
+def needed(graph: Graph, outputs: Sequence[int]) -> list[int]:
+    """The nodes that compute these values, in order."""
+    wanted, nodes = set(outputs), []
     for n in reversed(graph.nodes):
-        if needed.intersection(n.outputs):
+        if wanted.intersection(n.outputs):
             nodes.append(n.index)
-            needed.update(v for v in n.inputs if v >= 0)
+            wanted.update(v for v in n.inputs if v >= 0)
     return nodes[::-1]
 
 
@@ -162,13 +163,13 @@ def same_detections(graph: Graph, made: Cut, inputs: Feeds | None = None) -> lis
 
     Raises: UsageError if LiteRT is not installed; UnsupportedError if it does not run one of them.
     """
-    first, second = _interpreter(bytes(graph.source), graph.name), _interpreter(made.data, graph.name)
+    both = networks(graph, made.post.outputs, made.data, list(made.post.body), quick=True)
     stage = made.post.stages[0]
     assert isinstance(stage, Ssd)
     found: dict[str, Agreement] = {}
-    for feed in [*(random_inputs(graph, seed) for seed in range(RUNS)), *([inputs] if inputs else [])]:
-        wanted = _run(first, graph, made.post.outputs, feed)
-        given = apply(made.post, _run(second, graph, list(made.post.body), feed))
+    for feed in feeds_of(graph, inputs):
+        wanted = both.first(feed)
+        given = apply(made.post, both.second(feed))
         rows = min(int(x[stage.results[3]].reshape(-1)[0]) for x in (wanted, given))
         rows *= 1 if stage.regular else min(stage.per_box, stage.classes)
         for name in made.post.outputs:
@@ -178,30 +179,3 @@ def same_detections(graph: Graph, made: Cut, inputs: Feeds | None = None) -> lis
             found[name] = worse(found[name], now) if name in found else now
     return list(found.values())
 
-
-def _interpreter(data: bytes, name: str) -> Any:
-    try:
-        from ai_edge_litert.interpreter import Interpreter, OpResolverType
-    except ImportError:
-        raise UsageError("what the cut changes is measured with LiteRT, which is not installed",
-                         try_="pip install 'npulab[litert]'") from None
-    try:
-        # without XNNPACK, which may divide the two networks otherwise; the reference kernels would take seconds
-        made = Interpreter(model_content=data,
-                           experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES)
-        made.allocate_tensors()
-    except (ValueError, RuntimeError) as e:
-        raise UnsupportedError(f"LiteRT does not load '{name}'", got=str(e).strip()[:300]) from None
-    return made
-
-
-def _run(interpreter: Any, graph: Graph, names: Sequence[str], feed: Mapping[str, NDArray[Any]]
-         ) -> dict[str, NDArray[Any]]:
-    try:
-        for detail, v in zip(interpreter.get_input_details(), graph.inputs, strict=True):
-            interpreter.set_tensor(detail["index"], feed[graph.values[v].name])
-        interpreter.invoke()
-        details = interpreter.get_output_details()
-        return {name: interpreter.get_tensor(d["index"]) for name, d in zip(names, details, strict=True)}
-    except (ValueError, RuntimeError) as e:
-        raise UnsupportedError(f"LiteRT does not run '{graph.name}'", got=str(e).strip()[:300]) from None

@@ -8,13 +8,17 @@ import numpy as np
 
 Array = Any
 """A NumPy array. This file is also written into stand-alone programs, for whatever NumPy they have."""
-CHUNK = 256
-"""Boxes that are compared with each other at once: bounds memory, and stops soon where few boxes are asked for."""
+WINDOW, CHUNK = 2048, 128
+"""Boxes that suppression takes up at once, and those of them that it settles at once: they bound memory, and it stops
+soon where few boxes are asked for."""
 
 
 def sigmoid(x: Array) -> Array:
     """1 / (1 + exp(-x)) of floats, without overflow."""
-    return 1 / (1 + np.exp(-np.clip(x, -80, 80)))
+    y = np.clip(x, -80, 80)
+    np.exp(np.negative(y, out=y), out=y)
+    y += 1
+    return np.divide(1, y, out=y)
 
 
 def logit(p: float) -> float:
@@ -35,70 +39,93 @@ def turned(boxes: Array, form: str) -> Array:
     return np.concatenate([near, far], 1)
 
 
-def overlaps(a: Array, b: Array) -> Array:
-    """Intersection over union of boxes given by two corners, near one first: (..., 4) and (..., 4), broadcast. 0 where
-    a box has no area. In float32 the same operations in the same order as LiteRT and ONNX Runtime do."""
-    low, high = np.maximum(a[..., :2], b[..., :2]), np.minimum(a[..., 2:], b[..., 2:])
-    sides = np.maximum(high - low, 0)
-    both = sides[..., 0] * sides[..., 1]
-    first, second = ((c[..., 2] - c[..., 0]) * (c[..., 3] - c[..., 1]) for c in (a, b))
-    whole = first + second - both
-    proper = (first > 0) & (second > 0)
-    return np.divide(both, whole, out=np.zeros_like(whole), where=proper & (whole > 0))
-
-
-def greedy(boxes: Array, classes: Array, iou: float, limit: int | None = None, per_class: int | None = None) -> Array:
+def greedy(boxes: Array, classes: Array, iou: float, limit: int | None = None, per_class: int | None = None,
+           start: int = 0, kept: Array = ()) -> Array:
     """Positions of the boxes that stay, in order: each box that no earlier one of its class, itself kept, overlaps by
-    more than `iou`.
+    more than `iou`: intersection over union, 0 if a box has no area, or an infinite one. In float32 the same operations
+    in the same order as LiteRT and ONNX Runtime do.
 
-    boxes    (N, 4) corners, the best first.   classes  (N,) integers.
+    boxes    (N, 4) corners, the best first.   classes  (N,) integers below 2^24.
     limit    stop at so many.                  per_class  keep at most so many of each class.
+    kept     what is known to stay of the first `start` boxes.
     """
     limit = len(boxes) if limit is None else limit
-    threshold = boxes.dtype.type(iou)
-    edges, kinds = np.ascontiguousarray(boxes.T), classes.astype(np.int32)
-    kept, start, step = np.zeros(0, np.intp), 0, min(CHUNK, max(32, 2 * limit)) // 4
-    while start < len(boxes) and len(kept) < limit:
-        here = np.arange(start, min(start + step, len(boxes)))
-        start, step = start + step, min(CHUNK, 2 * step)
-        i, j = _meeting(edges, kinds, kept, here)
-        over = overlaps(boxes[i], boxes[j]) > threshold
-        gone = np.zeros(len(here), bool)
-        gone[j[over] - here[0]] = True
-        here = here[~gone]
-        i, j = _meeting(edges, kinds, here, here)
-        i, j = i[i < j], j[i < j]
-        over = overlaps(boxes[i], boxes[j]) > threshold
-        kept = np.concatenate([kept, _unsuppressed(here, i[over], j[over])])
-        if per_class is not None:
-            kept = kept[_rank(classes[kept]) < per_class]
+    near_x, near_y, far_x, far_y = boxes.T
+    with np.errstate(invalid="ignore", over="ignore"):
+        areas = (far_x - near_x) * (far_y - near_y)
+    facts = np.stack([*boxes.T, areas, classes.astype(boxes.dtype)])
+    reaches, threshold = _reaches(boxes, areas, classes, iou), boxes.dtype.type(iou)
+
+    def over(a: Array, b: Array, which: Array | bool = True) -> tuple[Array, Array]:
+        """Which of `a` overlap which of `b` by too much, as places in both. `which`: the pairs to be looked at."""
+        one, other = reaches.take(a, 1)[:, :, None], reaches.take(b, 1)
+        found = one[0] <= other[2]
+        for begins, ends in ((other[0], one[2]), (one[1], other[3]), (other[1], one[3])):
+            found &= begins <= ends
+        found &= which
+        i, j = np.divmod(found.ravel().nonzero()[0], max(1, len(b)))
+        first, second = facts.take(a[i], 1), facts.take(b[j], 1)
+        sides = np.maximum(np.minimum(first[2:4], second[2:4]) - np.maximum(first[:2], second[:2]), 0)
+        both = sides[0] * sides[1]
+        too_much = both / (first[4] + second[4] - both) > threshold
+        too_much &= first[5] == second[5]
+        return i[too_much], j[too_much]
+
+    def without(left: Array, gone: Array) -> Array:
+        stays = np.ones(len(left), bool)
+        stays[gone] = False
+        return left[stays]
+
+    kept, earlier = np.array(kept, np.intp), ~np.tri(CHUNK, dtype=bool)
+    for begin in range(start, len(boxes), WINDOW):
+        left = np.arange(begin, min(begin + WINDOW, len(boxes)))
+        for k in range(0, len(kept), WINDOW):
+            left = without(left, over(kept[k : k + WINDOW], left)[1])
+        while len(left) and len(kept) < limit:
+            here, left = left[:CHUNK], left[CHUNK:]
+            new = here[_unsuppressed(len(here), *over(here, here, earlier[: len(here), : len(here)]))]
+            if per_class is not None:
+                new = new[_rank(classes[np.concatenate([kept, new])])[len(kept) :] < per_class]
+            kept = np.concatenate([kept, new])
+            if len(left) and len(kept) < limit:
+                left = without(left, over(new, left)[1])
+        if len(kept) >= limit:
+            break
     return kept[:limit]
 
 
-def _meeting(edges: Array, kinds: Array, a: Array, b: Array) -> tuple[Array, Array]:
-    """Pairs of a box of `a` and one of `b` that are of one class and have a point in common: few, of very many."""
-    near, far = edges[:, a][:, :, None], edges[:, b][:, None]
-    found = near[0] < far[2]
-    for one, other in ((far[0], near[2]), (near[1], far[3]), (far[1], near[3])):
-        found &= one < other
-    found &= kinds[a][:, None] == kinds[b]
-    i, j = np.nonzero(found)
-    return a[i], b[j]
+def _reaches(boxes: Array, areas: Array, classes: Array, iou: float) -> Array:
+    """For each box its near edges, x and y, and how far the near edges of another may lie for both to overlap by more
+    than `iou`: (4, N) in whole numbers, which are quickly compared. Few other pairs are within, hardly any of two
+    classes, and none with a box whose area is nothing, infinite or no number.
+
+    Boxes overlap by no more than their shadows on an axis do, and those by no more than 1 - shift / width of the one
+    that begins first. A margin covers what float32 rounds, and rounding downwards keeps the order of what is compared.
+    Areas so small that they lose digits get no bound but that the boxes meet."""
+    proper = (areas > 0) & (areas < np.inf)
+    edges = np.where(proper, boxes.T, 0).astype(np.float64)
+    first, last = np.min(edges, initial=0), np.max(edges, initial=0)
+    share = np.where(areas < 1e-30, 1, 1 - max(iou, 0)) + 1e-5
+    edges[2:] = edges[:2] + share * (edges[2:] - edges[:2])
+    edges -= first
+    edges[::2] += classes * (1.01 * (last - first))
+    edges[::2] *= 65534 / np.max(edges[0], initial=max(last - first, 1e-300))
+    edges[1::2] *= 65534 / max(last - first, 1e-300)
+    reaches = np.clip(edges, 0, 65534, out=edges).astype(np.uint16)
+    reaches[:2, ~proper] = 65535
+    return reaches
 
 
-def _unsuppressed(boxes: Array, by: Array, what: Array) -> Array:
-    """Which of `boxes` (rising numbers) stay, where box `by[k]` would suppress the later box `what[k]` if it stays.
+def _unsuppressed(n: int, by: Array, what: Array) -> Array:
+    """Which of `n` boxes stay, a bool each, where box `by[k]` would suppress the later box `what[k]` if it stays.
 
     Starting from "all stay", each round settles at least the next box, and most rounds settle all."""
-    stays = np.ones(len(boxes), bool)
-    first: Array = np.searchsorted(boxes, by)
-    then: Array = np.searchsorted(boxes, what)
-    while True:
-        now = np.ones(len(boxes), bool)
-        now[then[stays[first]]] = False
-        if (now == stays).all():
-            return boxes[now]
-        stays = now
+    stays, again = np.ones(n, bool), True
+    while again:
+        now = np.ones(n, bool)
+        now[what[stays[by]]] = False
+        again, stays = bool((now != stays).any()), now
+    return stays
 
 
 def _rank(classes: Array) -> Array:
@@ -113,7 +140,10 @@ def _rank(classes: Array) -> Array:
 
 def best_first(scores: Array, most: int | None = None) -> Array:
     """Positions by falling score, equal ones as they come, at most `most`."""
-    return np.argsort(-scores, kind="stable")[:most]
+    if most is None or not 0 < most < len(scores):
+        return np.argsort(-scores, kind="stable")[:most]
+    (rows,) = np.nonzero(scores >= np.partition(scores, len(scores) - most)[len(scores) - most])
+    return rows[np.argsort(-scores[rows], kind="stable")[:most]]
 
 
 def on_picture(boxes: Array, size: tuple[int, int], picture: tuple[int, int], fit: str = "pad") -> Array:

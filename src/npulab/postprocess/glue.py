@@ -40,6 +40,15 @@ def real(outputs: Mapping[str, Array], quantization: Mapping[str, Sequence[float
             if x.dtype.kind in "iu" and name in quantization else x for name, x in outputs.items()}
 
 
+def placed(outputs: Mapping[str, Array], body: Mapping[str, Sequence[int]]) -> Mapping[str, Array]:
+    """Outputs with channels before height and width, as `body` has them, where all of them came with channels last, as
+    TFLite's do."""
+    last = [tuple((s[0], *s[2:], s[1]) if len(s) == 4 else s) for s in body.values()]
+    if [outputs[name].shape for name in body] != last or last == [tuple(s) for s in body.values()]:
+        return outputs
+    return {name: np.ascontiguousarray(x.transpose(0, 3, 1, 2)) if x.ndim == 4 else x for name, x in outputs.items()}
+
+
 def restored(stages: Sequence[Mapping[str, Any]], outputs: Mapping[str, Array]) -> dict[str, Array]:
     """The outputs together with those that the untouched network had, by name."""
     known = dict(outputs)
@@ -61,7 +70,7 @@ def objects(stages: Sequence[Mapping[str, Any]], outputs: Mapping[str, Array], s
         likely, corners = YOLO[first["kind"]]
         given = settings(first)
         return yolo_objects(likely(outputs, score, several, **given),
-                            lambda level, at: corners(outputs, level, at, **given), iou, limit)
+                            lambda levels, at: corners(outputs, levels, at, **given), iou, limit)
     if first["kind"] != "ssd":
         raise ValueError("the boxes of this network are in units that only its maker knows")
     boxes, classes, scores, count = (ssd(outputs, **settings(first))[name] for name in first["results"])

@@ -21,6 +21,7 @@ def standalone(post: Post) -> str:
     picture = "" if post.picture is None else (
         f"\nInput: {post.picture.name!r}, {post.picture.height} x {post.picture.width} pixels.")
     outputs = "\n".join(f"    {name!r}: {list(shape)}" for name, shape in post.body.items())
+    body = {name: list(shape) for name, shape in post.body.items()}
     named = {name: list(q) for name, q in post.quantization.items()}
     return f'''"""Post-processing of {_plain(post.model)}, whose head was cut off. Made by npulab; needs NumPy alone.
 
@@ -29,7 +30,7 @@ def standalone(post: Post) -> str:
     boxes, scores, classes = post.detect(outputs)     # objects; boxes as fractions of the input
     pixels = post.on_picture(boxes, (input height, width), (picture height, width), "pad")
 
-`outputs` is a dictionary of the body's outputs:
+`outputs` is a dictionary of the body's outputs; maps may all have channels last instead:
 {_plain(outputs)}{_plain(picture)}
 """
 
@@ -46,19 +47,20 @@ import numpy as np
 
 HEAD: Any = prepared({_literal(json.loads(msgspec.json.encode(post.stages)))})
 OUTPUTS = {list(post.outputs)!r}
+BODY: Any = {body!r}
 QUANTIZATION: Any = {named!r}
 
 
 def postprocess(outputs: Mapping[str, Array]) -> dict[str, Array]:
     """What the untouched network gave, by name."""
-    found = restored(HEAD, real(outputs, QUANTIZATION))
+    found = restored(HEAD, real(placed(outputs, BODY), QUANTIZATION))
     return {{name: found[name] for name in OUTPUTS}}
 
 
 def detect(outputs: Mapping[str, Array], score: float = 0.25, iou: float = 0.45, limit: int = 300,
            several: bool = False) -> tuple[Array, Array, Array]:
     """Boxes (N, 4: left, top, right, bottom, as fractions of the input), scores and classes."""
-    return objects(HEAD, real(outputs, QUANTIZATION), score, iou, limit, several)
+    return objects(HEAD, real(placed(outputs, BODY), QUANTIZATION), score, iou, limit, several)
 '''
 
 

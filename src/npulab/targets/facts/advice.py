@@ -66,9 +66,10 @@ class Case:
     def graph(self) -> Graph:
         return self.known.graph
 
-    def patch(self, name: str, takes_tflite: bool = False) -> str:
-        """The command, if npulab has the pass and it takes this format."""
-        if name not in _passes() or not (takes_tflite or self.graph.format == "onnx"):
+    def patch(self, name: str) -> str:
+        """The command, if npulab has the pass and it takes this network: of a quantized one, only heads are cut."""
+        whole = any(v.quantization is not None for v in self.graph.values)
+        if name not in _passes() or (whole and name != "cut-head"):
             return ""
         as_ = f" --as {self.assume}" if self.assume else ""
         return f"npulab patch {shlex.quote(self.model)} --target {self.target}{as_} --pass {name} -o OUT"
@@ -143,7 +144,7 @@ def _tail(case: Case) -> Iterator[Advice]:
         f"end the network at {_few(_short(graph.values[v].name) for v in at)} and compute what is behind on the CPU",
         f"{size} bytes of outputs, {len(cut)} {'operator' if len(cut) == 1 else 'operators'} for the CPU"
         + (f"; {rest} more stay off the NPU" if rest else ""), "npulab, from the graph",
-        case.patch("cut-head", alone) if len(at) > 1 else "")
+        case.patch("cut-head") if len(at) > 1 else "")
 
 
 def _ranges(case: Case) -> Iterator[Advice]:
@@ -175,7 +176,7 @@ def _nms(case: Case) -> Iterator[Advice]:
         "nms", case.known.nms, said[case.board.facts.nms], "Suppression of overlapping boxes has no fixed work: its "
         "loop runs as long as there are boxes.", "cut it off and run it behind the network" if cut else "leave it in",
         "its time on the CPU" if case.board.facts.nms != "built-in" else "none", case.board.title,
-        case.patch("cut-head", True) if cut else "")
+        case.patch("cut-head") if cut else "")
 
 
 def _image(case: Case) -> Iterator[Advice]:

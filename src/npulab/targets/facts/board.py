@@ -17,6 +17,7 @@ from npulab.errors import UsageError
 from npulab.ir import Graph, Node
 from npulab.plan.types import Reason, Verdict
 from npulab.targets.facts import names as naming
+from npulab.targets.facts.compounds import compounds
 from npulab.targets.facts.properties import Properties, macs, tensor_names
 from npulab.targets.facts.schema import Facts, OpEntry, Rule, WideRule, ids, load_all, load_one
 
@@ -81,16 +82,16 @@ class View:
         self.nodes = {n.index: Properties(graph, n, assume) for n in graph.nodes}
         self.names = {i: naming.canonical(p.node, p) for i, p in self.nodes.items()}
         self.macs = {i: macs(p) for i, p in self.nodes.items()}
-        self.swish = dict(_swish(graph, self.names))
+        self.compounds = {c.nodes[0]: c for c in compounds(graph, self.names, self.nodes)}
         self.constant = set(_constant(graph, self.nodes))
 
 
 def _constant(graph: Graph, nodes: Mapping[int, Properties]) -> Iterator[int]:
-    """Nodes that a converter works out beforehand, shapes of fixed size among them."""
+    """Nodes that a converter works out beforehand: shapes of fixed size, weights that a TFLite file stores smaller."""
     known = {v.index for v in graph.values if v.is_constant}
     for n in graph.nodes:
         inputs = [v for v in n.inputs if v >= 0]
-        if n.op.name in (*MARKERS, "If", "Loop", "Scan", "IF", "WHILE") or not inputs:
+        if n.op.name in (*MARKERS, "QUANTIZE", "If", "Loop", "Scan", "IF", "WHILE") or not inputs:
             continue
         if all(v in known for v in inputs) or (n.op.name in ("Shape", "SHAPE", "Size", "RANK")
                                                and nodes[n.index].get("shape") is not None):
@@ -98,30 +99,8 @@ def _constant(graph: Graph, nodes: Mapping[int, Properties]) -> Iterator[int]:
             yield n.index
 
 
-def _swish(graph: Graph, names: Mapping[int, tuple[str, ...]]) -> Iterator[tuple[int, int]]:
-    """(Sigmoid, Mul) of x * sigmoid(x), HardSigmoid among them, where nothing else reads the sigmoid."""
-    for n in graph.nodes:
-        if not {"Sigmoid", "HardSigmoid"} & set(names[n.index]) or not n.inputs or not n.outputs:
-            continue
-        if n.outputs[0] in graph.outputs:
-            continue
-        readers = graph.consumers.get(n.outputs[0], ())
-        if len(readers) == 1 and "Mul" in names[readers[0].index] \
-                and sorted(readers[0].inputs) == sorted((n.outputs[0], n.inputs[0])):
-            yield n.index, readers[0].index
-
-
-def _product(view: View, sigmoid: int) -> str:
-    """What x * sigmoid(x) is; "" of a HardSigmoid with other numbers than HardSwish has."""
-    if "HardSigmoid" not in view.names[sigmoid]:
-        return "Swish"
-    alpha, beta = (view.nodes[sigmoid].get(n) for n in ("alpha", "beta"))
-    usual = isinstance(alpha, int | float) and isinstance(beta, int | float)
-    return "HardSwish" if usual and abs(alpha - 1 / 6) < 1e-4 and abs(beta - 0.5) < 1e-4 else ""
-
-
 @functools.lru_cache(maxsize=4)
-def _view(graph: Graph, assume: str) -> View:
+def view_of(graph: Graph, assume: str) -> View:
     """The view of a graph, kept for the next board. Few are: each holds its graph in memory."""
     return View(graph, assume)
 
@@ -149,12 +128,12 @@ class Board:
         """
         if assume and assume not in ASSUMED:
             raise UsageError(f"data cannot become '{assume}'", want=", ".join(ASSUMED))
-        view = _view(graph, assume)
+        view = view_of(graph, assume)
         found = {n.index: self._node(graph, view, n) for n in graph.nodes}
         self._fuse(graph, view, found)
         self._fold_markers(graph, view, found)
         if self.facts.host_from_first:
-            self._rest_to_host(graph, found)
+            self._rest_to_host(graph, view, found)
         broken, undecided, advice = self._graph(graph, view)
         on = {i for i, f in found.items() if f.where == "npu"}
         return Check(self.facts.id, tuple(found[n.index] for n in graph.nodes), broken, undecided, advice,
@@ -204,11 +183,13 @@ class Board:
         if entry.support == "preview":
             notes.append(Reason("The vendor lists it as a preview.", name, title))
         self._types(p, entry, name, reasons, notes, undecided)
+        to_host: list[Reason] = []
         for r in entry.rule:
-            self._apply(r, p.get, title, reasons, notes, undecided)
+            self._apply(r, p.get, title, to_host if r.effect == "host" else reasons, notes, undecided)
         self._activation(p, entry, name, undecided)
         self._wide(graph, p, reasons, notes, undecided)
-        where = POLICY[self.facts.broken or self.facts.unlisted] if reasons else "npu"
+        where = POLICY[self.facts.broken or self.facts.unlisted] if reasons else "host" if to_host else "npu"
+        reasons += to_host
         return Finding(node.index, node.op.name, where, tuple(reasons), name, tuple(notes), tuple(undecided))
 
     def _wide(self, graph: Graph, p: Properties, reasons: list[Reason], notes: list[Reason],
@@ -223,7 +204,7 @@ class Board:
             values = dict.fromkeys(v for v in (*p.node.inputs, *p.node.outputs) if v >= 0)
             for v in values:
                 value = graph.values[v]
-                if value.is_constant:
+                if value.is_constant or ((found := p.source(value)) is not None and found[0].is_constant):
                     continue
                 find = tensor_names(graph, value, p)
                 for r, title in self._tensor_rules:
@@ -286,7 +267,7 @@ class Board:
         if allowed and dtype is None and "dtype" in p.unknown:
             undecided.append(Reason(rule, "not known: dtype", title, "", listed))
         elif allowed and dtype is not None and dtype not in allowed and not (
-                p.kind in (*MARKERS, "Cast") and p.get("out_dtype") in allowed):
+                p.kind in (*MARKERS, "Cast") and p.get("out_dtype") in allowed) and not self._dequantized(p, allowed):
             halves = [t for t in allowed if t in ("float16", "bfloat16")]
             own = p.data.dtype.value if p.data is not None else ""
             if halves and (dtype in ("float32", "float64") or (p.assume and own in FLOATS)):
@@ -301,6 +282,11 @@ class Board:
             reasons.append(Reason(f"Weights are quantized {' or '.join(quant)}.", "per-channel", title,
                                   f"quantize the weights {quant[0]}", ", ".join(quant)))
 
+    def _dequantized(self, p: Properties, allowed: tuple[str, ...]) -> bool:
+        """Whether a board that lists DequantizeLinear takes the type that one gives the node."""
+        return p.onnx and "DequantizeLinear" in self.facts.ops and p.data is not None \
+            and p.data.dtype.value in allowed and not p.assume
+
     def _activation(self, p: Properties, entry: OpEntry, name: str, undecided: list[Reason]) -> None:
         """A fused activation is an operator too."""
         fused = p.get("fused")
@@ -314,29 +300,26 @@ class Board:
     # nodes together
 
     def _fuse(self, graph: Graph, view: View, found: dict[int, Finding]) -> None:
-        """Operators that are not for the NPU by themselves, but as part of the one before them; Sigmoid and Mul.
+        """Operators that are not for the NPU by themselves, but as part of the one before them; those spelled out.
 
         A BatchNormalization of constants behind a Conv is part of it whatever the list says.
         """
         into: dict[int, Node] = {}
-        for sigmoid, mul in view.swish.items():
-            pair = (sigmoid, mul)
-            name = _product(view, sigmoid)
-            entry = self.facts.ops.get(name)
-            if entry is None or all(found[i].where == "npu" for i in pair):
+        for c in view.compounds.values():
+            entry = self.facts.ops.get(c.name)
+            if entry is None or all(found[i].where == "npu" for i in c.nodes):
                 continue
-            p = view.nodes[sigmoid]
-            swish = self._listed(graph, p, entry, name)
-            kind = "Sigmoid" if name == "Swish" else "HardSigmoid"
-            note = Reason(f"{kind} and Mul of one value are {name}.", f"nodes {sigmoid} and {mul}", "npulab")
-            for i in pair:
-                found[i] = replace(swish, node=i, op=view.nodes[i].node.op.name, notes=(*swish.notes, note))
+            whole = self._listed(graph, view.nodes[c.first], entry, c.name)
+            note = Reason(f"{c.parts} are {c.name}.", f"nodes {', '.join(map(str, c.nodes))}", "npulab")
+            for i in c.nodes:
+                found[i] = replace(whole, node=i, op=view.nodes[i].node.op.name, notes=(*whole.notes, note))
         for n in graph.nodes:
             names = view.names[n.index]
             if found[n.index].where == "npu":
                 continue
-            together = (n.index, view.swish[n.index]) if n.index in view.swish else (n.index,)
-            names = (_product(view, n.index),) if len(together) == 2 else names
+            spelled = view.compounds.get(n.index)
+            together = spelled.nodes if spelled is not None else (n.index,)
+            names = (spelled.name,) if spelled is not None else names
             head = next((h for v in n.inputs if v >= 0 and (h := self._head(graph, v, together, into)) is not None
                          and found[h.index].where == "npu" and self._takes(view, h, names)), None)
             if head is None or ("BatchNormalization" in names and not _foldable(graph, view, n, head)):
@@ -366,10 +349,12 @@ class Board:
         return self.facts.title(entry.source) if entry else "npulab"
 
     def _fold_markers(self, graph: Graph, view: View, found: dict[int, Finding]) -> None:
-        """QuantizeLinear and DequantizeLinear of an ONNX graph go where the operators beside them are."""
-        if graph.format != "onnx":
+        """QuantizeLinear and DequantizeLinear go where the operators beside them are: of ONNX graphs, and of all for
+        tools that read TFLite files into operators of their own. Not where the vendor's list has them on the CPU."""
+        if graph.format != "onnx" and "tflite" in self.facts.namespace.lower():
             return
-        marks = {i for i, names in view.names.items() if names[-1] in MARKERS}
+        marks = {i for i, names in view.names.items() if names[-1] in MARKERS
+                 and ((e := self._entry(names)) is None or e.support != "host")}
         for chain in _chains(graph, marks):
             beside = {n.index for i in chain for n in _beside(graph, view.nodes[i].node)} - chain
             if not any(found[i].where == "npu" for i in beside):
@@ -380,12 +365,15 @@ class Board:
                                   "npulab")
                     found[i] = replace(found[i], where="npu", reasons=(), undecided=(), notes=(note,))
 
-    def _rest_to_host(self, graph: Graph, found: dict[int, Finding]) -> None:
+    def _rest_to_host(self, graph: Graph, view: View, found: dict[int, Finding]) -> None:
+        """One part of the graph is the NPU's: from the first operator that it takes to the next that it does not."""
         first: Finding | None = None
+        begun = False
         for n in graph.nodes:
             f = found[n.index]
+            begun = begun or (f.where == "npu" and n.index not in view.constant)
             if first is None:
-                first = None if f.where == "npu" else f
+                first = None if f.where == "npu" or not begun else f
             elif f.where == "npu" and first.where != "refused":
                 reason = Reason("Everything behind the first operator that is not for the NPU runs on the CPU.",
                                 f"{first.name} (node {first.node}) is before it", "the vendor's compiler")

@@ -75,6 +75,22 @@ def data_per_channel(p: Properties) -> bool | None:
     return any(not q.per_tensor for q in found) if found else None
 
 
+def results_per_channel(p: Properties) -> bool | None:
+    """Whether an output has several scales."""
+    if p.onnx:
+        return False if p.assume else None
+    found = [v.quantization for v in outputs(p) if v.quantization is not None]
+    return any(not q.per_tensor for q in found) if found else None
+
+
+def inputs_centred(p: Properties) -> bool | None:
+    """Whether the zero points of inputs are 0."""
+    if p.onnx:
+        return True if p.assume else None
+    found = [v.quantization for v in data_inputs(p) if v.quantization is not None]
+    return not any(any(q.zero_points) for q in found)
+
+
 def same_quantization(p: Properties) -> bool | None:
     """Whether inputs and outputs share scale and zero point."""
     if p.onnx:
@@ -125,6 +141,14 @@ def zero_points_fit(p: Properties) -> bool | None:
     return True
 
 
+def least_unsigned_zero_point(p: Properties) -> int | None:
+    """The smallest one of unsigned inputs and outputs; 0 without such."""
+    if p.onnx:
+        return 0 if p.assume else None
+    return min((z for v in activations(p) if v.quantization is not None and v.dtype.value.startswith("u")
+                for z in v.quantization.zero_points), default=0)
+
+
 def out_zero_point(p: Properties) -> int | None:
     """Of the first output."""
     found = p.output.quantization if p.output is not None else None
@@ -132,7 +156,8 @@ def out_zero_point(p: Properties) -> int | None:
 
 
 def bias_constant(p: Properties) -> bool | None:
-    return None if p.bias is None else p.bias.is_constant
+    found = p.source(p.bias)
+    return None if found is None else found[0].is_constant
 
 
 def bias_largest(p: Properties) -> int:
@@ -208,7 +233,7 @@ def out_bits(p: Properties) -> int | None:
 
 
 NAMES = {f.__name__: f for f in (
-    weighted, all_quantized, data_per_channel, same_quantization, same_scales, same_types, static, least_rank,
-    parameters_constant, zero_points_fit, out_zero_point, bias_constant, bias_largest, weight_sum, steps,
-    steps_elsewhere, in_bits, out_bits)}
+    weighted, all_quantized, data_per_channel, results_per_channel, inputs_centred, same_quantization, same_scales,
+    same_types, static, least_rank, parameters_constant, zero_points_fit, least_unsigned_zero_point, out_zero_point,
+    bias_constant, bias_largest, weight_sum, steps, steps_elsewhere, in_bits, out_bits)}
 """Names of the facts format -> what finds their values."""

@@ -37,12 +37,11 @@ class PredicateError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Predicate:
-    """A compiled predicate. `names`: those it reads, in order of appearance. `parts`: what `and` joins at its top."""
+    """A compiled predicate. `names`: those it reads, in order of appearance."""
 
     text: str
     names: tuple[str, ...]
     code: Code
-    parts: tuple[Predicate, ...] = ()
 
     def decide(self, lookup: Lookup) -> bool | None:
         """True or False; None where the values that are known do not decide it."""
@@ -51,9 +50,9 @@ class Predicate:
 
     def culprits(self, lookup: Lookup) -> tuple[str, ...]:
         """The names whose values make it false, or undecided."""
-        wanted = self.decide(lookup)
-        return tuple(dict.fromkeys(n for p in self.parts if p.decide(lookup) is wanted for n in p.culprits(lookup))
-                     ) if self.parts else self.names
+        wanted, parts = self.decide(lookup), _parts(self.text)
+        return tuple(dict.fromkeys(n for p in parts if p.decide(lookup) is wanted for n in p.culprits(lookup))
+                     ) if parts else self.names
 
 
 @lru_cache(4096)
@@ -65,14 +64,17 @@ def compile_predicate(text: str) -> Predicate:
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
         raise PredicateError(f"no expression: {getattr(e, 'msg', None) or e}") from None
-    return _predicate(text, tree)
-
-
-def _predicate(text: str, tree: ast.expr) -> Predicate:
     names: dict[str, None] = {}
     code = _compile(tree, names, DEPTH_MAX)
+    return Predicate(text, tuple(names), code)
+
+
+@lru_cache(4096)
+def _parts(text: str) -> tuple[Predicate, ...]:
+    """What `and` joins at the top of a predicate. Few are ever asked for: those that something breaks."""
+    tree = ast.parse(text.strip(), mode="eval").body
     joined = tree.values if isinstance(tree, ast.BoolOp) and isinstance(tree.op, ast.And) else ()
-    return Predicate(text, tuple(names), code, tuple(_predicate(ast.unparse(part), part) for part in joined))
+    return tuple(compile_predicate(ast.unparse(part)) for part in joined)
 
 
 def _all(values: list[Any]) -> Any:

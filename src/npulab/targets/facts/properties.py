@@ -312,14 +312,27 @@ class Properties:
         if found is None:
             return None
         dtype = found[0].dtype
-        if out and self.onnx and found[1] is None and value is not None and self.kind != "DequantizeLinear":
-            readers = self.graph.consumers.get(value.index, ())
-            if readers and all(n.op.name == "QuantizeLinear" for n in readers):
-                made = {self.graph.values[n.outputs[0]].dtype for n in readers if n.outputs}
-                dtype = made.pop() if len(made) == 1 else dtype
+        if self.onnx and found[1] is None and value is not None and self.kind != "DequantizeLinear" \
+                and (out or (self.kind in FOLLOWERS and self._alone(value))):
+            dtype = self._quantized_as(value.index, FOLLOWERS_MAX) or dtype
         if dtype.value == "unknown":
             raise Unknown
         return self.assume if self.assume and dtype in FLOATS else dtype.value
+
+    def _alone(self, value: Value) -> bool:
+        """Whether the node alone reads what another one has made."""
+        return value.index in self.graph.producer and len(self.graph.consumers.get(value.index, ())) == 1
+
+    def _quantized_as(self, value: int, steps: int) -> DType | None:
+        """The type that QuantizeLinear gives to a value, behind activations that become part of what made it."""
+        readers = self.graph.consumers.get(value, ())
+        if not readers or value in self.graph.outputs:
+            return None
+        if all(n.op.name == "QuantizeLinear" for n in readers):
+            made = {self.graph.values[n.outputs[0]].dtype for n in readers if n.outputs}
+            return made.pop() if len(made) == 1 else None
+        follows = len(readers) == 1 and readers[0].op.name in FOLLOWERS and readers[0].outputs
+        return self._quantized_as(readers[0].outputs[0], steps - 1) if follows and steps else None
 
     def quantized(self) -> bool | None:
         data = self.source(self.data)
@@ -327,6 +340,9 @@ class Properties:
             return None
         if self.assume and data[0].dtype in FLOATS:
             return "int" in self.assume
+        if self.onnx and self.kind in FOLLOWERS and self._alone(data[0]) \
+                and self._quantized_as(data[0].index, FOLLOWERS_MAX) is not None:
+            return True
         return data[0].quantization is not None or data[1] is not None or self.node.op.name.startswith("QLinear")
 
     def zero_point(self) -> int | None:
@@ -372,6 +388,9 @@ class Properties:
 
 WEIGHTED = ("Conv", "DepthwiseConv", "ConvTranspose", "ConvInteger", "Gemm", "MatMul", "MatMulInteger", "LSTM", "GRU",
             "RNN", "SVDF")
+FOLLOWERS = ("Relu", "Clip", "LeakyRelu", "PRelu", "BatchNormalization")
+"""Operators that quantizers of ONNX leave in floats between a convolution and its QuantizeLinear."""
+FOLLOWERS_MAX = 2
 CONVOLUTIONS = ("Conv", "DepthwiseConv", "ConvTranspose", "ConvInteger")
 _CLIPS = {"RELU6": (0, 6), "RELU_N1_TO_1": (-1, 1), "RELU_0_TO_1": (0, 1)}
 _MOVED = {("Clip", "min"): 1, ("Clip", "max"): 2, ("TopK", "k"): 1, ("Split", "split"): 1, ("Slice", "starts"): 1,
@@ -579,7 +598,7 @@ def _axes(p: Properties) -> list[int] | None:
 
 
 def _constant_inputs(p: Properties) -> int:
-    return sum(v.is_constant for v in p.operands)
+    return sum(p.source(v)[0].is_constant for v in p.operands)  # type: ignore[index]  # an operand has a source
 
 
 def _same_shapes(p: Properties) -> bool | None:

@@ -23,8 +23,9 @@ LIMIT = 1 << 20
 Unlisted = Literal["host", "reject", "cut", "unknown"]
 """What the vendor's stack does with an operator that its list lacks: runs it on the CPU, refuses the model, wants it
 cut off; nobody says."""
-Effect = Literal["refuse", "slow", "unknown"]
-"""What a broken rule means: not on the NPU; on it, but not at its best; nobody says."""
+Effect = Literal["refuse", "host", "slow", "unknown"]
+"""What a broken rule means: not on the NPU, as the board's policy has it; on the CPU, whatever the policy; on the NPU,
+but not at its best; nobody says."""
 Granularity = Literal["per-tensor", "per-channel", "per-group"]
 Scalar = bool | int | float | str
 
@@ -292,9 +293,9 @@ NAMES = _set("""
     weights_constant bias_dtype inputs outputs constant_inputs same_shapes broadcast scale_h scale_w mode
     coordinate_mode align_corners half_pixel_centers perm keepdims epsilon alpha beta fused count_include_pad ceil_mode
     auto_pad zero_point quantized per_channel
-    all_quantized data_per_channel same_quantization same_types static least_rank parameters_constant
-    zero_points_fit out_zero_point bias_constant bias_largest weight_sum steps
-    steps_elsewhere same_scales in_bits out_bits weighted""")
+    all_quantized data_per_channel results_per_channel inputs_centred same_quantization same_types static least_rank
+    parameters_constant zero_points_fit least_unsigned_zero_point out_zero_point bias_constant bias_largest
+    weight_sum steps steps_elsewhere same_scales in_bits out_bits weighted""")
 """What predicates about nodes and tensors may read, besides attr_NAME; properties.py computes them."""
 GRAPH_NAMES = _set("nodes operators inputs outputs shape rank batch channels height width dtype quantized")
 """What predicates about graphs may read; `operators` are canonical names, from `shape` on it is the first input."""

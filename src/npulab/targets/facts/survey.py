@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from npulab.errors import ModelError
 from npulab.ir import Graph, Node, Value
 from npulab.targets.facts import names as naming
-from npulab.targets.facts.board import NMS, _view
+from npulab.targets.facts.board import NMS, view_of
 from npulab.targets.facts.costs import derived
 from npulab.targets.facts.ranges import Ranges
 
@@ -65,7 +65,7 @@ class Survey:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        view = _view(graph, "")
+        view = view_of(graph, "")
         self.properties = view.nodes
         self.names = {i: naming.label(names) for i, names in view.names.items()}
         self.fixed = derived(graph)

@@ -476,6 +476,13 @@ def equal_pieces(case: Case) -> Found:
         yield f"channels {sorted(counts)}", "split into equal parts"
 
 
+@rule(Conv2D, DepthwiseConv2D, FullyConnected, Split, Pad, Pool2D, Mean, Reshape, Elementwise, plans=("best",))
+def computed_data(case: Case) -> Found:
+    """Data is computed: the NPU is given inputs and results of other operators, and of constants weights alone."""
+    if case.data.is_constant:
+        yield f"'{case.data.name}' is constant", "fold it into a constant before"
+
+
 @rule(Split, Reshape, plans=("best",))
 def same_quantization(case: Case) -> Found:
     """An operator that only moves bytes has one quantization on both sides."""
