@@ -343,7 +343,7 @@ def test_the_terminal_and_json_say_the_same(tmp_path, capsys, yolo5):
     assert run_arguments(["check", str(path), "--target", "rk3588", "--as", "int8", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
 
-    assert max(map(len, text.splitlines())) <= 80
+    assert max(map(len, text.replace(str(tmp_path), "").splitlines())) <= 80
     assert " ".join(data["verdict"].split()) in " ".join(text.split())
     assert data["state"] == "tail"
     assert {"kind", "nodes", "found", "why", "remedy", "price", "source", "command"} == set(data["findings"][0])
