@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+import npulab
 from npulab import zoo
-from npulab.cli.patch import _quantized
 from npulab.importers import load
 from npulab.ir import Graph
 from npulab.passes.certificate import session
@@ -32,7 +32,7 @@ from npulab.passes.tflite_head import without_head
 from npulab.postprocess import apply, detect
 from npulab.postprocess.boxes import on_picture
 from npulab.postprocess.types import Post
-from npulab.targets.facts.board import Board, boards
+from npulab.targets.facts.board import boards
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 Found = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
@@ -42,21 +42,14 @@ Found = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 # boards
 
 
-def off(board: Board, graph: Graph, kind: str) -> set[int]:
-    return {f.node for f in board.check(graph, kind).findings if f.where != "npu"}
-
-
 def on_boards(name: str, graph: Graph) -> None:
     """As `npulab patch --target BOARD` does it: floats as floats, or as int8 where the board takes more so."""
     before, after = [], []
     start = time.perf_counter()
-    for board in boards().values():
-        kind = _quantized(board, graph)
-        if not off(board, graph, kind):
-            before.append(board.name)
-        made = patched(graph, (), lambda g, b=board, k=kind: off(b, g, k))[0]
-        if not off(board, made, kind):
-            after.append(board.name)
+    for board in boards():
+        made = npulab.patch(graph, board)
+        before += [board] if made.before and made.before.count("npu") == len(made.before.findings) else []
+        after += [board] if made.after and made.after.count("npu") == len(made.after.findings) else []
     new, lost = ([b for b in a if b not in c] for a, c in ((after, before), (before, after)))
     print(f"{name}: wholly on the NPU of {len(before)} of {len(boards())} boards untouched, of {len(after)} patched "
           f"({time.perf_counter() - start:.0f} s)\n  new: {', '.join(new)}\n  lost: {', '.join(lost) or 'none'}",

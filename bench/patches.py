@@ -25,12 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from npulab import api, zoo
-from npulab.cli.patch import _off, _quantized
 from npulab.exporters.onnx import to_onnx
 from npulab.ir import Graph
 from npulab.passes import constants
 from npulab.passes.certificate import TOLERANCE, compared
 from npulab.passes.pipeline import PASSES, patched, post_of, run
+from npulab.patching import as_quantized, off_npu
 from npulab.targets.facts.board import Board, boards
 
 SIZES = {"yolov5s": 96, "yolov8n": 96, "ssdlite": 96}
@@ -106,14 +106,14 @@ def network(name: str, where: str, chosen: dict[str, Board], limit: float) -> Re
 
 
 def pair(graph: Graph, folded: Graph, board: Board, certificates: dict[str, float]) -> Result:
-    kind = _quantized(board, graph)
-    before = len(_off(board.check(folded, kind)))
+    kind = as_quantized(board, graph)
+    before = len(off_npu(board.check(folded, kind)))
     newest = board.facts.facts.get("onnx_opset")
     opset = newest.value if newest is not None and isinstance(newest.value, int) else None
     began = time.process_time()
-    after, changes = patched(graph, (), lambda g: _off(board.check(g, kind)), opset)
+    after, changes = patched(graph, (), lambda g: off_npu(board.check(g, kind)), opset)
     seconds = time.process_time() - began
-    left = len(_off(board.check(after, kind)))
+    left = len(off_npu(board.check(after, kind)))
     began = time.perf_counter()
     key = hashlib.sha256(to_onnx(after)).hexdigest()
     if key not in certificates:

@@ -57,18 +57,23 @@ def patch(graph: Graph, target: str | None = None, passes: Sequence[str] = (), a
     """
     find_passes(passes)
     board = find_board(target) if target else None
-    kind = assume if assume is not None else _quantized(board, graph) if board else ""
+    kind = assume if assume is not None else as_quantized(board, graph) if board else ""
 
     def check(g: Graph) -> Check | None:
         return board.check(g, kind) if board else None
 
     def off(g: Graph) -> set[int]:
         found = check(g)
-        return {f.node for f in found.findings if f.where != "npu"} if found else set()
+        return off_npu(found) if found else set()
 
     made = (_tflite if graph.format == "tflite" else _onnx)(graph, passes, off if board else None, board)
     return Patched(made.graph, made.data, made.changes, made.post, made.compare, made.notes, kind, check(graph),
                    check(made.graph))
+
+
+def off_npu(check: Check) -> set[int]:
+    """The nodes that do not run on the NPU."""
+    return {f.node for f in check.findings if f.where != "npu"}
 
 
 def _onnx(graph: Graph, passes: Sequence[str], off: Callable[[Graph], set[int]] | None, board: Board | None) -> Patched:
@@ -100,6 +105,6 @@ def _opset(board: str) -> int | None:
     return int(fact.value) if fact and isinstance(fact.value, int | float) else None
 
 
-def _quantized(board: Board, graph: Graph) -> str:
+def as_quantized(board: Board, graph: Graph) -> str:
     """int8 if the board takes more of the network so, as its vendor's quantizer would make it; else nothing."""
     return "int8" if board.check(graph, "int8").count("npu") > board.check(graph).count("npu") else ""
