@@ -106,17 +106,19 @@ def _feeds(path: Path, graph: Graph) -> dict[str, Any]:
 
 
 def _list(passes: Any, json: bool) -> None:
-    from npulab.cli.printing import say, table, write_json
+    from npulab.cli.printing import say, write_json
 
     kinds = {(True, True): "always", (True, False): "where the board needs it", (False, False): "only by name"}
     if json:
         write_json([{"name": p.name, "exact": p.exact, "when": kinds[p.exact, p.always], "rule": p.rule}
                     for p in passes])
         return
-    table(["pass", "exact", "when", "rule+"],
-          [(p.name, "yes" if p.exact else "NO", kinds[p.exact, p.always], p.rule) for p in passes])
+    for p in passes:
+        number = "" if p.number is None else f" (={p.number})"
+        say(f"{p.name}{number}: {kinds[p.exact, p.always]}{'' if p.exact else ', NOT EXACT'}")
+        say(f"    {p.rule}")
     say()
-    say("What is not exact changes the outputs, and is done only if asked for with --pass.")
+    say("What is not exact changes the outputs, and is done only if asked for with --pass NAME, or NAME=NUMBER.")
 
 
 def _as_data(before: Graph, made: Patched, agreements: list[Agreement]) -> dict[str, Any]:

@@ -105,8 +105,8 @@ _KINDS = (
     (b"PK\x03\x04", "a zip archive (a Keras or PyTorch model, or packed files)", "unpack it, or convert it to TFLite"),
     (b"\x89HDF", "an HDF5 file (a Keras model)", "convert it to TFLite"),
     (b"\x1f\x8b", "a gzip archive", "unpack it"),
-    (b"\x89PNG", "a PNG image", "give the model, a .tflite file, here"),
-    (b"\xff\xd8\xff", "a JPEG image", "give the model, a .tflite file, here"),
+    (b"\x89PNG", "a PNG image", "give the model, a .tflite or .onnx file, here"),
+    (b"\xff\xd8\xff", "a JPEG image", "give the model, a .tflite or .onnx file, here"),
     (b"<", "a web page or other markup", "download the file itself, not the page about it"),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import lru_cache
 
 from npulab.errors import UsageError
@@ -63,7 +64,9 @@ def find_passes(names: Collection[str]) -> list[Pass]:
     for text in names:
         name, equals, number = text.partition("=")
         if name not in known:
-            raise UsageError(f"there is no pass '{name}'", want=", ".join(known))
+            close = get_close_matches(name, known, 4, 0.4)
+            raise UsageError(f"there is no pass '{name[:60]}'", **({"want": ", ".join(close)} if close else {}),
+                             try_="npulab patch --list")
         numbers[name] = known[name].number
         if equals and (known[name].number is None or not number.isdecimal() or not 0 < int(number) < 1 << 16):
             raise UsageError(f"the pass '{name}' does not take '{number}'", want=(
