@@ -54,6 +54,10 @@ def page(f: Facts) -> str:
         out += ["", "## Facts", "", "| fact | value | note | source |", "|---|---|---|---|"]
         out += [f"| {cell(x.key)} | {cell(value(x.value))}{f' {cell(x.unit)}' if x.unit else ''} | {cell(x.note)} | "
                 f"{key(x.source)} |" for x in f.fact]
+    if f.quantization:
+        out += ["", "## Networks of integers", "", "| subject | value | note | source |", "|---|---|---|---|"]
+        out += [f"| {cell(x.key)}{f' ({x.variant})' if x.variant else ''} | {cell(value(x.value))} | {cell(x.note)} | "
+                f"{key(x.source)} |" for x in f.quantization]
     if f.rule:
         out += ["", "## Rules for the whole model", "", "| about | rule | checked as | source |", "|---|---|---|---|"]
         out += [f"| {r.scope} | {sentence(r)} | {check(r)} | {key(r.source)} |" for r in f.rule]

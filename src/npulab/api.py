@@ -4,6 +4,7 @@
     convert      Graph                   -> the same network in the other dialect
     check        Graph                   -> one Verdict a node
     patch        Graph, board            -> Patched: the network rewritten, and how to compare both
+    quantize     float Graph, samples   -> Quantized: the network in integers for a target
     compile      Graph (or model file)   -> Program
     profile      Program (or model)      -> Profile: where the time goes
     open_session Program, Device         -> Session; its `run` gives the outputs
@@ -16,14 +17,20 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from typing import Literal
+    from pathlib import Path
+    from typing import Any, Literal
 
     from npulab.ir import Graph
     from npulab.patching import Patched
     from npulab.plan.types import Verdict
     from npulab.profiling.types import Profile
     from npulab.program.types import Program
+    from npulab.quantize.job import Options as QuantizeOptions
+    from npulab.quantize.job import Tell
+    from npulab.quantize.types import Rules, Samples
+    from npulab.quantizing import Quantized
     from npulab.runtime.device import Device
+    from npulab.runtime.images import Fit
     from npulab.runtime.session import Session
     from npulab.targets.target import PlanName, PlanOptions, Settings, Target
 
@@ -86,6 +93,41 @@ def patch(model: Graph | str | os.PathLike[str], target: str | None = None, pass
     from npulab.patching import patch
 
     return patch(load(model) if isinstance(model, str | os.PathLike) else model, target, passes, assume)
+
+
+def quantization_rules(target: str) -> Rules:
+    """What a target takes of a network of integers: "generic-int8", "a311d", "rk3588". Raises: UsageError."""
+    from npulab.targets.facts.quantization import rules_of
+
+    return rules_of(target)
+
+
+def quantize(model: Graph | str | os.PathLike[str], data: Samples | str | os.PathLike[str] | None,
+             target: str = "generic-int8", options: QuantizeOptions | None = None, normalize: str | None = None,
+             fit: Fit = "squash", limit: int | None = None, tell: Tell | None = None,
+             resume: Path | None = None) -> Quantized:
+    """The float network in integers, as `target` takes it, calibrated with the samples of `data`: a folder or .zip of
+    images, a .npz file, or Samples. The file that comes out has been checked against the target's rules.
+
+    Raises: UsageError for data or options that do not fit; UnsupportedError for what cannot be quantized.
+    """
+    from npulab.quantize.job import Options
+    from npulab.quantizing import checked, quantize
+    from npulab.runtime.datasets import input_tensors, open_samples
+
+    graph = load(model) if isinstance(model, str | os.PathLike) else model
+    samples = (open_samples(data, input_tensors(graph), normalize, fit, limit)
+               if isinstance(data, str | os.PathLike) else data)
+    made = quantize(graph, samples, quantization_rules(target), options or Options(), tell, resume)
+    checked(made)
+    return made
+
+
+def quantization_report(graph: Graph, made: Quantized) -> dict[str, Any]:
+    """What was done and measured, as plain data."""
+    from npulab.quantizing import report
+
+    return report(graph, made)
 
 
 def compile(model: Graph | str | os.PathLike[str], target: str = "a311d", plan: PlanName = "best",

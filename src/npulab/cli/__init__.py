@@ -24,9 +24,11 @@ from npulab.cli.compare import compare
 from npulab.cli.compile import compile
 from npulab.cli.convert import convert
 from npulab.cli.disasm import disasm
+from npulab.cli.evaluate import evaluate
 from npulab.cli.export import export
 from npulab.cli.patch import patch
 from npulab.cli.profile import profile
+from npulab.cli.quantize import quantize
 from npulab.cli.replay import replay
 from npulab.cli.run import run
 from npulab.cli.sweep import sweep
@@ -39,8 +41,8 @@ app = typer.Typer(
     name="npulab", add_completion=False, rich_markup_mode=None, no_args_is_help=True, pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (run, check, patch, convert, export, compile, profile, compare, cliffs, sweep, teardown, atlas, disasm,
-             replay, targets):
+for verb in (run, evaluate, check, patch, quantize, convert, export, compile, profile, compare, cliffs, sweep, teardown,
+             atlas, disasm, replay, targets):
     app.command(no_args_is_help=verb not in (atlas, targets))(verb)
 app.add_typer(zoo, name="zoo")
 

@@ -78,16 +78,17 @@ def _width() -> int:
 
 def write_json(data: Any) -> None:
     """The verb's answer for programs. Numbers that JSON does not have become null."""
-    print(json.dumps(_finite(data), indent=1))
+    print(json.dumps(finite(data), indent=1))
 
 
-def _finite(data: Any) -> Any:
+def finite(data: Any) -> Any:
+    """Plain data whose numbers JSON has."""
     if isinstance(data, float):
         return data if math.isfinite(data) else None
     if isinstance(data, dict):
-        return {str(k): _finite(v) for k, v in data.items()}
+        return {str(k): finite(v) for k, v in data.items()}
     if isinstance(data, list | tuple):
-        return [_finite(v) for v in data]
+        return [finite(v) for v in data]
     return data
 
 

@@ -2,11 +2,13 @@
 
 Every value of the source is held by a tensor of the file in some order of its axes (layouts.py). Translations say which
 order they need; transpositions appear only where what is held lies otherwise. A value that QuantizeLinear made is held
-by a tensor of 8 bits, and so is the float that DequantizeLinear makes of it: whoever needs floats gets a DEQUANTIZE.
+by a tensor of integers, and so is the float that DequantizeLinear makes of it: whoever needs floats gets a DEQUANTIZE.
+TFLite's kernels want data and results of one width: where they differ, 8 bits are brought to 16, which loses nothing.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 
 from npulab.dialects import layouts
 from npulab.dialects.layouts import Order
-from npulab.dialects.quantities import Coded, Quantities
+from npulab.dialects.quantities import WIDER, Coded, Quantities
 from npulab.dialects.tflite_file import Spec, TFLiteFile
 from npulab.ir import DType, Graph, Node, Quantization, Value
 from npulab.ir.ops import OnnxOp
@@ -24,12 +26,17 @@ from npulab.ir.ops import OnnxOp
 Array = NDArray[Any]
 RANK_MAX = 6
 """Dimensions that TFLite's TRANSPOSE takes."""
-TYPES = (DType.FLOAT32, DType.INT32, DType.INT64, DType.BOOL, DType.INT8, DType.UINT8)
+TYPES = (DType.FLOAT32, DType.INT32, DType.INT64, DType.BOOL, DType.INT8, DType.UINT8, DType.INT16)
 """Element types of computed tensors that both dialects have operators for."""
-
-
+FINER = 1.9
+"""Steps of a result to one of the numbers that it is rounded to before, so that both roundings stay within a step."""
 MISFITS = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
 """What Python raises where a file's attributes or shapes do not fit its operators."""
+
+
+def wide(q: Quantization) -> Quantization:
+    """The quantization by which 16 bits hold all numbers of these 8 bits."""
+    return Quantization((float(np.float32(q.scale / WIDER)),), (0,))
 
 
 class NotThereError(Exception):
@@ -48,7 +55,10 @@ class Conversion:
     end         the value that the node's first output becomes: behind the activation that is fused into it.
     activation  that activation, by TFLite's name.
     addend      the value that is added to a product as its bias, and the operator that does so is left out; -1: none.
-    quantized   the quantization of `end` if the node is computed in integers; None: in floats, or not in 8 bits at all.
+    integer     whether the node is computed in integers, of element type `dtype`.
+    quantized   the quantization of what it computes then, where the graph says one.
+    narrow      what its 16-bit result is brought to afterwards, where the graph wants 8 bits: type and quantization.
+    notes       what a user should know, by how often.
     """
 
     def __init__(self, graph: Graph, quantities: Quantities, last: Sequence[int]) -> None:
@@ -62,6 +72,9 @@ class Conversion:
         self.addend = -1
         self.quantized: Quantization | None = None
         self.integer = False
+        self.dtype = quantities.dtype
+        self.narrow: tuple[str, Quantization] | None = None
+        self.notes: Counter[str] = Counter()
         self.moved = 0
         self.columns: dict[int, tuple[tuple[int, ...], Order]] = {}
         self._made: dict[tuple[Any, ...], int] = {}
@@ -75,10 +88,10 @@ class Conversion:
         own = self.quantities.as_stored(q, v.dtype.value) if q else None
         tensor = self.file.tensor(v.name, layouts.stored(v.shape, order), v.dtype.value, own)
         self.inputs.append(tensor)
-        if q and v.dtype.value != self.quantities.dtype:
-            spec = Spec(layouts.stored(v.shape, order), self.quantities.dtype, self.quantities.as_stored(q))
+        if q and own and v.dtype.value != self.quantities.stored_type(q):
             self.file.origin = v.name
-            tensor = self.file.make("QUANTIZE", [tensor], spec)
+            tensor = self.file.make("QUANTIZE", [tensor], Spec(
+                layouts.stored(v.shape, order), self.quantities.stored_type(q), self.quantities.as_stored(q)))
         self.held[v.index] = Held(tensor, order)
 
     # the node
@@ -133,23 +146,35 @@ class Conversion:
         h = self.held.get(self.node.inputs[i])
         return h.order if h else layouts.plain(len(self.shape(i)))
 
-    def input(self, i: int, order: Order | None = None) -> int:
-        """Input `i` as a tensor of the file, of integers or floats as the node is computed, in this order."""
+    def input(self, i: int, order: Order | None = None, as_it_is: bool = False) -> int:
+        """Input `i` as a tensor of the file, of integers or floats as the node is computed, in this order.
+
+        `as_it_is`: integers of whatever width.
+        """
         v = self.value(i)
         if v.index not in self.held:
             return self.constant_tensor(v, order or layouts.plain(len(v.shape)))
         h = self.held[v.index]
         tensor = self.ordered(h.tensor, v.shape, h.order, order or h.order)
-        return tensor if self.integer else self.real(tensor)
+        if not self.integer:
+            return self.real(tensor)
+        return tensor if as_it_is else self.widened(tensor)
+
+    def widened(self, tensor: int) -> int:
+        """8 bits as 16, of the same real numbers, if the node is computed so."""
+        spec = self.file.specs[tensor]
+        if self.dtype != "int16" or spec.dtype == "int16" or spec.quantization is None:
+            return tensor
+        return self.requantized(tensor, wide(spec.quantization), "int16")
 
     def constant_tensor(self, v: Value, order: Order, shape: Sequence[int] | None = None) -> int:
         """A constant, seen as of another `shape`, as a tensor of the file."""
         shape = v.shape if shape is None else shape
         code = self.quantities.coded.get(v.index)
         if code is not None and self.integer:
-            stored = self.quantities.stored(code)
+            stored = self.quantities.stored(code, self.dtype)
             if stored is None:
-                raise NotThereError("a constant operand quantized per channel")
+                raise NotThereError("a constant operand quantized so")
             return self.file.constant(v.name, stored[0].reshape(shape).transpose(order), stored[1])
         array = self.quantities.real(v.index)
         if array is None:
@@ -183,7 +208,7 @@ class Conversion:
                               Spec(tuple(shape), spec.dtype, spec.quantization), new_shape=[int(n) for n in shape])
 
     def real(self, tensor: int) -> int:
-        """Floats, dequantized where the tensor holds 8 bits."""
+        """Floats, dequantized where the tensor holds integers that stand for such."""
         spec = self.file.specs[tensor]
         if not spec.is_integer:
             return tensor
@@ -191,14 +216,14 @@ class Conversion:
             self._made["real", tensor] = self.file.make("DEQUANTIZE", [tensor], Spec(spec.shape, "float32"))
         return self._made["real", tensor]
 
-    def requantized(self, tensor: int, q: Quantization) -> int:
-        """The tensor, of floats or of 8 bits, in 8 bits by this quantization."""
-        spec = self.file.specs[tensor]
-        if spec.quantization == q:
+    def requantized(self, tensor: int, q: Quantization, dtype: str | None = None) -> int:
+        """The tensor, of floats or of integers, in integers of `dtype` (by default as the node is computed) by `q`."""
+        spec, dtype = self.file.specs[tensor], dtype or self.dtype
+        if spec.quantization == q and spec.dtype == dtype:
             return tensor
-        key = ("quantized", tensor, q)
+        key = ("quantized", tensor, q, dtype)
         if key not in self._made:
-            self._made[key] = self.file.make("QUANTIZE", [tensor], Spec(spec.shape, self.quantities.dtype, q))
+            self._made[key] = self.file.make("QUANTIZE", [tensor], Spec(spec.shape, dtype, q))
         return self._made[key]
 
     def aligned(self, i: int, order: Order) -> int:
@@ -245,9 +270,9 @@ class Conversion:
         at = layouts.stored(v.shape, order) if shape is None else tuple(shape)
         dtype, q = v.dtype.value, None
         if self.integer:
-            dtype, q = self.quantities.dtype, self.quantized
+            dtype, q = self.dtype, self.quantized
             if like is not None:
-                q = self.file.specs[like].quantization
+                dtype, q = self.file.specs[like].dtype, self.file.specs[like].quantization
         tensor = self.file.make(name, inputs, Spec(at, dtype, q), v.name, **options)
         self.put(tensor, order)
 

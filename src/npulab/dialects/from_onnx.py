@@ -6,9 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from npulab.dialects import functions as f
 from npulab.dialects import layouts, matrices, moves, resizes, windows
-from npulab.dialects.conversion import MISFITS, TYPES, Conversion, Held, NotThereError
+from npulab.dialects.conversion import MISFITS, TYPES, Conversion, Held, NotThereError, wide
+from npulab.dialects.integers import clamped
 from npulab.dialects.layouts import Order
 from npulab.dialects.prepare import prepared
 from npulab.dialects.quantities import Meaning, Quantities, is_op
@@ -17,22 +20,25 @@ from npulab.errors import ModelError, UnsupportedError
 from npulab.ir import DType, Graph, Node
 from npulab.ir.ops import OnnxOp
 
+EIGHT = ("int8", "uint8")
 TABLE: dict[str, f.Translate] = {
     "Conv": windows.conv, "ConvTranspose": windows.conv_transpose, "MaxPool": windows.max_pool,
     "AveragePool": windows.average_pool, "GlobalAveragePool": windows.global_pool,
     "GlobalMaxPool": windows.global_pool, "Resize": resizes.resize, "Upsample": resizes.resize,
     "Gemm": matrices.gemm, "MatMul": matrices.matmul,
-    "Add": f.two("ADD", True), "Sub": f.two("SUB", True), "Mul": f.two("MUL", True), "Div": f.two("DIV", True),
-    "Sum": f.two("ADD", True), "Max": f.two("MAXIMUM"), "Min": f.two("MINIMUM"), "Mean": f.mean_of_several,
-    "Pow": f.power, "Mod": f.two("FLOOR_MOD"), "PRelu": f.prelu, "Where": f.where,
+    "Add": f.two("ADD", True), "Sub": f.two("SUB", True), "Mul": f.two("MUL", True), "Div": f.divide,
+    "Sum": f.two("ADD", True), "Max": f.extreme("MAXIMUM"), "Min": f.extreme("MINIMUM"), "Mean": f.mean_of_several,
+    "Pow": f.power, "Mod": f.two("FLOOR_MOD"), "PRelu": f.only(EIGHT, f.prelu), "Where": f.where,
     "Equal": f.two("EQUAL"), "Greater": f.two("GREATER"), "Less": f.two("LESS"),
     "GreaterOrEqual": f.two("GREATER_EQUAL"), "LessOrEqual": f.two("LESS_EQUAL"),
     "And": f.two("LOGICAL_AND"), "Or": f.two("LOGICAL_OR"), "Not": f.one("LOGICAL_NOT"),
-    "Abs": f.one("ABS"), "Neg": f.one("NEG"), "Exp": f.one("EXP"), "Log": f.one("LOG"), "Sqrt": f.one("SQRT"),
+    "Abs": f.only(("int8", "int16"), f.one("ABS")), "Neg": f.one("NEG"), "Exp": f.only(("int8",), f.one("EXP")),
+    "Log": f.one("LOG"), "Sqrt": f.one("SQRT"),
     "Floor": f.one("FLOOR"), "Ceil": f.one("CEIL"), "Round": f.one("ROUND"), "Sin": f.one("SIN"), "Cos": f.one("COS"),
     "Sign": f.one("SIGN"), "Reciprocal": f.reciprocal, "Relu": f.relu, "Clip": f.clip, "Elu": f.elu,
-    "Sigmoid": f.fixed("LOGISTIC", 1 / 256, 0), "Tanh": f.fixed("TANH", 1 / 128, 128), "HardSwish": f.hard_swish,
-    "HardSigmoid": f.hard_sigmoid, "Swish": f.swish, "Softplus": f.softplus, "Mish": f.mish, "Gelu": f.gelu,
+    "Sigmoid": f.fixed("LOGISTIC", 1 / 256, 0), "Tanh": f.fixed("TANH", 1 / 128, 128),
+    "HardSwish": f.hard_swish, "HardSigmoid": f.hard_sigmoid, "Swish": f.swish,
+    "Softplus": f.softplus, "Mish": f.mish, "Gelu": f.only(EIGHT, f.gelu),
     "LeakyRelu": f.leaky_relu, "Softmax": f.softmax, "LogSoftmax": f.softmax, "ArgMax": f.arg_extreme,
     "ArgMin": f.arg_extreme, "CumSum": f.cum_sum, "BatchNormalization": f.batch_norm,
     "LayerNormalization": f.layer_norm, "InstanceNormalization": f.instance_norm,
@@ -54,12 +60,14 @@ FUSING = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Sub", "Mul", "Div",
 """Those whose TFLite operators take an activation along."""
 EXACT = ("MaxPool", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Split", "Slice", "Pad", "Gather",
          "Expand", "Tile", "DepthToSpace", "SpaceToDepth", "Identity", "Dropout", "Concat", "Relu", "Clip",
-         "GlobalMaxPool")
+         "GlobalMaxPool", "ReduceMax", "ReduceMin")
 """In integers the result has its input's quantization and loses nothing by that."""
 ROUNDING = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Sub", "Mul", "AveragePool", "GlobalAveragePool",
             "ReduceMean", "Sigmoid", "Tanh", "Softmax", "HardSwish", "LeakyRelu", "Resize", "Upsample", "Relu", "Clip",
-            "Concat")
+            "Concat", "Max", "Min", "Abs", "Exp", "Gelu", "PRelu", "HardSigmoid", "Div")
 """In integers the result is rounded: only where it is quantized at once."""
+SEVERAL = ("Add", "Sub", "Mul", "Concat", "Max", "Min")
+"""All whose operands are data; of other operators the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +113,13 @@ def _check(graph: Graph, ready: Graph) -> None:
         raise UnsupportedError(
             f"'{graph.name}' has operators that TFLite has no words for", got=_listed(missing),
             try_="cut the network before them, or compute them on the host")
+    inner = set(ready.producer) - set(ready.outputs)
     for v in ready.values:
         if v.index in ready.producer or v.index in ready.inputs:
             if v.dynamic_axes or not v.has_shape:
                 raise UnsupportedError(f"'{v.name}' of '{graph.name}' has no fixed size", want="fixed sizes",
                                        try_="--dim NAME=SIZE")
-            if v.dtype not in TYPES:
+            if v.dtype not in TYPES and not (v.dtype is DType.UINT16 and v.index in inner):
                 raise UnsupportedError(f"'{v.name}' of '{graph.name}' has elements that are not converted",
                                        got=v.dtype.value, want=", ".join(t.value for t in TYPES))
             if not 0 < v.elements <= ELEMENTS_MAX:
@@ -134,6 +143,8 @@ class _Translator:
         self.c = c
         self.done: set[int] = set()
         self.failed: list[str] = []
+        self.clamp: tuple[float, float] | None = None
+        self.last: Node | None = None
 
     def run(self) -> None:
         c = self.c
@@ -164,22 +175,42 @@ class _Translator:
     def _node(self, n: Node) -> None:
         c = self.c
         c.activation, c.end, c.quantized, c.integer, c.addend = "NONE", n.outputs[0], None, False, -1
+        c.dtype, c.narrow, self.clamp, self.last = c.quantities.dtype, None, None, None
         if is_op(n, "QuantizeLinear"):
             self._quantize(n)
         elif is_op(n, "DequantizeLinear"):
             self._dequantize(n)
         else:
-            fused = self._fused(n)
-            self._integer(n, fused)
+            self._integer(n, self._fused(n))
             try:
                 TABLE[n.op.name](c)
+                self._behind()
             except NotThereError:
                 if not c.integer:
                     raise
                 for v in (c.end, *n.outputs):  # then in floats, between DEQUANTIZE and QUANTIZE
                     c.held.pop(v, None)
-                c.integer, c.quantized = False, None
+                c.integer, c.quantized, c.narrow = False, None, None
+                self._release()
                 TABLE[n.op.name](c)
+
+    def _behind(self) -> None:
+        """What is left to do behind an operator in integers: limits that TFLite fuses nowhere, 16 bits to 8."""
+        c = self.c
+        h = c.held[c.end] if c.integer and c.end in c.held else None
+        if h is not None and c.narrow is not None and c.file.specs[h.tensor].dtype == "int16":
+            h = Held(c.requantized(h.tensor, c.narrow[1], c.narrow[0]), h.order)
+        if h is not None and self.clamp is not None:
+            h = Held(clamped(c, h.tensor, *self.clamp), h.order)
+        if h is not None:
+            c.held[c.end] = h
+
+    def _release(self) -> None:
+        """A clamp that only goes along in integers is an operator of its own again."""
+        if self.last is not None:
+            self.done.discard(self.last.index)
+            self.c.end = self.last.inputs[0]
+        self.clamp = self.last = None
 
     def _fused(self, n: Node) -> int:
         """The value behind the activation that goes along with `n`, which is then done."""
@@ -191,9 +222,17 @@ class _Translator:
             c.addend, c.end = addend, reader.outputs[0]
             self.done.add(reader.index)
             reader = self._only_reader(c.end)
-        if reader is not None and (name := f.activation_of(c, reader)):
+        if reader is None:
+            return c.end
+        name = f.activation_of(c, reader)
+        if name and n.op.name != "Div":
             c.activation, c.end = name, reader.outputs[0]
             self.done.add(reader.index)
+        elif (name or is_op(reader, "Clip")) and c.quantities.wanted(reader.outputs[0]) is not None:
+            limits = (0.0, np.inf) if is_op(reader, "Relu") else f.limits(c, reader)
+            if not np.isnan(limits).any():  # in integers the result is clamped
+                self.clamp, self.last, c.end = limits, reader, reader.outputs[0]
+                self.done.add(reader.index)
         return c.end
 
     def _only_reader(self, value: int) -> Node | None:
@@ -203,44 +242,65 @@ class _Translator:
     def _integer(self, n: Node, end: int) -> None:
         """Whether `n` is computed in integers: its data are, and so is its result, at once or without loss."""
         c = self.c
-        name = n.op.name
-        data = n.inputs[:1] if name not in ("Add", "Sub", "Mul", "Concat") else n.inputs
+        self._decide(n, end)
+        if not c.integer and self.last is not None:
+            self._release()
+            self._decide(n, c.end)
+
+    def _decide(self, n: Node, end: int) -> None:
+        c, name = self.c, n.op.name
+        data = n.inputs if name in SEVERAL else n.inputs[:1]
+        if name == "MatMul" and c.quantities.real(n.inputs[1]) is None:
+            data = n.inputs
         if name not in (*EXACT, *ROUNDING) or not all(self._is_integer(v) for v in data):
             return
         if not any(v in c.held for v in data):
             return
-        if name in ("Conv", "ConvTranspose", "Gemm", "MatMul") and n.inputs[1] not in c.quantities.coded:
+        if name in ("Conv", "ConvTranspose", "Gemm", "MatMul") and n.inputs[1] not in c.quantities.coded \
+                and n.inputs[1] not in data:
             return
         wanted = c.quantities.wanted(end)
         if c.graph.values[end].dtype is not DType.FLOAT32:
             wanted = c.quantities.meaning(end)
-        if name in ROUNDING and wanted:
-            c.integer, c.quantized = True, c.quantities.as_stored(wanted)
-        elif name in EXACT and (name != "Concat" or self._same(data)):
+        q = c.quantities.as_stored(wanted) if wanted else None
+        wide_data = any(self._is_wide(v) for v in data)
+        if name in ROUNDING and wanted and q:
+            c.integer, c.quantized, c.dtype = True, q, c.quantities.stored_type(wanted)
+            if wide_data and c.dtype != "int16" and name != "Concat":
+                c.narrow, c.quantized, c.dtype = (c.dtype, q), wide(q), "int16"
+        elif name in EXACT and self.last is None and (name != "Concat" or self._same(data)):
             c.integer = True
+            c.dtype = "int16" if wide_data else c.dtype
 
     def _is_integer(self, v: int) -> bool:
         c = self.c
         if v in c.held:
             return c.file.specs[c.held[v].tensor].is_integer
         code = c.quantities.coded.get(v)
-        return code is not None and c.quantities.stored(code) is not None
+        return code is not None and c.quantities.stored(code, "int16") is not None
+
+    def _is_wide(self, v: int) -> bool:
+        c = self.c
+        return c.file.specs[c.held[v].tensor].dtype == "int16" if v in c.held else c.quantities.is_wide(v)
 
     def _same(self, values: Sequence[int]) -> bool:
         c = self.c
-        return len({c.file.specs[c.held[v].tensor].quantization if v in c.held else None for v in values}) == 1
+        specs = [c.file.specs[c.held[v].tensor] if v in c.held else None for v in values]
+        return len({(s.dtype, s.quantization) if s else None for s in specs}) == 1
 
     def _quantize(self, n: Node) -> None:
         c = self.c
         meaning = c.quantities.meaning(n.outputs[0])
         if meaning is None or c.quantities.parameters(n) is None:
-            raise NotThereError("other than to 8 bits by one constant scale")
+            raise NotThereError("other than to 8 or 16 bits by one constant scale")
         q = c.quantities.as_stored(meaning)
+        if q is None:
+            raise NotThereError("to 16 bits with a zero point")
         h = c.held.get(n.inputs[0])
         h = h or _held(c, c.input(0), n.outputs[0])
         if n.inputs[0] in c.columns:
             c.columns[n.outputs[0]] = c.columns[n.inputs[0]]
-        c.held[n.outputs[0]] = Held(c.requantized(h.tensor, q), h.order)
+        c.held[n.outputs[0]] = Held(c.requantized(h.tensor, q, c.quantities.stored_type(meaning)), h.order)
 
     def _dequantize(self, n: Node) -> None:
         c = self.c
@@ -248,7 +308,7 @@ class _Translator:
             return
         meaning, parameters = c.quantities.meaning(n.inputs[0]), c.quantities.parameters(n)
         if meaning is None or parameters is None or n.inputs[0] not in c.held:
-            raise NotThereError("other than from 8 bits by one constant scale")
+            raise NotThereError("other than from 8 or 16 bits by one constant scale")
         own = Meaning(float(parameters[0][0]), int(parameters[1][0]), c.value(0).dtype.value)
         if own != meaning:
             raise NotThereError("by another scale than the one that the integers were made with")
@@ -283,7 +343,7 @@ def _finished(c: Conversion, keep_layout: bool) -> Converted:
     for i in graph.outputs:
         v = graph.values[i]
         c.file.origin = f"output {v.name}"
-        c.integer = True
+        c.integer, c.dtype = True, c.quantities.dtype
         rank = len(v.shape)
         h = c.held.get(i)
         if h is None:
@@ -311,4 +371,5 @@ def _finished(c: Conversion, keep_layout: bool) -> Converted:
     inputs = {graph.values[i].name: c.held[i].order for i in graph.inputs
               if c.held[i].order != layouts.plain(len(c.held[i].order))}
     made = c.file.graph(graph.name, c.inputs, list(outputs))
-    return Converted(replace(made, name=graph.name), inputs, moved)
+    notes = tuple(f"{text} ({count} of them)" if count > 1 else text for text, count in sorted(c.notes.items()))
+    return Converted(replace(made, name=graph.name), inputs, moved, notes)

@@ -6,12 +6,13 @@ from collections import Counter
 
 from npulab.dialects import layouts
 from npulab.dialects.conversion import MISFITS, NotThereError
+from npulab.dialects.fake_quant import folded
 from npulab.dialects.from_onnx import Converted
 from npulab.dialects.layouts import Order
-from npulab.dialects.onnx_file import EIGHT_BITS, TYPES, Held, OnnxFile
+from npulab.dialects.onnx_file import QUANTIZED, TYPES, Held, OnnxFile
 from npulab.dialects.tflite_operators import TABLE
 from npulab.errors import ModelError, UnsupportedError
-from npulab.ir import Graph
+from npulab.ir import DType, Graph
 
 
 def from_tflite(graph: Graph, keep_layout: bool = False) -> Converted:
@@ -20,6 +21,7 @@ def from_tflite(graph: Graph, keep_layout: bool = False) -> Converted:
     Raises: UnsupportedError naming every operator that there is no translation for.
     """
     _check(graph)
+    graph = folded(graph)
     pictures = [] if keep_layout else [v for v in graph.inputs if len(graph.values[v].shape) == 4]
     best: OnnxFile | None = None
     for first in ([pictures, []] if pictures else [[]]):
@@ -39,9 +41,10 @@ def _check(graph: Graph) -> None:
             got=", ".join(f"{count} {name}" if count > 1 else name for name, count in sorted(missing.items())),
             try_="cut the network before them, or compute them on the host")
     for v in graph.values:
-        computed = v.index in graph.producer or v.index in graph.inputs
-        strange = computed and v.dtype not in TYPES and not _is_constant_cast(graph, v.index)
-        if strange or (v.quantization and not v.quantization.per_tensor and computed and v.dtype in EIGHT_BITS):
+        computed = v.index in graph.producer or v.index in (*graph.inputs, *graph.outputs)
+        known = v.dtype in TYPES and (v.dtype is not DType.INT16 or v.quantization is not None)
+        strange = computed and not known and not _is_constant_cast(graph, v.index)
+        if strange or (v.quantization and not v.quantization.per_tensor and computed and v.dtype in QUANTIZED):
             raise UnsupportedError(f"'{v.name}' of '{graph.name}' has elements that are not converted",
                                    got=str(v), want=", ".join(t.value for t in TYPES) + ", one scale a tensor")
 

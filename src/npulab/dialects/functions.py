@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from npulab.dialects import layouts
 from npulab.dialects.conversion import Conversion, NotThereError
+from npulab.dialects.integers import PLAIN, affine, clamped, codes_of, edges, fixed_result
 from npulab.dialects.moves import axis_at
+from npulab.dialects.tflite_file import Spec
 from npulab.ir import Quantization
 
 Translate = Callable[[Conversion], None]
-PLAIN: dict[str, Any] = {"fused_activation_function": "NONE"}
+SLOPE_MAX = 1.0
+"""The largest slope of PReLU that is rounded to 8 bits."""
 
 
 def activation_of(c: Conversion, node: Any) -> str | None:
@@ -50,7 +53,7 @@ def one(name: str, **options: Any) -> Translate:
 
 
 def fixed(name: str, scale: float, zero: int) -> Translate:
-    """One whose 8-bit results always have this scale and, unsigned, this zero point."""
+    """One whose results of 8 bits always have this scale and, unsigned, this zero point; of 16 bits 1/32768 and 0."""
 
     def translate(c: Conversion) -> None:
         data, order = c.input(0), c.order(0)
@@ -61,10 +64,43 @@ def fixed(name: str, scale: float, zero: int) -> Translate:
     return translate
 
 
-def fixed_result(c: Conversion, name: str, data: int, scale: float, zero: int, **options: Any) -> int:
-    own = Quantization((scale,), (zero - 128 if c.quantities.signed else zero,))
-    out = c.step(name, [data], None, c.quantities.dtype, own, **options)
-    return c.requantized(out, c.quantized) if c.quantized else out
+def only(types: Sequence[str], translate: Translate) -> Translate:
+    """A translation whose integer kernel takes data of these types alone."""
+
+    def checked(c: Conversion) -> None:
+        if c.integer and c.dtype not in types:
+            raise NotThereError(f"integers of type {c.dtype}")
+        translate(c)
+    return checked
+
+
+def extreme(name: str) -> Translate:
+    """MAXIMUM or MINIMUM, which in integers want all at one scale: that of the result."""
+
+    def translate(c: Conversion) -> None:
+        if not c.integer:
+            two(name)(c)
+            return
+        assert c.quantized
+        order = c.common(len(c.out.shape), range(len(c.node.inputs)))
+        parts = [c.requantized(c.aligned(i, order), c.quantized) for i in range(len(c.node.inputs))]
+        while len(parts) > 1:
+            shape = np.broadcast_shapes(*(c.file.specs[p].shape for p in parts[:2]))
+            parts[:2] = [c.step(name, parts[:2], shape)]
+        c.put(parts[0], order)
+    return translate
+
+
+def divide(c: Conversion) -> None:
+    """DIV, which TFLite has in floats and uint8 alone; in integers by one constant number."""
+    if not c.integer:
+        two("DIV", True)(c)
+        return
+    divisor = c.constant(1)
+    if divisor is None or divisor.size != 1 or c.activation != "NONE" or not divisor.any() or c.out.shape != c.shape(0):
+        raise NotThereError("quotients in integers")
+    assert c.quantized
+    c.put(affine(c, c.input(0), 1 / float(divisor.reshape(-1)[0]), 0.0, c.quantized), c.order(0))
 
 
 def two(name: str, fused: bool = False, **options: Any) -> Translate:
@@ -118,6 +154,13 @@ def clip(c: Conversion) -> None:
     if np.isnan(low) or np.isnan(high):
         raise NotThereError("limits that are computed")
     name = activation_of(c, c.node)
+    if name == "RELU_N1_TO_1" and c.integer and c.dtype == "int16":
+        name = None  # which has no kernel
+    if c.integer and c.quantized:  # rounded, then kept within the limits' codes: the same as the other way round
+        spec = Spec(c.file.specs[data].shape, c.dtype, c.quantized)
+        if codes_of(spec, low, high) == edges(spec) or name is None:
+            c.put(clamped(c, c.requantized(data, c.quantized), low, high), order)
+            return
     if name:
         c.emit(name, [data], order, None, None if c.quantized else data)
         return
@@ -144,13 +187,24 @@ def scalar(c: Conversion, value: float) -> int:
 
 def hard_sigmoid(c: Conversion) -> None:
     order = c.order(0)
+    if c.integer:
+        assert c.quantized
+        moved = affine(c, c.input(0), c.attribute("alpha", 0.2), c.attribute("beta", 0.5), c.quantized)
+        c.put(clamped(c, moved, 0.0, 1.0), order)
+        return
     scaled = c.step("MUL", [c.input(0), scalar(c, c.attribute("alpha", 0.2))], **PLAIN)
     moved = c.step("ADD", [scaled, scalar(c, c.attribute("beta", 0.5))], **PLAIN)
     c.emit("RELU_0_TO_1", [moved], order)
 
 
 def hard_swish(c: Conversion) -> None:
-    c.emit("HARD_SWISH", [c.input(0)], c.order(0))
+    """Of 16 bits, for which there is no kernel, as x * hard sigmoid of x."""
+    data = c.input(0)
+    if c.integer and c.dtype == "int16":
+        gate = affine(c, data, 1 / 6, 0.5, Quantization((float(np.float32(1 / 32767)),), (0,)))
+        c.emit("MUL", [data, clamped(c, gate, 0.0, 1.0)], c.order(0), **PLAIN)
+    else:
+        c.emit("HARD_SWISH", [data], c.order(0))
 
 
 def swish(c: Conversion) -> None:
@@ -190,14 +244,29 @@ def leaky_relu(c: Conversion) -> None:
 
 
 def prelu(c: Conversion) -> None:
+    """Slopes that are floats beside integers get 127 steps to the largest: an error of half a step of the data."""
     order = c.order(0)
     slope = c.needed(1, "slopes").astype(np.float32)
     rank = len(order)
+    code = c.coded(1)
     shape = (1,) * (rank - slope.ndim) + slope.shape
     kept = slope.reshape(shape).transpose(order)
     if rank > 1 and kept.shape[0] == 1:
         kept = kept[0]
-    c.emit("PRELU", [c.input(0), c.file.constant("slopes", kept)], order)
+    if not c.integer:
+        c.emit("PRELU", [c.input(0), c.file.constant("slopes", kept)], order)
+        return
+    stored = c.quantities.stored(code, c.dtype) if code else None
+    if stored:
+        codes, q = stored[0].reshape(shape).transpose(order), stored[1]
+        codes = codes[0] if rank > 1 and codes.shape[0] == 1 else codes
+    else:
+        zero = 128 if c.dtype == "uint8" else 0
+        q = Quantization((max(float(np.float32(np.abs(kept).max(initial=0) / 127)), 1e-30),), (zero,))
+        if not q.scale <= 1 / 127 * SLOPE_MAX:
+            raise NotThereError("steep slopes in integers")
+        codes = (np.rint(kept / q.scale) + zero).astype(c.dtype)
+    c.emit("PRELU", [c.input(0), c.file.constant("slopes", codes, q)], order)
 
 
 def reciprocal(c: Conversion) -> None:
@@ -225,12 +294,13 @@ def reduce(name: str, before: str = "", after: str = "") -> Translate:
         data = c.input(0)
         if before:
             data = c.step(before, [data])
+        same = data if c.integer and name != "MEAN" else None
         at = c.file.numbers(*sorted(order.index(a) for a in gone))
         if after:
             kept = layouts.stored(c.out.shape, left)
             c.emit(after, [c.step(name, [data, at], kept, keep_dims=keep)], left)
         else:
-            c.emit(name, [data, at], left, keep_dims=keep)
+            c.emit(name, [data, at], left, None, same, keep_dims=keep)
     return translate
 
 

@@ -9,9 +9,9 @@ import numpy as np
 
 from npulab.dialects import layouts
 from npulab.dialects.conversion import Conversion, NotThereError
-from npulab.dialects.functions import PLAIN, scalar
-from npulab.dialects.windows import integer_bias, integer_weights
-from npulab.ir import Quantization
+from npulab.dialects.functions import scalar
+from npulab.dialects.integers import PLAIN
+from npulab.dialects.weights import integer_bias, integer_weights
 
 
 def gemm(c: Conversion) -> None:
@@ -56,14 +56,10 @@ def _with_addend(c: Conversion, product: int, alpha: float, beta: float) -> int:
 
 def _matrix(c: Conversion, data: int, across: int, alpha: float, bias: Callable[[int, Any], int]) -> None:
     """FULLY_CONNECTED with the constant matrix of input 1, whose results lie along its axis `across`."""
-    q = None
+    own = None
     if c.integer:
-        found = integer_weights(c, 1, across)
-        if found is None:
-            raise NotThereError("such quantized weights")
-        array, q = found
-        if not q.per_tensor:
-            q = Quantization(q.scales, q.zero_points, 0)
+        own = integer_weights(c, "FULLY_CONNECTED", across, 0)
+        array = own.array
     else:
         array = c.needed(1, "weights").astype(np.float32)
         array = array if alpha == 1 else (array * np.float32(alpha)).astype(np.float32)
@@ -71,7 +67,8 @@ def _matrix(c: Conversion, data: int, across: int, alpha: float, bias: Callable[
     if c.node.inputs[0] in c.columns:  # what a Reshape left in another order
         shape, order = c.columns[c.node.inputs[0]]
         array = array.reshape(len(array), *shape[1:]).transpose(0, *order[1:]).reshape(len(array), -1)
-    weights = c.file.constant(f"{c.file.origin}_weights", array, q)
+    q = own.quantization if own else None
+    weights = own.constant(c, array) if own else c.file.constant(f"{c.file.origin}_weights", array)
     rank = len(c.out.shape)
     c.emit("FULLY_CONNECTED", [data, weights, bias(data, q)], layouts.plain(rank), version=5 if rank != 2 else None,
            fused_activation_function=c.activation, keep_num_dims=rank != 2)
@@ -88,8 +85,8 @@ def matmul(c: Conversion) -> None:
         _matrix(c, data, 1, 1.0, lambda d, q: integer_bias(c, c.addend, d, q, b[1]) if q
                 else c.file.constant(f"{c.file.origin}_bias", addend.reshape(-1)))
         return
-    if c.integer:
-        raise NotThereError("products of two computed tensors in integers")
+    if c.integer and c.dtype == "uint8":
+        raise NotThereError("products of two tensors in uint8")
     operands, swapped = [], []
     for i, shape in ((0, a), (1, b)):
         rank = len(shape)

@@ -64,7 +64,7 @@ def _only_matrices(c: Conversion, value: int, depth: int = 4) -> bool:
 def concat(c: Conversion) -> None:
     rank = len(c.out.shape)
     order = c.common(rank, range(len(c.node.inputs)))
-    parts = [c.input(i, order) for i in range(len(c.node.inputs))]
+    parts = [c.input(i, order, as_it_is=True) for i in range(len(c.node.inputs))]
     if c.integer:
         q = c.quantized or c.file.specs[parts[0]].quantization
         assert q
@@ -205,6 +205,8 @@ def tile(c: Conversion) -> None:
 
 def depth_to_space(c: Conversion) -> None:
     block = c.attribute("blocksize")
+    if c.integer and c.dtype == "int16":
+        raise NotThereError("blocks of 16 bits")
     data = c.input(0, layouts.channels_last(4))
     mode = c.attribute("mode", "DCR")
     if c.op.name == "DepthToSpace" and mode == "CRD":

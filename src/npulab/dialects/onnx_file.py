@@ -19,13 +19,19 @@ from npulab.dialects.layouts import Order
 from npulab.importers.onnx import read_onnx
 from npulab.ir import DType, Graph, Node, Quantization, Value
 from npulab.ir.ops import Generic
+from npulab.ir.types import packed
 
 Array = NDArray[Any]
-OPSET = 17
-IR_VERSION = 8
-EIGHT_BITS = (DType.INT8, DType.UINT8)
-TYPES = {DType.FLOAT32: 1, DType.UINT8: 2, DType.INT8: 3, DType.INT32: 6, DType.INT64: 7, DType.BOOL: 9}
+OPSETS = {17: 8, 21: 10, 25: 13}
+"""The opsets that files have, with their IR versions: from 21 on integers of 16 and 4 bits can be dequantized, from 25
+on of 2 (ONNX's DequantizeLinear)."""
+QUANTIZED = (DType.INT8, DType.UINT8, DType.INT16)
+"""Element types of computed tensors that stand for real numbers."""
+SMALL = {DType.INT4: 22, DType.INT2: 26}
+"""Element types of constants that files hold several a byte, with ONNX's numbers."""
+TYPES = {DType.FLOAT32: 1, DType.UINT8: 2, DType.INT8: 3, DType.INT16: 5, DType.INT32: 6, DType.INT64: 7, DType.BOOL: 9}
 """Element types of computed tensors, with ONNX's numbers."""
+INT32_MAX = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +41,16 @@ class Held:
 
 
 def is_quantized(v: Value) -> bool:
-    """Whether the tensor's 8 bits stand for real numbers, by one scale."""
-    return v.quantization is not None and v.dtype in EIGHT_BITS and v.quantization.per_tensor
+    """Whether the tensor's integers stand for real numbers, by one scale."""
+    return v.quantization is not None and v.dtype in QUANTIZED and v.quantization.per_tensor
+
+
+def opset_of(graph: Graph) -> int:
+    """The oldest of OPSETS that has words for the graph's integers."""
+    types = {v.dtype for v in graph.values if v.dtype is not DType.INT16 or v.quantization is not None}
+    wide = any(n.op.name == "FAKE_QUANT" and isinstance(n.op, Generic) and int(str(n.op.attributes["num_bits"])) > 8
+               for n in graph.nodes)
+    return 25 if DType.INT2 in types else 21 if wide or types & {DType.INT4, DType.INT16} else 17
 
 
 class OnnxFile:
@@ -44,9 +58,10 @@ class OnnxFile:
 
     def __init__(self, graph: Graph, first: Sequence[int]) -> None:
         self.graph = graph
+        self.opset = opset_of(graph)
         self.labels: list[str] = []
         self.nodes: list[tuple[str, list[int], list[int], str, dict[str, Any]]] = []
-        self.constants: list[tuple[int, Array]] = []
+        self.constants: list[tuple[int, Array, DType | None]] = []
         self.held: dict[int, Held] = {}
         self.columns: dict[int, tuple[tuple[int, ...], Order]] = {}
         self.node = graph.nodes[0] if graph.nodes else None
@@ -66,12 +81,14 @@ class OnnxFile:
         self.labels.append(label)
         return len(self.labels) - 1
 
-    def constant(self, array: Array, label: str = "") -> int:
+    def constant(self, array: Array, label: str = "", dtype: DType | None = None) -> int:
+        """A constant; equal small ones are there once. `dtype` INT4 or INT2: packed."""
         array = np.asarray(array, order="C")
-        key = ("constant", array.dtype.str, array.shape, array.tobytes()) if array.size <= 64 else None
+        dtype = dtype if dtype in SMALL else None
+        key = ("constant", array.dtype.str, array.shape, array.tobytes(), dtype) if array.size <= 64 else None
         if key is None or key not in self._made:
             made = self.tensor(label or f"{self.origin}_constant")
-            self.constants.append((made, array))
+            self.constants.append((made, array, dtype))
             if key is None:
                 return made
             self._made[key] = made
@@ -144,20 +161,20 @@ class OnnxFile:
             return self.constant_of(v, order or layouts.plain(len(v.shape)))
         h = self.held[v.index]
         tensor = self.ordered(h.tensor, v.shape, h.order, order or h.order)
-        return self.real(tensor, v.quantization, v.dtype.value) if is_quantized(v) and v.quantization else tensor
+        return self.real(tensor, v.quantization, v.dtype) if is_quantized(v) and v.quantization else tensor
 
     def constant_of(self, v: Value, order: Order, shape: Sequence[int] | None = None) -> int:
         """A constant in this order (and then of this shape); quantized ones behind a DequantizeLinear."""
-        array = v.array().transpose(order)
+        array = v.integers().transpose(order)
         array = array if shape is None else array.reshape(shape)
         if v.dtype is DType.FLOAT16:
             array = array.astype(np.float32)
-        if v.quantization is None or v.dtype not in (*EIGHT_BITS, DType.INT32):
+        if v.quantization is None or v.dtype not in (*QUANTIZED, *SMALL, DType.INT32):
             return self.constant(array, v.name)
         q = v.quantization
         if not q.per_tensor:
             q = Quantization(q.scales, q.zero_points, order.index(q.axis))
-        return self.real(self.constant(array, v.name), q, str(array.dtype))
+        return self.real(self.constant(array, v.name, v.dtype), q, v.dtype)
 
     def ordered(self, tensor: int, shape: Sequence[int], old: Order, new: Order) -> int:
         if old == new:
@@ -171,7 +188,7 @@ class OnnxFile:
                 self.moved += int(np.prod(shape))
         return self._made[key]
 
-    def real(self, tensor: int, q: Quantization, dtype: str) -> int:
+    def real(self, tensor: int, q: Quantization, dtype: DType) -> int:
         """DequantizeLinear of a tensor of integers of `dtype`."""
         key = ("real", tensor, q)
         if key not in self._made:
@@ -180,10 +197,11 @@ class OnnxFile:
             self._made[key] = self.op("DequantizeLinear", [tensor, *self.scale_and_zero(q, dtype)], label, **many)
         return self._made[key]
 
-    def scale_and_zero(self, q: Quantization, dtype: str) -> list[int]:
-        scales, zeros = np.array(q.scales, np.float32), np.array(q.zero_points).astype(dtype)
+    def scale_and_zero(self, q: Quantization, dtype: DType) -> list[int]:
+        scales = np.array(q.scales, np.float32)
+        zeros = np.array(q.zero_points).astype(np.int8 if dtype in SMALL else dtype.numpy)
         return [self.constant(scales.reshape(()) if q.per_tensor else scales, "scale"),
-                self.constant(zeros.reshape(()) if q.per_tensor else zeros, "zero")]
+                self.constant(zeros.reshape(()) if q.per_tensor else zeros, "zero", dtype)]
 
     def aligned(self, i: int, order: Order) -> int:
         """Input `i` for an operator that broadcasts, with the dimensions and in the order of the result."""
@@ -192,7 +210,7 @@ class OnnxFile:
         if v.index not in self.held:
             if v.elements == 1 or len(v.shape) == rank:
                 return self.constant_of(v, layouts.plain(len(v.shape)) if v.elements == 1 else order)
-            array = v.array().reshape(shape)
+            array = v.integers().reshape(shape)
             if v.quantization is None and v.dtype is not DType.FLOAT16:
                 return self.constant(array.transpose(order), v.name)
             return self.constant_of(v, layouts.plain(len(v.shape)), layouts.stored(shape, order)) \
@@ -223,7 +241,7 @@ class OnnxFile:
             tensor = self.op("Reshape", [tensor, self.numbers(*layouts.stored(v.shape, order))])
         tensor = self.activated(tensor, str(activation), v.name)
         if is_quantized(v) and v.quantization:
-            tensor = self.op("QuantizeLinear", [tensor, *self.scale_and_zero(v.quantization, v.dtype.value)],
+            tensor = self.op("QuantizeLinear", [tensor, *self.scale_and_zero(v.quantization, v.dtype)],
                              v.name)
         self.held[v.index] = Held(tensor, order)
 
@@ -246,7 +264,7 @@ class OnnxFile:
 
     def graph_of(self, outputs: Sequence[int], shapes: Sequence[tuple[int, ...]]) -> Graph:
         """The file as a Graph. `outputs` and their `shapes` are in the order of the source's outputs."""
-        from onnx import helper, numpy_helper
+        from onnx import helper
 
         names = self._names(outputs)
         values = self.graph.values
@@ -263,10 +281,18 @@ class OnnxFile:
             nodes.append(helper.make_node(op, [names[t] if t >= 0 else "" for t in ins], [names[t] for t in outs], name,
                                           **attributes))
         made = helper.make_graph(nodes, self.graph.name, infos, results,
-                                 [numpy_helper.from_array(a, names[t]) for t, a in self.constants])
-        model = helper.make_model(made, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION,
-                                  producer_name="npulab")
+                                 [self._tensor(*constant, names) for constant in self.constants])
+        model = helper.make_model(made, opset_imports=[helper.make_opsetid("", self.opset)],
+                                  ir_version=OPSETS[self.opset], producer_name="npulab")
         return read_onnx(model.SerializeToString(deterministic=True), self.graph.name)
+
+    def _tensor(self, tensor: int, array: Array, dtype: DType | None, names: Sequence[str]) -> Any:
+        from onnx import TensorProto, numpy_helper
+
+        if dtype is None:
+            return numpy_helper.from_array(array, names[tensor])
+        return TensorProto(name=names[tensor], dims=array.shape, data_type=SMALL[dtype],
+                           raw_data=packed(array, 4 if dtype is DType.INT4 else 2))
 
     def _names(self, outputs: Sequence[int]) -> list[str]:
         """Inputs and outputs have the source's names, all others what is free."""

@@ -1,7 +1,8 @@
-"""What 8 bits mean in a quantized ONNX graph, and how TFLite stores that.
+"""What integers mean in a quantized ONNX graph, and how TFLite stores that.
 
-QuantizeLinear and DequantizeLinear with constant scales say what integers mean. TFLite's kernels want activations and
-weights of one signedness: int8 where weights have a scale per channel (these are symmetric), else what the graph has;
+QuantizeLinear and DequantizeLinear with constant scales say what integers mean. Tensors of 16 bits are int16 with zero
+point 0 in TFLite. Of 8 bits, its kernels want activations and weights of one signedness: int8 where weights have a
+scale per channel (these are symmetric) or less than 8 bits, or tensors of 16 bits are about; else what the graph has.
 int8 weights beside uint8 activations become uint8 by adding 128 to them and to their zero point.
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from npulab.ir import Graph, Node, Quantization
+from npulab.ir import DType, Graph, Node, Quantization
 from npulab.ir.ops import OnnxOp
 
 Array = NDArray[Any]
@@ -22,25 +23,39 @@ DOMAINS = ("", "com.microsoft")
 MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "MaxPool", "Slice", "Split", "Gather", "Identity",
          "Concat", "Expand", "Tile", "DepthToSpace", "SpaceToDepth")
 """Operators whose results are some of the integers that they read."""
+ACTIVATIONS = ("int8", "uint8", "int16", "uint16")
+"""Element types of computed tensors that stand for real numbers."""
+SMALL = {DType.INT4: 4, DType.UINT4: 4, DType.INT2: 2}
+"""Element types of less than a byte, of constants."""
+WIDER = 128
+"""Steps of 16 bits to one of 8: the difference of two 8-bit codes, at most 255, stays a number of 16 bits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Meaning:
-    """Scale and zero point of 8 bits, `dtype` int8 or uint8."""
+    """Scale and zero point of integers, `dtype` one of ACTIVATIONS."""
 
     scale: float
     zero_point: int
     dtype: str
 
+    @property
+    def is_wide(self) -> bool:
+        return self.dtype in ("int16", "uint16")
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Coded:
-    """A constant that DequantizeLinear reads: scale * (array - zero point), along `axis` if there are several."""
+    """A constant that DequantizeLinear reads: scale * (array - zero point), along `axis` if there are several.
+
+    `bits` of an element in the file; `array` has at least 8.
+    """
 
     array: Array
     scales: NDArray[np.float32]
     zeros: NDArray[np.int64]
     axis: int
+    bits: int = 8
 
     @property
     def real(self) -> NDArray[np.float32]:
@@ -50,8 +65,14 @@ class Coded:
                                     * self.scales.reshape(shape))
         return out
 
-    def unsigned(self) -> bool:
-        return bool(self.array.dtype == np.uint8)
+    @property
+    def middle(self) -> int:
+        """The zero point of symmetric codes."""
+        return 1 << (self.bits - 1) if self.array.dtype.kind == "u" else 0
+
+    @property
+    def is_symmetric(self) -> bool:
+        return bool((self.zeros == self.middle).all())
 
 
 def is_op(node: Node, *names: str) -> bool:
@@ -60,7 +81,7 @@ def is_op(node: Node, *names: str) -> bool:
 
 
 class Quantities:
-    """What the quantized values of a graph mean. `signed`: 8 bits of the TFLite file are int8."""
+    """What the quantized values of a graph mean. `signed`: tensors of 8 bits are int8 in the TFLite file."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
@@ -81,20 +102,34 @@ class Quantities:
     def meaning(self, value: int) -> Meaning | None:
         return self._meanings.get(value)
 
-    def as_stored(self, m: Meaning, dtype: str | None = None) -> Quantization:
-        """The quantization of a tensor of `dtype` (by default the file's) that holds what `m` says."""
-        dtype = dtype or self.dtype
-        shift = 0 if dtype == m.dtype else 128 if dtype == "uint8" else -128
-        return Quantization((m.scale,), (m.zero_point + shift,))
+    def stored_type(self, m: Meaning) -> str:
+        """The element type of the tensor that holds what `m` says."""
+        return "int16" if m.is_wide else self.dtype
 
-    def stored(self, code: Coded, signed: bool | None = None) -> tuple[Array, Quantization] | None:
-        """An 8-bit constant as the file stores it; None if it is not that, or has several scales."""
-        if code.array.dtype not in (np.uint8, np.int8) or code.scales.size > 1:
+    def as_stored(self, m: Meaning, dtype: str | None = None) -> Quantization | None:
+        """The quantization of a tensor of `dtype` (by default the stored type) that holds what `m` says; None where
+        TFLite has none: 16 bits with a zero point."""
+        dtype = dtype or self.stored_type(m)
+        low = np.iinfo(dtype).min - np.iinfo(m.dtype).min
+        zero = m.zero_point + int(low)
+        return None if m.is_wide and zero else Quantization((m.scale,), (zero,))
+
+    def stored(self, code: Coded, dtype: str) -> tuple[Array, Quantization] | None:
+        """A constant operand as integers of `dtype`; None if they do not hold it, or it has several scales."""
+        if code.array.dtype.name not in ACTIVATIONS or code.scales.size > 1:
             return None
-        signed = self.signed if signed is None else signed
-        shift = (0 if code.unsigned() != signed else -128 if signed else 128)
-        array = (code.array.astype(np.int16) + shift).astype(np.int8 if signed else np.uint8)
-        return array, Quantization((float(code.scales[0]),), (int(code.zeros[0]) + shift,))
+        scale, zero = float(code.scales[0]), int(code.zeros[0])
+        limits = np.iinfo(dtype)
+        if dtype == "int16":
+            array = code.array.astype(np.int64) - zero
+            zero = 0
+        else:
+            shift = int(limits.min - np.iinfo(code.array.dtype).min)
+            array = code.array.astype(np.int64) + shift
+            zero += shift
+        if array.size and not limits.min <= array.min() <= array.max() <= limits.max:
+            return None
+        return array.astype(dtype), Quantization((scale,), (zero,))
 
     def real(self, value: int) -> Array | None:
         """The content of a constant, or of a dequantized one."""
@@ -104,6 +139,10 @@ class Quantities:
             return self._reals[value]
         v = self.graph.values[value]
         return v.array() if v.is_constant and v.dtype.numpy is not None else None
+
+    def is_wide(self, value: int) -> bool:
+        """Whether a constant has codes of 16 bits."""
+        return value in self.coded and self.coded[value].bits == 16
 
     def wanted(self, value: int) -> Meaning | None:
         """What all readers of a float value quantize it to."""
@@ -132,7 +171,8 @@ class Quantities:
 
     def _array(self, node: Node, i: int) -> Array | None:
         v = self.graph.value(node, i)
-        return v.array() if v is not None and v.is_constant and v.dtype.numpy is not None else None
+        return v.integers() if v is not None and v.is_constant and (v.dtype.numpy is not None or v.dtype in SMALL) \
+            else None
 
     def _read(self, n: Node) -> None:
         if is_op(n, "DequantizeLinear"):
@@ -140,20 +180,21 @@ class Quantities:
             if found is None:
                 return
             scales, zeros, axis = found
-            if v.is_constant and v.dtype.value in ("int8", "uint8", "int32"):
+            if v.is_constant and (v.dtype.value in (*ACTIVATIONS, "int32") or v.dtype in SMALL):
                 if scales.size > 1 and (axis >= len(v.shape) or v.shape[axis] != scales.size):
                     return
-                self.coded[n.outputs[0]] = Coded(v.array(), scales, zeros, axis)
-            elif scales.size == 1 and v.dtype.value in ("int8", "uint8"):
+                array = v.integers()
+                self.coded[n.outputs[0]] = Coded(array, scales, zeros, axis, SMALL.get(v.dtype, 8 * array.itemsize))
+            elif scales.size == 1 and v.dtype.value in ACTIVATIONS:
                 self._meanings.setdefault(v.index, Meaning(float(scales[0]), int(zeros[0]), v.dtype.value))
         elif is_op(n, "QuantizeLinear"):
             found, v = self.parameters(n), self.graph.values[n.outputs[0]]
-            if found and found[0].size == 1 and v.dtype.value in ("int8", "uint8"):
+            if found and found[0].size == 1 and v.dtype.value in ACTIVATIONS:
                 self._meanings[v.index] = Meaning(float(found[0][0]), int(found[1][0]), v.dtype.value)
 
     def _pass_on(self, n: Node) -> None:
         """Integers that are only moved keep their meaning, forwards and backwards."""
-        if not is_op(n, *MOVES) or self.graph.values[n.outputs[0]].dtype.value not in ("int8", "uint8"):
+        if not is_op(n, *MOVES) or self.graph.values[n.outputs[0]].dtype.value not in ACTIVATIONS:
             return
         ends = [v for v in (*(n.inputs if is_op(n, "Concat") else n.inputs[:1]), *n.outputs[:1 if is_op(n, "MaxPool")
                                                                                           else None]) if v >= 0]
@@ -172,8 +213,9 @@ class Quantities:
 
     def _signed(self) -> bool:
         weights = list(self._weights())
-        if any(w.scales.size > 1 for w in weights):
+        if any(w.scales.size > 1 or (w.bits < 8 and w.is_symmetric) for w in weights):
+            return True
+        if any(m.is_wide for m in self._meanings.values()):
             return True
         signed = [m.dtype == "int8" for m in self._meanings.values()]
-        symmetric = all((w.zeros == (128 if w.unsigned() else 0)).all() for w in weights)
-        return bool(signed) and all(signed) and symmetric
+        return bool(signed) and all(signed) and all(w.is_symmetric for w in weights)

@@ -10,8 +10,9 @@ import numpy as np
 from npulab.dialects import layouts
 from npulab.dialects import tflite_moves as moves
 from npulab.dialects.conversion import NotThereError
+from npulab.dialects.fake_quant import nudged
 from npulab.dialects.layouts import Order
-from npulab.dialects.onnx_file import Held, OnnxFile
+from npulab.dialects.onnx_file import INT32_MAX, Held, OnnxFile
 from npulab.dialects.windows import same_padding
 from npulab.ir import DType, Quantization
 from npulab.ir.ops import Conv2D, DepthwiseConv2D, Elementwise, FullyConnected, Pool2D, Softmax
@@ -48,16 +49,19 @@ def pads_of(padding: str, sizes: Any, reach: Any, stride: Any) -> list[int]:
 
 
 def bias_of(f: OnnxFile, i: int, weights: Quantization | None) -> int | None:
-    """The bias; 32-bit sums by the scale of the data times that of the weights, as TFLite reads them."""
+    """The bias; sums of 32 or 64 bits by the scale of the data times that of the weights, as TFLite reads them."""
     if not f.has(i):
         return None
     v, data = f.value(i), f.value(2 if f.now.op.name == "TRANSPOSE_CONV" else 0)
-    if v.dtype is not DType.INT32:
+    if v.dtype not in (DType.INT32, DType.INT64):
         return f.input(i)
     if data.quantization is None or weights is None or not v.is_constant:
         raise NotThereError("an integer bias without scales")
     scales = tuple(float(np.float32(data.quantization.scale) * np.float32(s)) for s in weights.scales)
-    return f.real(f.constant(v.array(), v.name), Quantization(scales, (0,) * len(scales), 0), "int32")
+    sums = v.array().astype(np.int64)
+    if np.abs(sums).max(initial=0) > INT32_MAX:  # ONNX dequantizes no more
+        return f.constant((sums * np.array(scales)).astype(np.float32), v.name)
+    return f.real(f.constant(sums.astype(np.int32), v.name), Quantization(scales, (0,) * len(scales), 0), DType.INT32)
 
 
 def transpose_conv(f: OnnxFile) -> None:
@@ -118,9 +122,8 @@ def fully_connected(f: OnnxFile) -> None:
     if held and weights.is_constant:  # what a reshape left in another order
         shape, order = held
         columns = np.arange(depth).reshape(shape[1:]).transpose([a - 1 for a in order[1:]]).reshape(-1)
-        array, q = weights.array()[:, columns], weights.quantization
-        matrix = f.constant(array, weights.name)
-        matrix = f.real(matrix, q, str(array.dtype)) if q else matrix
+        matrix = f.constant(weights.integers()[:, columns], weights.name, weights.dtype)
+        matrix = f.real(matrix, weights.quantization, weights.dtype) if weights.quantization else matrix
     else:
         matrix = f.input(1, (0, 1))
     x = f.input(0, layouts.plain(len(data.shape)))
@@ -246,6 +249,18 @@ def quantize(f: OnnxFile) -> None:
     f.give(f.input(0), f.order(0))
 
 
+def fake_quant(f: OnnxFile) -> None:
+    """The range that training found, as QuantizeLinear and DequantizeLinear say it."""
+    own = f.options
+    p = nudged(own["min"], own["max"], own["num_bits"] or 8, bool(own["narrow_range"]))
+    x = f.input(0)
+    if not p.fills:
+        limits = [f.constant(np.array(n, np.float32), "limit") for n in p.limits]
+        x = f.op("Clip", [x, *limits])
+    ends = f.scale_and_zero(p.quantization, p.holder)
+    f.give(f.op("DequantizeLinear", [f.op("QuantizeLinear", [x, *ends]), *ends]), f.order(0))
+
+
 # along axes
 
 
@@ -259,7 +274,7 @@ def reduce(name: str) -> Translate:
         x = f.input(0)
         if not gone:
             f.give(x, order)
-        elif name == "ReduceSum":
+        elif name == "ReduceSum" or f.opset >= 18:
             f.give(f.op(name, [x, f.numbers(*at)], keepdims=int(keep)), left)
         else:
             f.give(f.op(name, [x], axes=at, keepdims=int(keep)), left)
@@ -300,7 +315,8 @@ TABLE: dict[str, Translate] = {
     "TANH": one("Tanh"), "ELU": one("Elu"), "HARD_SWISH": one("HardSwish"), "LEAKY_RELU": leaky, "GELU": gelu,
     "PRELU": prelu, "RELU": activation("relu"), "RELU6": activation("relu6"),
     "RELU_N1_TO_1": activation("relu_n1_to_1"), "RELU_0_TO_1": activation("relu_0_to_1"), "SOFTMAX": softmax,
-    "LOG_SOFTMAX": softmax, "CAST": cast, "QUANTIZE": quantize, "DEQUANTIZE": quantize, "MEAN": reduce("ReduceMean"),
+    "LOG_SOFTMAX": softmax, "CAST": cast, "FAKE_QUANT": fake_quant,
+    "QUANTIZE": quantize, "DEQUANTIZE": quantize, "MEAN": reduce("ReduceMean"),
     "SUM": reduce("ReduceSum"), "REDUCE_MAX": reduce("ReduceMax"), "REDUCE_MIN": reduce("ReduceMin"),
     "REDUCE_PROD": reduce("ReduceProd"), "ARG_MAX": arg_extreme, "ARG_MIN": arg_extreme, "CUMSUM": cum_sum,
     "RESHAPE": moves.reshape, "SQUEEZE": moves.reshape, "EXPAND_DIMS": moves.reshape, "TRANSPOSE": moves.transpose,

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npulab.dialects import layouts
-from npulab.dialects.conversion import Conversion, NotThereError
+from npulab.dialects.conversion import FINER, Conversion, NotThereError
+from npulab.dialects.weights import bias_of, integer_bias, weights_of
 from npulab.ir import Quantization
 
 Array = NDArray[Any]
@@ -108,7 +109,7 @@ class Window:
 
 
 def padded(c: Conversion, tensor: int, pads: Sequence[tuple[int, int]], value: float = 0.0) -> int:
-    """PAD with zeros, PADV2 with anything else, of a tensor of floats or 8 bits."""
+    """PAD with zeros, PADV2 with anything else, of a tensor of floats or integers."""
     spec = c.file.specs[tensor]
     shape = [n + a + b for n, (a, b) in zip(spec.shape, pads, strict=True)]
     table = c.file.constant("paddings", np.array(pads, np.int32).reshape(-1, 2))
@@ -125,64 +126,7 @@ def padded(c: Conversion, tensor: int, pads: Sequence[tuple[int, int]], value: f
     return c.step("PADV2", [tensor, table, filling], shape)
 
 
-# weights and biases
-
-
-def integer_weights(c: Conversion, i: int, outputs: int) -> tuple[Array, Quantization] | None:
-    """Constant weights of input `i` as the file stores them, scales per tensor or along their axis `outputs`.
-
-    None if TFLite's integer kernels do not take them: unsymmetric int8.
-    """
-    code = c.coded(i)
-    if code is None:
-        return None
-    if code.scales.size == 1:
-        found = c.quantities.stored(code)
-        return found if found and (not c.quantities.signed or found[1].zero_point == 0) else None
-    middle = 128 if code.unsigned() else 0
-    if not c.quantities.signed or code.axis != outputs or code.array.dtype == np.int32 or (code.zeros != middle).any():
-        return None
-    array = (code.array.astype(np.int16) - middle).astype(np.int8)
-    return array, Quantization(tuple(float(s) for s in code.scales), (0,) * code.scales.size, outputs)
-
-
-def integer_bias(c: Conversion, value: int, data: int, weights: Quantization, count: int, factor: float = 1.0) -> int:
-    """The bias as int32 by the scale of the sums: that of the data times that of the weights. Without a `value`: 0."""
-    q = c.file.specs[data].quantization
-    assert q
-    scales = tuple(float(np.float32(q.scale) * np.float32(s)) for s in weights.scales)
-    code, real = c.quantities.coded.get(value), c.quantities.real(value) if value >= 0 else None
-    if value >= 0 and real is None:
-        raise NotThereError("a bias that is computed, in integers")
-    quantization = Quantization(scales, (0,) * len(scales))
-    if code is not None and code.array.dtype == np.int32 and factor == 1 and not code.zeros.any() \
-            and np.allclose(code.scales, scales, rtol=1e-6, atol=0):
-        array = np.broadcast_to(code.array.reshape(-1), (count,))
-    else:
-        exact = np.zeros(1) if real is None else real.astype(np.float64).reshape(-1) * factor / np.array(scales)
-        array = np.broadcast_to(np.clip(np.round(exact), -(2**31), 2**31 - 1).astype(np.int32), (count,))
-    return c.file.constant(f"{c.file.origin}_bias", np.ascontiguousarray(array), quantization)
-
-
-def _weights(c: Conversion, order: tuple[int, ...], outputs: int, stored_outputs: int) -> tuple[Array, Any]:
-    """(weights in `order`, quantization or None): the axis `outputs` of the source becomes `stored_outputs`."""
-    if c.integer:
-        found = integer_weights(c, 1, outputs)
-        if found is None:
-            raise NotThereError("such quantized weights")
-        array, q = found
-        return array.transpose(order), Quantization(q.scales, q.zero_points, stored_outputs)
-    array = c.needed(1, "weights")
-    return array.transpose(order), None
-
-
-def _bias(c: Conversion, data: int, quantization: Quantization | None, count: int) -> int:
-    if quantization is not None:
-        return integer_bias(c, c.node.inputs[2] if c.has(2) else -1, data, quantization, count)
-    if not c.has(2):
-        return c.file.constant("no_bias", np.zeros(count, np.float32))
-    bias = c.constant(2)
-    return c.input(2) if bias is None else c.file.constant(f"{c.file.origin}_bias", bias)
+# convolutions
 
 
 def _with_ones(array: Array, rank: int) -> Array:
@@ -199,32 +143,31 @@ def conv(c: Conversion) -> None:
     if word is None:
         data = w.padded(c, data, w.pads)
     depthwise = groups == w.channels and groups > 1
-    name = f"{c.file.origin}_weights"
-    array, q = _weights(c, layouts.plain(len(weights)), 0, 3 if depthwise else 0)
-    array = _with_ones(array, w.rank)
-    bias = _bias(c, data, q, outputs)
+    name = "DEPTHWISE_CONV_2D" if depthwise else "CONV_2D"
+    own = weights_of(c, name, 0, 3 if depthwise else 0)
+    array = _with_ones(own.array, w.rank)
+    bias = bias_of(c, data, own.quantization, outputs)
     common: dict[str, Any] = {"padding": word or "VALID", "fused_activation_function": c.activation, **w.strides(),
               "dilation_h_factor": w.dilation[0], "dilation_w_factor": w.dilation[1]}
     if depthwise:
-        kernel = c.file.constant(name, array.transpose(1, 2, 3, 0), q)
-        w.give(c, "DEPTHWISE_CONV_2D", [data, kernel, bias], outputs, depth_multiplier=outputs // groups, **common)
-    else:
-        kernel = c.file.constant(name, array.transpose(0, 2, 3, 1), q)
-        w.give(c, "CONV_2D", [data, kernel, bias], outputs, **common)
+        common["depth_multiplier"] = outputs // groups
+    kernel = own.constant(c, array.transpose((1, 2, 3, 0) if depthwise else (0, 2, 3, 1)))
+    w.give(c, name, [data, kernel, bias], outputs, **common)
 
 
 def conv_transpose(c: Conversion) -> None:
     weights = c.shape(1)
     w = Window(c, weights[2:])
     groups, outputs = c.attribute("group", 1), weights[1] * c.attribute("group", 1)
-    array, q = _weights(c, layouts.plain(len(weights)), 1, 0)
-    array = _dilated(_with_ones(array, w.rank), w.dilation, q)
+    own = weights_of(c, "TRANSPOSE_CONV", 1, 0)
+    q = own.quantization
+    array = _dilated(_with_ones(own.array, w.rank), w.dilation, q)
     kernel = array.shape[2:]
     full = [(n - 1) * s + k for n, s, k in zip(w.sizes, w.stride, kernel, strict=True)]
     before = [a for a, _ in _transposed_pads(c, w, full)]
     same = [same_padding(o, k, s) for o, k, s in zip(w.outs, kernel, w.stride, strict=True)]
     data = w.data(c)
-    bias = _bias(c, data, q, outputs)
+    bias = bias_of(c, data, q, outputs)
     is_same = before == [p[0] for p in same] and all(-(-o // s) == n for o, s, n in zip(w.outs, w.stride, w.sizes,
                                                                                       strict=True))
     grown = list(w.outs) if is_same else [max(f, a + o) for f, a, o in zip(full, before, w.outs, strict=True)]
@@ -233,8 +176,7 @@ def conv_transpose(c: Conversion) -> None:
     fused = "NONE" if cropped or groups > 1 else c.activation
     shape = (w.batch, *grown, outputs)
     if groups == 1:
-        operands = [c.file.numbers(*shape), c.file.constant(f"{c.file.origin}_weights", array.transpose(1, 2, 3, 0), q),
-                    data, bias]
+        operands = [c.file.numbers(*shape), own.constant(c, array.transpose(1, 2, 3, 0)), data, bias]
         if not cropped:
             w.give(c, "TRANSPOSE_CONV", operands, outputs, fused_activation_function=fused, **options)
             return
@@ -250,7 +192,7 @@ def conv_transpose(c: Conversion) -> None:
 
 
 def _type_of_result(c: Conversion) -> tuple[str, Quantization | None]:
-    return (c.quantities.dtype, c.quantized) if c.integer else ("float32", None)
+    return (c.dtype, c.quantized) if c.integer else ("float32", None)
 
 
 def _transposed_pads(c: Conversion, w: Window, full: Sequence[int]) -> Pairs:
@@ -329,10 +271,13 @@ def average_pool(c: Conversion) -> None:
     if word == "VALID" or (word == "SAME" and not counts_padding):
         data = w.data(c)
         q = c.file.specs[data].quantization
-        if c.integer and word == "VALID" and c.quantized and q != c.quantized \
-                and w.kernel[0] * w.kernel[1] * w.channels <= CONSTANT_MAX:
-            _average_as_convolution(c, w, data)
-            return
+        if c.integer and c.quantized and q != c.quantized:
+            if word == "VALID" and w.kernel[0] * w.kernel[1] * w.channels <= CONSTANT_MAX:
+                _average_as_convolution(c, w, data)
+                return
+            assert q
+            if q.scale > FINER * c.quantized.scale:  # it rounds to steps of the data first
+                raise NotThereError("an average in finer steps than its data")
         w.give(c, "AVERAGE_POOL_2D", [data], w.channels, data, padding=word, fused_activation_function=c.activation,
                **options)
         return
@@ -365,7 +310,8 @@ def _average_as_convolution(c: Conversion, w: Window, data: int) -> None:
     """A depthwise convolution with equal weights: it rounds once to the output's own scale, the pooling cannot."""
     area = w.kernel[0] * w.kernel[1]
     q = Quantization((float(np.float32(1 / area)),), (0,), 3)
-    kernel = c.file.constant("average", np.ones((1, *w.kernel, w.channels), c.quantities.dtype), q)
+    kernel = c.file.constant("average", np.ones((1, *w.kernel, w.channels), "uint8" if c.dtype == "uint8" else "int8"),
+                             q)
     bias = integer_bias(c, -1, data, q, w.channels)
     w.give(c, "DEPTHWISE_CONV_2D", [data, kernel, bias], w.channels, padding="VALID", depth_multiplier=1,
            fused_activation_function=c.activation, dilation_h_factor=1, dilation_w_factor=1, **w.strides())

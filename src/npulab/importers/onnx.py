@@ -47,7 +47,8 @@ DIMENSION_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_. /+*-]*")
 _DTYPES = {
     1: DType.FLOAT32, 2: DType.UINT8, 3: DType.INT8, 4: DType.UINT16, 5: DType.INT16, 6: DType.INT32, 7: DType.INT64,
     8: DType.STRING, 9: DType.BOOL, 10: DType.FLOAT16, 11: DType.FLOAT64, 12: DType.UINT32, 13: DType.UINT64,
-    14: DType.COMPLEX64, 15: DType.COMPLEX128, 16: DType.BFLOAT16, 21: DType.UINT4, 22: DType.INT4, 0: DType.UNKNOWN,
+    14: DType.COMPLEX64, 15: DType.COMPLEX128, 16: DType.BFLOAT16, 21: DType.UINT4, 22: DType.INT4, 26: DType.INT2,
+    0: DType.UNKNOWN,
 }
 """TensorProto.DataType -> DType; the 8-bit and 4-bit floats are not there."""
 
@@ -337,10 +338,10 @@ def _check_shape(shape: Iterable[int], name: str) -> None:
 
 
 def _content(t: onnx.TensorProto, name: str, dtype: DType, outside: _Outside) -> memoryview:
-    """A constant's bytes: little-endian, elements of 4 bits two a byte."""
+    """A constant's bytes: little-endian, elements of 4 bits two a byte, of 2 four."""
     from onnx import TensorProto, numpy_helper
 
-    bits = 4 if dtype in (DType.INT4, DType.UINT4) else 16 if dtype is DType.BFLOAT16 else None
+    bits = {DType.INT4: 4, DType.UINT4: 4, DType.INT2: 2, DType.BFLOAT16: 16}.get(dtype)
     size = None if dtype.numpy is None and bits is None else (
         (_elements(t) * bits + 7) // 8 if bits else _elements(t) * dtype.numpy.itemsize)  # type: ignore[union-attr]
     if t.data_location == TensorProto.EXTERNAL:
@@ -349,7 +350,7 @@ def _content(t: onnx.TensorProto, name: str, dtype: DType, outside: _Outside) ->
         found = memoryview(t.raw_data)
     elif dtype is DType.STRING:
         return memoryview(b"\0".join(t.string_data))
-    elif bits == 4:
+    elif bits in (2, 4):
         found = memoryview(bytes(x & 0xFF for x in t.int32_data))
     else:
         try:

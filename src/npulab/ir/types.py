@@ -128,5 +128,37 @@ class Value:
             )
         return np.frombuffer(self.constant, dtype).reshape(self.shape)
 
+    def integers(self) -> NDArray[np.generic]:
+        """The constant one number an element, also where a byte holds several: INT4 and INT2 as int8, UINT4 as uint8.
+        The first one lies in the low bits (TFLite, ONNX). Others as `array` has them.
+
+        Raises: ModelError if the tensor is not constant, has no such form, or its buffer has the wrong length.
+        """
+        bits = {DType.INT4: 4, DType.UINT4: 4, DType.INT2: 2}.get(self.dtype)
+        if bits is None or self.constant is None:
+            return self.array()
+        each = 8 // bits
+        if len(self.constant) != -(-self.elements // each):
+            raise ModelError(
+                f"tensor '{self.name}' has a buffer of the wrong length",
+                want=f"{-(-self.elements // each)} bytes for {self.dtype.value}{list(self.shape)}",
+                got=f"{len(self.constant)} bytes",
+            )
+        packed = np.frombuffer(self.constant, np.uint8)[:, None]
+        codes = (packed >> (np.arange(each, dtype=np.uint8) * np.uint8(bits))) & np.uint8((1 << bits) - 1)
+        flat = codes.reshape(-1)[: self.elements]
+        if self.dtype is not DType.UINT4:
+            sign = np.int8(1 << (bits - 1))
+            return ((flat.astype(np.int8) ^ sign) - sign).reshape(self.shape)
+        return flat.reshape(self.shape)
+
     def __str__(self) -> str:
         return f"{self.name}: {self.dtype.value}{list(self.shape)}"
+
+
+def packed(codes: NDArray[np.generic], bits: int) -> bytes:
+    """Integers of 4 or 2 bits as files hold them, several a byte: the inverse of `Value.integers`."""
+    each = 8 // bits
+    low = (codes.reshape(-1).astype(np.int16) & ((1 << bits) - 1)).astype(np.uint8)
+    rows = np.pad(low, (0, -low.size % each)).reshape(-1, each) << (np.arange(each, dtype=np.uint8) * np.uint8(bits))
+    return bytes(np.bitwise_or.reduce(rows, axis=1).astype(np.uint8))

@@ -58,28 +58,35 @@ def _initializer(model: onnx.ModelProto, name: str, array: Array) -> str:
     return f"{name}_now"
 
 
-def integer_model(net: Network, integer_ends: bool = False) -> bytes:
+def integer_model(net: Network, integer_ends: bool = False, packed: bool = False) -> bytes:
     """The ONNX file with QuantizeLinear and DequantizeLinear around what is computed in integers.
 
     Biases of integer layers are 32-bit sums in the scale of the products. Opset 13, 21 where 16 or 4 bits need it.
-    `integer_ends`: inputs and outputs that are quantized come and go as integers.
+    `integer_ends`: inputs and outputs that are quantized come and go as integers. `packed`: weights of 4 and 2 bits as
+    such; without they have 8 bits and the same numbers, which ONNX Runtime has more kernels for.
     """
-    return _Writer(net, integer_ends).model()
+    return _Writer(net, integer_ends, packed).model()
+
+
+def shown_model(net: Network) -> tuple[bytes, dict[str, str]]:
+    """The same, and under which name the model has each quantized tensor as its integers show it."""
+    writer = _Writer(net, False, False)
+    return writer.model(), writer.seen
 
 
 class _Writer:
-    def __init__(self, net: Network, integer_ends: bool) -> None:
+    def __init__(self, net: Network, integer_ends: bool, packed: bool) -> None:
         import onnx
 
         self.net = net
-        self.integer_ends = integer_ends
+        self.integer_ends, self.packed = integer_ends, packed
         self.proto = onnx.ModelProto.FromString(to_onnx(net.graph, shapes=False))
         self.nodes = list(self.proto.graph.node)
         del self.proto.graph.node[:]
         self.seen: dict[str, str] = {}  # a tensor's name -> the name of what its integers show
         self.names = {v.name for v in net.graph.values} | {n.name for n in self.nodes}
         self.bits = {16 for p in net.points if p.scheme and p.scheme.bits == 16}
-        self.bits |= {layer.scheme.bits for layer in net.layers if layer.scheme}
+        self.bits |= {layer.scheme.bits for layer in net.layers if layer.scheme and packed}
         self.constants: dict[tuple[object, ...], tuple[str, str]] = {}
 
     def model(self) -> bytes:
@@ -179,7 +186,8 @@ class _Writer:
     def _constant(self, name: str, array: Array, p: Params | None = None) -> str:
         """A constant under a name of its own; its integers those of `p`, if told."""
         found = self._unused(name)
-        self.proto.graph.initializer.append(_tensor(found, array, p.scheme.bits if p else 0,
+        small = p is not None and self.packed
+        self.proto.graph.initializer.append(_tensor(found, array, p.scheme.bits if p and small else 0,
                                                     p.scheme.dtype if p else ""))
         return found
 

@@ -7,8 +7,9 @@ writes what became of it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -124,6 +125,18 @@ class Point:
         return self.values[0]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Snapshot:
+    """What of a Network may change."""
+
+    graph: Graph
+    layers: list[Layer]
+    points: list[Point]
+    operands: dict[int, Params | None]
+    moments: dict[int, tuple[F32, F32]]
+    notes: list[str]
+
+
 @dataclass(eq=False)
 class Network:
     """The prepared graph, its layers by node, its points, and constants that are operands beside tensors.
@@ -151,6 +164,19 @@ class Network:
     def layer_of(self, value: int) -> Layer | None:
         """The layer whose result a value is."""
         return next((layer for layer in self.layers if layer.result == value), None)
+
+    def snapshot(self) -> Snapshot:
+        """All that repairs change, as it is now."""
+        return Snapshot(self.graph, [copy.deepcopy(layer) for layer in self.layers],
+                        [replace(p, values=list(p.values)) for p in self.points], dict(self.operands),
+                        dict(self.moments), list(self.notes))
+
+    def restore(self, then: Snapshot) -> None:
+        """As it was at the snapshot, which may be taken up again."""
+        self.graph, self.layers = then.graph, [copy.deepcopy(layer) for layer in then.layers]
+        self.points = [replace(p, values=list(p.values)) for p in then.points]
+        self.of = {v: p for p in self.points for v in p.values}
+        self.operands, self.moments, self.notes = dict(then.operands), dict(then.moments), list(then.notes)
 
     def quantized_points(self) -> Iterator[Point]:
         return (p for p in self.points if p.scheme is not None)
@@ -181,17 +207,20 @@ def network(graph: Graph, rules: Rules) -> Network:
         raise UnsupportedError(f"'{graph.name}' has nothing to quantize", want="convolutions or matrix products with "
                                "constant weights")
     names = {v.name: v.index for v in ready.values}
-    net.moments = {names[name]: m for name, m in moments.items() if name in names}
+    for (before, behind), m in moments.items():  # folded into a layer, whose result keeps the name that it had
+        if (name := behind if behind in names else before) in names:
+            net.moments[names[name]] = m
     return net
 
 
-def _moments(graph: Graph) -> dict[str, tuple[F32, F32]]:
-    """Means and deviations that batch normalization gives its results, by their names: beta and |gamma|."""
+def _moments(graph: Graph) -> dict[tuple[str, str], tuple[F32, F32]]:
+    """Means and deviations that batch normalization gives its results, by names before and behind it: beta, |gamma|."""
     found = {}
     for n in graph.nodes:
         if is_op(n, "BatchNormalization") and all(graph.values[v].is_constant for v in n.inputs[1:3]):
             gamma, beta = (np.asarray(graph.values[v].array(), np.float32) for v in n.inputs[1:3])
-            found[graph.values[n.outputs[0]].name] = (beta, np.abs(gamma))
+            names = graph.values[n.inputs[0]].name, graph.values[n.outputs[0]].name
+            found[names] = (beta, np.abs(gamma))
     return found
 
 
@@ -320,7 +349,7 @@ def _points(net: Network, inner: set[int], clamps: Mapping[int, tuple[float, flo
         assert isinstance(op, OnnxOp)
         if op.domain:
             continue
-        moves = op.name in MOVES or op.name in net.rules.same_scale
+        moves = op.name in MOVES or (op.name in net.rules.same_scale and op.name != "Concat")  # that is requantized
         computes = op.name in COMPUTES and not moves
         if n.index in weighted or moves or computes:
             data = n.inputs[:1] if op.name in MOVES or n.index in weighted else n.inputs

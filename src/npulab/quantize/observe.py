@@ -10,7 +10,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +18,13 @@ from numpy.typing import NDArray
 from npulab.errors import ModelError, UnsupportedError, UsageError
 from npulab.quantize.types import F32, Array, Feeds, Samples
 
+if TYPE_CHECKING:
+    import onnx
+
 HALF = 2048
 """Bins of a histogram on each side of zero."""
 MOVING = 0.01
-"""Weight of a new sample in moving averages, as in TensorFlow's FakeQuant (decay 0.99); the first one sets the start."""
+"""Weight of a new sample in moving averages, as in TensorFlow's FakeQuant (decay 0.99); the first sets the start."""
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
 """Called with samples done and samples in all."""
@@ -141,7 +144,7 @@ def width_for(largest: float) -> float:
     """The least power of two that, as width, puts |x| <= largest into HALF bins; 0 for nothing but zeros."""
     if largest <= 0:
         return 0.0
-    return float(2.0 ** np.ceil(np.log2(np.nextafter(largest, np.inf) / HALF)))
+    return float(2.0 ** np.frexp(largest)[1] / HALF)  # frexp: largest < 2 ** exponent
 
 
 def count_bins(x: F32, width: float) -> NDArray[np.int64]:
@@ -150,9 +153,10 @@ def count_bins(x: F32, width: float) -> NDArray[np.int64]:
         bins = np.zeros(2 * HALF, np.int64)
         bins[HALF] = x.size
         return bins
-    index = x * np.float32(1 / width)  # exact: the width is a power of two
-    index += np.float32(HALF)
-    return np.bincount(index.ravel().astype(np.uint16), minlength=2 * HALF)[: 2 * HALF]
+    steps = x * np.float32(1 / width)  # exact: the width is a power of two
+    index = np.floor(steps, out=steps).astype(np.int16)
+    index += HALF
+    return np.bincount(index.ravel(), minlength=2 * HALF)
 
 
 def observe(model: bytes, names: Sequence[str], samples: Samples, histograms: bool = False,
@@ -216,6 +220,16 @@ def in_order(pool: ThreadPoolExecutor, job: Callable[[Feeds], T], samples: Sampl
             f.cancel()
 
 
+def _widen(proto: onnx.ModelProto) -> None:
+    """Constants of 2 bits as bytes: kernels that ONNX Runtime fuses out of DequantizeLinear take none such."""
+    from onnx import TensorProto, numpy_helper
+
+    bytes_of = {getattr(TensorProto, "INT2", -1): np.int8, getattr(TensorProto, "UINT2", -1): np.uint8}
+    for t in proto.graph.initializer:
+        if t.data_type in bytes_of:
+            t.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(t).astype(bytes_of[t.data_type]), t.name))
+
+
 def runner(model: bytes, names: Sequence[str], threads: int = 1, integers: bool = False
            ) -> Callable[[Feeds], list[Array]]:
     """A function from inputs to the tensors `names`, which may lie inside the model: ONNX Runtime, `threads` a run.
@@ -235,17 +249,20 @@ def runner(model: bytes, names: Sequence[str], threads: int = 1, integers: bool 
     for name in dict.fromkeys(names):
         if name not in have:
             proto.graph.output.append(onnx.ValueInfoProto(name=name))
+    _widen(proto)
     inputs = {i.name for i in proto.graph.input}
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
     options.enable_mem_pattern = False
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # else data become int8 by the way
     if integers:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     asked = [n for n in names if n not in inputs]
     try:
-        session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"],
+                                       disabled_optimizers=["WeightBiasQuantization"])  # of layers in floats, unasked
     except Exception as e:  # the runtime is C++: it raises what it likes
         raise UnsupportedError("ONNX Runtime does not run the network", got=str(e).strip()[:300]) from None
 

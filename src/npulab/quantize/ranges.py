@@ -50,7 +50,8 @@ def entropy(s: Statistics, scheme: Scheme) -> Range:
     bins, _ = _histogram(s)
     levels = 1 << (scheme.bits - (1 if scheme.symmetric or s.low < 0 else 0))
     magnitudes = bins[HALF:] + bins[:HALF][::-1]
-    last = int(np.flatnonzero(magnitudes)[-1]) + 1
+    magnitudes[0] = magnitudes[1]  # zero is a level of its own: the peak that ReLU puts there says nothing about ranges
+    last = int(np.flatnonzero(magnitudes)[-1]) + 1 if magnitudes.any() else 1
     first = min(last, max(levels, last // 16))
     ends = np.unique(np.linspace(first, last, 64).astype(int))
     divergence = [_divergence(magnitudes, int(end), levels) for end in ends]

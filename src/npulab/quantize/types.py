@@ -13,8 +13,9 @@ Array = NDArray[Any]
 F32 = NDArray[np.float32]
 Feeds = Mapping[str, Array]
 """An array for each input of a network, by name."""
-Arithmetic = Literal["tflite", "onnx", "vivante", "esp32s3", "esp32p4"]
-"""Whose rounding: TFLite's reference kernels, ONNX Runtime's QDQ, Vivante's NN engine, ESP-DL half up and half even."""
+Arithmetic = Literal["tflite", "onnx", "multiplier16", "esp32s3", "esp32p4"]
+"""Whose rounding: TFLite's reference kernels, ONNX Runtime's QDQ, a multiplier of 16 bits and a shift, ESP-DL's half up
+and half even."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +149,8 @@ class Samples(Protocol):
     the network has one). `origin` says where they are from, for people.
     """
 
-    origin: str
+    @property
+    def origin(self) -> str: ...
 
     def __len__(self) -> int: ...
 

@@ -6,11 +6,8 @@ is whole without scripts; its own small one sorts the table, zooms the timeline 
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
-from importlib.resources import files
 
 from npulab.cli.printing import amount, clean, ranges
 from npulab.profiling.join import gains
@@ -35,6 +32,7 @@ from npulab.report.figures import (
     waste_by_cause,
     wasted,
 )
+from npulab.report.shell import document, e, section
 
 BARS = 20
 """Rows with a bar of their own at once; the others are behind a click."""
@@ -47,33 +45,11 @@ def to_html(profile: Profile) -> str:
     title = f"{profile.model} on {profile.target}: {ms(profile.total_ns, digits_for(profile.total_ns))} ms"
     parts = (_header(profile), _costs(profile), _bars(profile), _timeline(profile), _roofline(profile), _table(profile),
              _decisions(profile), _constants(profile), _assumptions(profile))
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-    return "\n".join([
-        '<!doctype html>', '<html lang="en">', "<head>", '<meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<meta name="color-scheme" content="light dark">', '<link rel="icon" href="data:,">',
-        f"<title>{e(title)}</title>", f"<style>\n{_part('page.css')}</style>", "</head>", "<body>", "<main>",
-        *(p for p in parts if p), "</main>", f"<script>\n{_part('page.js')}</script>", "</body>", "</html>", ""])
-
-
-def e(text: object) -> str:
-    """Text for a page or an attribute: markup and control characters are shown, not obeyed."""
-    plain = str(text)
-    return html.escape(plain if plain.isprintable() else clean(plain))
-
-
-@cache
-def _part(name: str) -> str:
-    return files("npulab.report").joinpath(name).read_text()
+    return document(title, parts)
 
 
 def _share(ns: int, of: int) -> str:
     return f"{100 * ns / of:.1f} %" if of else "0 %"
-
-
-def _section(name: str, title: str, lead: str, body: str) -> str:
-    return f'<section id="{name}">\n<h2>{title}</h2>\n<p class="lead">{lead}</p>\n{body}\n</section>'
 
 
 def _name(row: Row) -> str:
@@ -127,7 +103,7 @@ def _costs(profile: Profile) -> str:
     first = next(iter(cost))
     lead = (f"The largest part, {shares[first]}, goes to <b>{e(BOUND_NAMES[first])}</b>; if that cost "
             f"nothing, the inference would take {ms(whole - saved.get(first, 0), digits)} ms.")
-    return _section("costs", "What it waits for", lead, (
+    return section("costs", "What it waits for", lead, (
         f'<div class="bar big">{segments}</div>\n<div class="scroll"><table class="plain costs"><thead><tr>'
         '<th scope="col">resource</th><th scope="col">costs ms</th><th scope="col">share</th>'
         f'<th scope="col">saves ms if free</th></tr></thead><tbody>{lines}</tbody></table></div>'))
@@ -147,7 +123,7 @@ def _bars(profile: Profile) -> str:
                  f'</summary><ol class="bars">{"".join(lines[BARS:])}</ol></details>')
     used = [t for t in by_cost(profile) if any(t in p for p in parts)]
     lead = "Operators by time, longest first; the colour is what each waits for."
-    return _section("layers", "Where the time goes", lead, _key(used) + body)
+    return section("layers", "Where the time goes", lead, _key(used) + body)
 
 
 def _bar(row: Row, parts: Mapping[Term, int], longest: int, whole: int) -> str:
@@ -195,7 +171,7 @@ def _timeline(profile: Profile) -> str:
     spoken = "; ".join(f"{lane} busy {_share(ns, whole)} of the time" for lane, ns in busy_ns.items())
     lead = ("When each resource works, in ms from the start. What overlaps within a job is drawn side by side; the "
             "longest sets the time.")
-    return _section("timeline", "Timeline", lead, (
+    return section("timeline", "Timeline", lead, (
         f'<p class="zoom" hidden><button type="button" data-by="0.5">zoom out</button> '
         f'<button type="button" data-by="2">zoom in</button></p>\n'
         f'<div class="lanes"><ul style="height:{tall}px">{labels}</ul><div class="scroll" tabindex="0">'
@@ -263,7 +239,7 @@ def _roofline(profile: Profile) -> str:
     used = dict.fromkeys(r.bound for _, _, r in points if r.bound in BOUND_NAMES)
     lead = ("Each operator of the NN cores: useful multiply-accumulates a byte of DRAM traffic, and how many it does "
             "in a second. The larger, the longer it takes. The lines are what DRAM and the cores allow.")
-    return _section("roofline", "Roofline", lead, _key(used) + (
+    return section("roofline", "Roofline", lead, _key(used) + (
         f'<div class="scroll" tabindex="0"><svg class="roofline" role="img" viewBox="0 0 900 440" '
         f'aria-label="roofline of {len(points)} operators">{"".join(shapes)}{"".join(dots)}{"".join(names)}'
         f'<text class="axis" x="{(left + right) / 2}" y="{bottom + 38}">useful MACs per byte of DRAM traffic</text>'
@@ -323,7 +299,7 @@ def _table(profile: Profile) -> str:
         ("", 1)))
     lead = ("Every operator of the model, and work of no operator below. MACs: those that the operator asks for; idle: "
             "multiplier slots of its time that do other than that; use: of the NN cores' peak.")
-    return _section("rows", "Operators", lead, (
+    return section("rows", "Operators", lead, (
         f'<div class="scroll" tabindex="0"><table class="sortable"><thead><tr>{head}</tr></thead>'
         f'<tbody>{"".join(lines)}</tbody><tfoot><tr>{foot}</tr></tfoot></table></div>'))
 
@@ -336,7 +312,7 @@ def _decisions(profile: Profile) -> str:
         f'<td>{e(d.instead)}</td><td class="n">{ms(saved)}</td><td>{_state(d.state)}</td></tr>'
         for nodes, d, saved in grouped(profile.decisions))
     lead = "What was chosen instead of what, and what that saves by the model."
-    return _section("decisions", "Decisions of the search", lead, _plain(
+    return section("decisions", "Decisions of the search", lead, _plain(
         ("nodes", "choice", "instead of", ">saves ms", "state"), lines))
 
 
@@ -354,7 +330,7 @@ def _constants(profile: Profile) -> str:
     lines = "".join(
         f'<tr><td>{e(c.name)}</td><td class="n">{e(quantity(c.value, c.unit))}</td><td>{_state(c.state)}</td>'
         f"<td>{e(c.source)}</td></tr>" for c in profile.constants)
-    return _section("constants", "Constants", "Every number behind the times, and what stands behind it.", _plain(
+    return section("constants", "Constants", "Every number behind the times, and what stands behind it.", _plain(
         ("constant", ">value", "state", "source"), lines))
 
 
@@ -373,4 +349,4 @@ def _assumptions(profile: Profile) -> str:
               for name, state in profile.features.items()]
     items.append(f"Model file: SHA-256 {profile.digest}.")
     lines = "".join(f"<li>{e(i)}</li>" for i in items)
-    return _section("assumptions", "Assumptions", "What to keep in mind.", f"<ul>{lines}</ul>")
+    return section("assumptions", "Assumptions", "What to keep in mind.", f"<ul>{lines}</ul>")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +18,7 @@ from npulab.errors import ModelError, UsageError
 from npulab.ir.types import DType
 from npulab.program.types import Tensor
 
-Fit = Literal["squash", "crop", "pad"]
+Fit = Literal["squash", "crop", "pad", "centre", "letterbox"]
 
 PIXELS_LIMIT = 100_000_000
 """Pixels of an image: 300 MB as RGB. A file of a few kilobytes can claim far more."""
@@ -36,7 +38,8 @@ class Normalization:
 
 @dataclass(frozen=True, slots=True)
 class Covered:
-    """The part of the original image that the model sees, in its pixels; with `pad` it reaches beyond the image."""
+    """The part of the original image that the model sees, in its pixels; with `pad` and `letterbox` it reaches beyond
+    the image."""
 
     left: float
     top: float
@@ -54,8 +57,10 @@ class Prepared:
     notes: tuple[str, ...]
 
 
-def open_image(path: str | os.PathLike[str]) -> tuple[Image.Image, list[str]]:
+def open_image(path: str | os.PathLike[str], source: BinaryIO | None = None) -> tuple[Image.Image, list[str]]:
     """The first picture of a file, upright, as 8-bit RGB or L; and notes on what that took.
+
+    `source` holds the file's bytes where they lie in another file, and `path` is then its name there.
 
     Raises: UsageError if the file cannot be read; ModelError if it is no image, damaged, or too large.
     """
@@ -65,7 +70,8 @@ def open_image(path: str | os.PathLike[str]) -> tuple[Image.Image, list[str]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with open(path, "rb") as f, Image.open(f, formats=formats) as image:
+            held = open(path, "rb") if source is None else contextlib.nullcontext(source)  # noqa: SIM115
+            with held as f, Image.open(f, formats=formats) as image:
                 width, height = image.size
                 if width * height > PIXELS_LIMIT or not width * height:
                     raise ModelError(f"{name} is too large an image", want=f"1..{PIXELS_LIMIT} pixels",
@@ -115,21 +121,23 @@ def _eight_bit(image: Image.Image, notes: list[str]) -> Image.Image:
 
 
 def prepare(path: str | os.PathLike[str], tensor: Tensor, fit: Fit = "squash",
-            normalize: str | None = None) -> Prepared:
+            normalize: str | None = None, source: BinaryIO | None = None) -> Prepared:
     """The image as the model's input `tensor` takes it.
 
     Resized with Pillow's bilinear filter: `squash` changes the proportions, `crop` cuts the longer side, `pad` adds
-    black. `normalize` as parse_normalization takes it; None decides by the tensor's type and quantization.
+    black, `letterbox` gray, and `centre` squashes the middle 87.5 % of both sides (TF-Slim's inception_preprocessing,
+    by which its ImageNet figures are measured). `normalize` as parse_normalization takes it; None decides by the
+    tensor's type and quantization. `source` as open_image takes it.
 
     Raises: UsageError if the tensor cannot hold an image.
     """
-    planes_first, height, width, channels = _extents(tensor)
-    image, notes = open_image(path)
+    planes_first, height, width, channels = extents(tensor)
+    image, notes = open_image(path, source)
     gray = image.convert("L" if channels == 1 else "RGB")
-    small, covered = _resize(gray, width, height, fit)
+    small, covered = resize(gray, width, height, fit)
     if gray.mode != image.mode:
         notes.append("made gray" if channels == 1 else "gray repeated in three channels")
-    notes.append(f"{_FITTED[fit]} to {width}x{height}, bilinear")
+    notes.append(f"{FITTED[fit]} to {width}x{height}, bilinear")
     pixels = np.asarray(small, np.uint8).reshape(height, width, channels)
     array, said = quantize(pixels, tensor, parse_normalization(normalize, tensor))
     if planes_first:
@@ -138,10 +146,15 @@ def prepare(path: str | os.PathLike[str], tensor: Tensor, fit: Fit = "squash",
     return Prepared(np.ascontiguousarray(array).reshape(tensor.shape), image, covered, (*notes, said))
 
 
-_FITTED = {"squash": "squashed", "crop": "centre cut and resized", "pad": "resized and padded with black"}
+FITTED = {"squash": "squashed", "crop": "centre cut and resized", "pad": "resized and padded with black",
+           "centre": "middle 87.5 % squashed", "letterbox": "resized and padded with gray"}
+MIDDLE = 0.875
+"""Of each side, what `centre` keeps."""
+GRAY = 114
+"""Of `letterbox`, as YOLO's networks are trained with (ultralytics' LetterBox)."""
 
 
-def _extents(t: Tensor) -> tuple[bool, int, int, int]:
+def extents(t: Tensor) -> tuple[bool, int, int, int]:
     """(planes first, height, width, channels) of an image tensor."""
     match t.shape:
         case (1, h, w, 1 | 3 as c) if h and w:
@@ -154,10 +167,15 @@ def _extents(t: Tensor) -> tuple[bool, int, int, int]:
                      got=f"{t.dtype}{list(t.shape)}", try_="give it a .npy array")
 
 
-def _resize(image: Image.Image, width: int, height: int, fit: Fit) -> tuple[Image.Image, Covered]:
+def resize(image: Image.Image, width: int, height: int, fit: Fit) -> tuple[Image.Image, Covered]:
+    """The image at this size, and the part of it that is there. `fit` as prepare takes it."""
     w0, h0 = image.size
     if fit == "squash":
         return image.resize((width, height), Image.Resampling.BILINEAR), Covered(0, 0, w0, h0)
+    if fit == "centre":
+        left, top = w0 * (1 - MIDDLE) / 2, h0 * (1 - MIDDLE) / 2
+        small = image.resize((width, height), Image.Resampling.BILINEAR, box=(left, top, w0 - left, h0 - top))
+        return small, Covered(left, top, w0 * MIDDLE, h0 * MIDDLE)
     scale = (max if fit == "crop" else min)(width / w0, height / h0)
     w, h = width / scale, height / scale
     covered = Covered((w0 - w) / 2, (h0 - h) / 2, w, h)
@@ -166,36 +184,41 @@ def _resize(image: Image.Image, width: int, height: int, fit: Fit) -> tuple[Imag
         box = (left, top, min(w0, left + w), min(h0, top + h))
         return image.resize((width, height), Image.Resampling.BILINEAR, box=box), covered
     inner = (max(1, min(width, round(w0 * scale))), max(1, min(height, round(h0 * scale))))
-    padded = Image.new(image.mode, (width, height))
+    gray = GRAY if fit == "letterbox" else 0
+    padded = Image.new(image.mode, (width, height), gray if image.mode == "L" else (gray,) * 3)
     padded.paste(image.resize(inner, Image.Resampling.BILINEAR),
                  ((width - inner[0]) // 2, (height - inner[1]) // 2))
     return padded, covered
 
 
+PRESETS: Mapping[str, Normalization] = {
+    "raw": Normalization(True),
+    "0..1": Normalization(False, (0.0,), (255.0,)),
+    "-1..1": Normalization(False, (127.5,), (127.5,)),
+    "tf": Normalization(False, (127.5,), (127.5,)),
+    "imagenet": Normalization(False, (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+}
+"""By name. `tf` as TF-Slim's networks take pixels, `imagenet` as torchvision's do."""
+
+
 def parse_normalization(text: str | None, tensor: Tensor) -> Normalization:
-    """`raw`, `0..1`, `-1..1`, or `mean,std` (or three means and three stds).
+    """`raw`, `0..1`, `-1..1`, `tf`, `imagenet`, or `mean,std` (or three means and three stds).
 
     None: integer inputs take pixels as they are, shifted to the type's range, because that is what converters make of
     [0,1] and [-1,1] inputs (scale near 1/255 or 1/128); floating-point inputs take 0..1.
     """
-    match text:
-        case None:
-            floating = tensor.dtype.startswith("float")
-            return Normalization(False, (0.0,), (255.0,)) if floating else Normalization(True)
-        case "raw":
-            return Normalization(True)
-        case "0..1":
-            return Normalization(False, (0.0,), (255.0,))
-        case "-1..1":
-            return Normalization(False, (127.5,), (127.5,))
+    if text is None:
+        return PRESETS["0..1" if tensor.dtype.startswith("float") else "raw"]
+    if text in PRESETS:
+        return PRESETS[text]
     try:
         numbers = [float(part) for part in text.split(",")]
     except ValueError:
         numbers = []
     half = len(numbers) // 2
     if len(numbers) not in (2, 6) or not all(map(math.isfinite, numbers)) or not all(numbers[half:]):
-        raise UsageError(f"--normalize does not know '{text}'", want="raw, 0..1, -1..1, mean,std or r,g,b,r,g,b",
-                         try_="--normalize 127.5,127.5")
+        raise UsageError(f"--normalize does not know '{text}'",
+                         want="raw, 0..1, -1..1, tf, imagenet, mean,std or r,g,b,r,g,b", try_="--normalize 127.5,127.5")
     return Normalization(False, tuple(numbers[:half]), tuple(numbers[half:]))
 
 

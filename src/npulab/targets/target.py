@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from npulab.plan.types import Verdict
     from npulab.profiling.types import Constant, Span
     from npulab.program.types import Program
+    from npulab.quantize.types import Rules
     from npulab.runtime.device import Device
     from npulab.runtime.replay import ReplayResult
 
@@ -101,6 +102,9 @@ class Target(Protocol):
 
     def support_table(self) -> list[tuple[str, str, str]]:
         """(operator, rule, source) of every declared constraint."""
+
+    def rules(self) -> Rules:
+        """What the chip takes of a network of integers."""
 
     def compile(self, graph: Graph, plan: PlanName, keep_all: bool = False,
                 options: PlanOptions = PlanOptions()) -> Program:

@@ -61,6 +61,15 @@ class Fact(Record, frozen=True, kw_only=True):
     note: str = ""
 
 
+class Scheme(Fact, frozen=True, kw_only=True):
+    """What tools and chip take of a network of integers, one subject each (QUANTIZATION); quantization.py reads them.
+
+    `variant`: of that chip of the family only, where it differs from what the others state.
+    """
+
+    variant: str = ""
+
+
 class Rule(Record, frozen=True, kw_only=True):
     """A limit. `require` holds, or one row of `any`; with neither it is advice that nobody checks."""
 
@@ -114,6 +123,7 @@ class Facts(Record, frozen=True, kw_only=True):
     gaps: tuple[str, ...] = ()
     sources: dict[str, Source] = {}
     fact: tuple[Fact, ...] = ()
+    quantization: tuple[Scheme, ...] = ()
     rule: tuple[WideRule, ...] = ()
     op: tuple[OpEntry, ...] = ()
 
@@ -175,7 +185,7 @@ def parse(data: bytes, stem: str, who: str) -> Facts:
 
 def _where(data: bytes, place: str) -> str:
     """msgspec's path, with the name of what it is about: `op[3].rule[0] (Conv)`."""
-    if m := re.match(r"\$\.(op|fact|rule)\[(\d+)\]", place):
+    if m := re.match(r"\$\.(op|fact|quantization|rule)\[(\d+)\]", place):
         items: Any = msgspec.toml.decode(data).get(m[1])
         item = items[int(m[2])] if isinstance(items, list) else {}
         label = next((item[k] for k in ("names", "key", "text") if isinstance(item, dict) and k in item), "")
@@ -186,7 +196,8 @@ def _where(data: bytes, place: str) -> str:
 
 _RECORDS: tuple[tuple[str, type[Record]], ...] = (
     (r"\$\.op\[(\d+|\.\.\.)\]\.rule\[(\d+|\.\.\.)\]", Rule), (r"\$\.op\[(\d+|\.\.\.)\]", OpEntry),
-    (r"\$\.fact\[(\d+|\.\.\.)\]", Fact), (r"\$\.rule\[(\d+|\.\.\.)\]", WideRule), (r"\$\.sources\[[^\]]*\]", Source),
+    (r"\$\.fact\[(\d+|\.\.\.)\]", Fact), (r"\$\.quantization\[(\d+|\.\.\.)\]", Scheme),
+    (r"\$\.rule\[(\d+|\.\.\.)\]", WideRule), (r"\$\.sources\[[^\]]*\]", Source),
     (r"\$", Facts))
 
 
@@ -226,6 +237,7 @@ def _faults(facts: Facts, stem: str) -> Iterator[tuple[str, str, str]]:
             yield f"fact {f.key}", " or ".join(TOPOLOGIES), str(f.value)
         if f.key in NUMBERS and (isinstance(f.value, bool) or not isinstance(f.value, int | float)):
             yield f"fact {f.key}", "a number", str(f.value)
+    yield from _quantization_faults(facts)
     yield from _op_faults(facts)
     for place, r in _rules(facts):
         if r.require and r.any:
@@ -240,6 +252,30 @@ def _faults(facts: Facts, stem: str) -> Iterator[tuple[str, str, str]]:
             for name in names:
                 if name not in (GRAPH_NAMES if graph else NAMES) and (graph or not name.startswith("attr_")):
                     yield place, f"names of the format{_close(name, GRAPH_NAMES if graph else NAMES)}", name
+
+
+def _quantization_faults(facts: Facts) -> Iterator[tuple[str, str, str]]:
+    seen: set[tuple[str, str]] = set()
+    for f in facts.quantization:
+        place = f"quantization {f.key}"
+        if f.key not in QUANTIZATION:
+            yield place, ", ".join(QUANTIZATION), f.key
+            continue
+        if (f.key, f.variant) in seen:
+            yield place, "a subject once", "again"
+        seen.add((f.key, f.variant))
+        if f.variant and not ID.fullmatch(f.variant):
+            yield f"{place}.variant", "a name of small letters, digits and _", f.variant
+        allowed = QUANTIZATION[f.key]
+        if isinstance(allowed, re.Pattern):
+            for text in f.value if isinstance(f.value, tuple) else (f.value,):
+                if not (isinstance(text, str) and allowed.fullmatch(text)):
+                    yield place, f"texts of the form {allowed.pattern}", str(text)
+        elif isinstance(allowed, tuple):
+            if f.value not in allowed:
+                yield place, " or ".join(map(str, allowed)), str(f.value)
+        elif isinstance(f.value, bool) or not isinstance(f.value, int | float) or f.value <= 0:
+            yield place, "a number above 0", str(f.value)
 
 
 def _op_faults(facts: Facts) -> Iterator[tuple[str, str, str]]:
@@ -261,6 +297,7 @@ def _op_faults(facts: Facts) -> Iterator[tuple[str, str, str]]:
 
 def _sources(facts: Facts) -> Iterator[tuple[str, str]]:
     yield from ((f"fact {f.key}", f.source) for f in facts.fact)
+    yield from ((f"quantization {f.key}", f.source) for f in facts.quantization)
     yield from ((f"op[{i}] ({_short(e.names)})", e.source) for i, e in enumerate(facts.op))
     yield from ((place, r.source) for place, r in _rules(facts))
 
@@ -286,6 +323,29 @@ def _set(text: str) -> frozenset[str]:
 
 NUMBERS = frozenset({"peak_tops_int8", "sram_kib", "max_rank", "max_channels", "max_dim", "max_layers", "onnx_opset"})
 """Facts that are numbers where they are stated."""
+_SCHEME = re.compile(r"u?int(2|4|8|16) a?symmetric( narrow)?( per-channel)?( power-of-two)?")
+QUANTIZATION: Mapping[str, re.Pattern[str] | tuple[str | bool, ...] | None] = {
+    "file": ("tflite", "onnx"),
+    "import": ("yes", "no", "unknown"),
+    "activations": _SCHEME, "weights": _SCHEME, "depthwise_weights": _SCHEME,
+    "arithmetic": re.compile(r"[a-z0-9]+"),
+    "fixed": re.compile(r"[A-Z][A-Za-z]* u?int(8|16) 1/[0-9]+ -?[0-9]+"),
+    "same_scale": re.compile(r"[A-Z][A-Za-z0-9]*"),
+    "float_islands": (True, False),
+    "bias_bits": None, "accumulator_bits": None, "weight_sum_max": None, "requantize_below": None,
+    "concat_ratio_max": None,
+}
+"""Subjects of a network of integers -> what may be said: a word of these, texts of this form, or a number (None).
+
+file              the format that the tools read.     import  whether they take one that is quantized already.
+activations, weights, depthwise_weights   how tensors may be stored, the default first.
+arithmetic        whose rounding.                     fixed   "Operator type scale zero-point" of prescribed results.
+same_scale        operators (ONNX) whose operands and results share one scale.
+float_islands     whether operators may stay floats.  bias_bits, accumulator_bits   widths.
+weight_sum_max    of |weight - zero point| of an output channel.
+requantize_below  of input scale * weight scale / output scale.
+concat_ratio_max  of an input's scale to the result's, where tensors are joined.
+"""
 NAMES = _set("""
     kernel_h kernel_w kernel_d stride_h stride_w stride_d stride dilation_h dilation_w dilation_d dilation
     pad_top pad_left pad_bottom pad_right padding groups multiplier channels out_channels height width

@@ -15,10 +15,11 @@ from npulab.ir.ops import Concat, Elementwise, Mean, Pool2D, Reshape
 from npulab.plan.partition import Part, fewest_regions, partition
 from npulab.plan.types import Reason, Verdict
 from npulab.program.types import HostNode, HostStep, Program
+from npulab.quantize.types import Rules
 from npulab.runtime.device import Device
 from npulab.runtime.replay import ReplayResult
 from npulab.targets.target import PlanName, PlanOptions, Prediction, Settings, Timing
-from npulab.targets.vivante import best, constraints, reference, timing
+from npulab.targets.vivante import best, constraints, quantization, reference, timing
 from npulab.targets.vivante.chips import Chip, varied
 from npulab.targets.vivante.encode import encode
 from npulab.targets.vivante.jobs import Region
@@ -73,6 +74,9 @@ class VivanteTarget:
 
     def support_table(self) -> list[tuple[str, str, str]]:
         return constraints.support_table()
+
+    def rules(self) -> Rules:
+        return quantization.rules(self.chip)
 
     @property
     def features(self) -> Mapping[str, str]:

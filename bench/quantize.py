@@ -1,0 +1,348 @@
+"""Methods of quantization on real networks: accuracy, time, memory, against other quantizers.
+
+    python bench/quantize.py matrix [SHARED_DIR]    every method's accuracy change against plain min-max, 3 networks
+    python bench/quantize.py low                    4-bit weights: what is lost, what is recovered, with an interval
+    python bench/quantize.py rows [SHARED_DIR]      EfficientNet-Lite0, CIFAR ResNets, MobileNetV1, YOLOv5n
+    python bench/quantize.py side NNCF_PYTHON [SHARED_DIR]   against ONNX Runtime's quantizer and NNCF, one run
+
+`side` runs each quantizer in a process of its own, with the same network, images and threads; NNCF in the Python of an
+environment that has nncf, onnx and onnxruntime. Accuracy is of the QDQ file in ONNX Runtime, on all images; calibration
+takes every n-th. Where rows do not say otherwise, weights have one scale a tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import npulab
+from npulab.dialects import from_tflite
+from npulab.quantize.job import Options
+from npulab.quantize.observe import each
+from npulab.quantize.types import ListedSamples, Samples, Scheme
+from npulab.quantizing import Quantized, Turned, quantize
+from npulab.runtime.datasets import input_tensors, open_samples
+from npulab.samples import networks
+from npulab.targets.facts.quantization import rules_of
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+RULES = replace(rules_of("generic-int8"), file="onnx", arithmetic=None)
+"""TFLite's integers in an ONNX file, which ONNX Runtime runs faster than LiteRT's reference kernels."""
+
+
+@dataclass
+class Case:
+    """A network with samples to calibrate and labelled ones to measure; samples as the ONNX form takes them."""
+
+    name: str
+    graph: Any
+    calibration: Samples
+    test: Samples
+    labels: NDArray[np.int64]
+    offset: int = 0
+
+    def right(self, model: bytes, output: str) -> NDArray[np.bool_]:
+        """Which test images the model gets right."""
+        found = each(model, [output], self.test, lambda a: int(np.argmax(a[0])))
+        return np.array([int(p) - self.offset == t for p, t in zip(found, self.labels, strict=True)])
+
+
+def of_files(name: str, model: Path, data: Path, normalize: str, fit: str = "squash", calibrate: int = 128,
+             measure: int | None = None) -> Case:
+    graph = npulab.load(model)
+    inputs = input_tensors(graph)
+    calibration = open_samples(data, inputs, normalize, fit, calibrate)  # type: ignore[arg-type]
+    test = open_samples(data, inputs, normalize, fit, measure)  # type: ignore[arg-type]
+    labels = labels_of(data, test)
+    held: Samples = ListedSamples(list(test), test.origin)
+    if graph.format == "tflite":
+        held = ListedSamples(list(Turned(held, from_tflite(graph).inputs)), test.origin)
+    outputs = graph.values[graph.outputs[0]].elements
+    return Case(name, graph, calibration, held, labels, outputs - 1000 if outputs in (1000, 1001) else 0)
+
+
+def labels_of(data: Path, samples: Any) -> NDArray[np.int64]:
+    table = data / "labels.tsv"
+    if data.is_dir() and table.exists():
+        rows = dict(line.split("\t")[:2] for line in table.read_text().splitlines()[1:])
+        return np.array([int(rows[Path(n).name]) for n in samples.names])
+    folders = sorted({Path(n).parent.name for n in samples.names})
+    return np.array([folders.index(Path(n).parent.name) for n in samples.names])
+
+
+def of_samples(name: str) -> Case:
+    graph = npulab.load(networks.path(name))
+    (inp,) = (graph.values[v] for v in graph.inputs)
+    calibration, test, labels = networks.data(name)
+    return Case(name, graph, ListedSamples([{inp.name: x.reshape(inp.shape)} for x in calibration], "training images"),
+                ListedSamples([{inp.name: x.reshape(inp.shape)} for x in test], "held-out images"), np.asarray(labels))
+
+
+def run(case: Case, recipe: str, rules: Any = RULES, **options: Any) -> tuple[Quantized, NDArray[np.bool_], float]:
+    start = time.process_time()
+    made = quantize(case.graph, case.calibration, rules, Options(recipe=recipe, integer_ends=False, **options))
+    seconds = time.process_time() - start
+    return made, case.right(made.qdq, made.network.name(made.network.graph.outputs[0])), seconds
+
+
+def reference(case: Case) -> NDArray[np.bool_]:
+    from npulab.dialects import to_onnx
+    from npulab.exporters.onnx import to_onnx as written
+
+    graph = to_onnx(case.graph)
+    return case.right(written(graph), graph.values[graph.outputs[0]].name)
+
+
+def points(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
+    """Difference of accuracies in points."""
+    return 100 * float(a.mean() - b.mean())
+
+
+# the lecture's matrix
+
+SYMMETRIC = replace(RULES, activations=(Scheme(8, symmetric=True), *RULES.activations[1:]))
+METHODS: Sequence[tuple[str, str, str, dict[str, Any]]] = (
+    ("basic calibration", "moving average", "moving-average", {}),
+    ("", "percentile", "percentile", {}),
+    ("", "entropy", "entropy", {}),
+    ("", "mean squared error", "mse", {}),
+    ("asymmetric", "symmetric instead", "min-max", {"rules": SYMMETRIC}),
+    ("distillation", "block by block", "min-max+distil", {}),
+    ("bias correction", "fast", "min-max+correct", {}),
+    ("", "full", "min-max+correct-full", {}),
+    ("AdaRound", "", "min-max+adaround", {}),
+    ("clipping", "weights", "min-max+weights-mse", {}),
+    ("", "activations", "min-max+clip", {}),
+    ("part of the layers", "first and last float", "min-max", {"keep": "ends"}),
+    ("", "16-bit activations", "min-max", {"activations": 16}),
+    ("INT4", "8-bit weights instead", "min-max", {"weights": 8}),
+    ("equalization", "", "min-max+equalize", {}),
+    ("", "and absorption", "min-max+equalize+absorb", {}),
+    ("migration", "SmoothQuant", "min-max+smooth", {}),
+    ("per channel", "", "min-max", {"per_channel": True}),
+    ("search", "auto", "auto", {}),
+)
+
+
+def matrix(shared: Path) -> None:
+    cases = [of_samples(name) for name in networks.NAMES]
+    bits = [4] * len(cases)
+    if shared.is_dir():
+        cases += [of_files("CIFAR ResNet", shared / "models/float/pretrainedResnet.tflite",
+                           shared / "images/cifar10-5000.zip", "raw", measure=1000),
+                  of_files("EfficientNet-Lite0", shared / "models/float/efficientnet_lite0_imagenet_float.onnx",
+                           shared / "images/imagenet-500", "127,128", "centre", 64)]
+        bits += [4, 8]
+    names = [f"{c.name} W{b}A8" for c, b in zip(cases, bits, strict=True)]
+    print("top-1 points against plain min-max, weights per tensor", flush=True)
+    base, floats = [], []
+    for case, b in zip(cases, bits, strict=True):
+        floats.append(reference(case))
+        base.append(run(case, "min-max", weights=b, per_channel=False)[1])
+    print(f"{'':20}{'':22}" + "".join(f"{n:>24}" for n in names))
+    print(f"{'float':42}" + "".join(f"{100 * f.mean():24.1f}" for f in floats))
+    print(f"{'min-max':42}" + "".join(f"{100 * f.mean():24.1f}" for f in base), flush=True)
+    for row, kind, recipe, extra in METHODS:
+        cells = []
+        for case, b, before in zip(cases, bits, base, strict=True):
+            options = {"weights": b, "per_channel": False, **extra}
+            rules = options.pop("rules", RULES)
+            if options.get("keep") == "ends":
+                count = run_layers(case)
+                options["keep"] = ("0", str(count - 1))
+            try:
+                _, right, seconds = run(case, recipe, rules, **options)
+                cells.append(f"{points(right, before):+17.1f} {seconds:5.0f}s")
+            except npulab.NpulabError as e:
+                cells.append(f"{str(e)[:23]:>24}")
+        print(f"{row:20}{kind:22}" + "".join(f"{c:>24}" for c in cells), flush=True)
+
+
+def run_layers(case: Case) -> int:
+    from npulab.dialects import to_onnx
+    from npulab.quantize.network import network
+
+    return len(network(to_onnx(case.graph), RULES).layers)
+
+
+# 4-bit weights
+
+BOOTSTRAPS = 2000
+
+
+def low() -> None:
+    print("W4A8, one scale a tensor; recovered: share of what min-max loses, 95 % bootstrap interval over images")
+    for name in networks.NAMES:
+        case = of_samples(name)
+        full = reference(case)
+        plain = run(case, "min-max", weights=4, per_channel=False)[1]
+        print(f"{name}: float {full.mean():.4f}, min-max {plain.mean():.4f} ({points(plain, full):+.1f} points)")
+        for recipe in ("mse", "mse+adaround", "mse+adaround+distil"):
+            _, right, seconds = run(case, recipe, weights=4, per_channel=False)
+            at, (a, b) = recovered(full, plain, right)
+            print(f"  {recipe:24} {right.mean():.4f}  recovered {at:6.1%} ({a:.1%} to {b:.1%})  {seconds:.0f} CPU-s",
+                  flush=True)
+
+
+def recovered(full: NDArray[np.bool_], plain: NDArray[np.bool_], right: NDArray[np.bool_]
+              ) -> tuple[float, tuple[float, float]]:
+    """The share of the loss that is gone, and its interval."""
+    rng = np.random.default_rng(0)
+
+    def share(i: Any) -> float:
+        lost = full[i].mean() - plain[i].mean()
+        return float((right[i].mean() - plain[i].mean()) / lost) if lost > 0 else 1.0
+
+    drawn = [share(rng.integers(0, len(full), len(full))) for _ in range(BOOTSTRAPS)]
+    return share(slice(None)), (float(np.quantile(drawn, 0.025)), float(np.quantile(drawn, 0.975)))
+
+
+# rows of accuracy
+
+
+def rows(shared: Path) -> None:
+    images, models = shared / "images", shared / "models/float"
+    lite = of_files("EfficientNet-Lite0", models / "efficientnet_lite0_imagenet_float.onnx", images / "imagenet-500",
+                    "127,128", "centre", 128)
+    mobile = of_files("MobileNetV1 0.25", models / "mobilenet_v1_0.25_224_1_default_1.tflite", images / "imagenet-500",
+                      "-1..1", "centre", 128)
+    a311d = replace(rules_of("a311d"), file="onnx", arithmetic=None)
+    for case, tries in (
+            (lite, (("per tensor, min-max", "min-max", {"per_channel": False}),
+                    ("per tensor, auto", "auto", {"per_channel": False}),
+                    ("per tensor, auto in 5 min", "auto", {"per_channel": False, "seconds": 300}),
+                    ("per channel, min-max", "min-max", {}), ("per channel, auto", "auto", {}))),
+            (mobile, (("uint8 per tensor, min-max", "min-max", {"rules": a311d}),
+                      ("uint8 per tensor, auto", "auto", {"rules": a311d}),
+                      ("uint8 per tensor, auto in 5 min", "auto", {"rules": a311d, "seconds": 300})))):
+        _rows(case, tries)
+    for name in ("pretrainedResnet.tflite", "pretrainedResnet_large_float.tflite"):
+        case = of_files(f"CIFAR {name}", models / name, images / "cifar10-5000.zip", "raw", calibrate=256)
+        _rows(case, (("int8", "auto", {}), ("W4A8 min-max", "min-max", {"weights": 4}),
+                     ("W4A8 auto", "auto", {"weights": 4})))
+
+
+def _rows(case: Case, tries: Any) -> None:
+    full = reference(case)
+    print(f"{case.name}: float {full.mean():.4f} on {len(full)} images")
+    for title, recipe, options in tries:
+        options = dict(options)
+        made, right, seconds = run(case, recipe, options.pop("rules", RULES), **options)
+        print(f"  {title:32} {right.mean():.4f} ({points(right, full):+.2f})  {seconds:5.0f} CPU-s  {made.recipe.text}",
+              flush=True)
+
+
+# side by side
+
+def side(python: str, shared: Path, count: int = 300) -> None:
+    """The same network, images and threads (2); peak memory of the process beside that of loading the images."""
+    case = of_files("EfficientNet-Lite0", shared / "models/float/efficientnet_lite0_imagenet_float.onnx",
+                    shared / "images/imagenet-500", "127,128", "centre", 500)
+    full = reference(case)
+    (name,) = (case.graph.values[v].name for v in case.graph.inputs)
+    model = shared / "models/float/efficientnet_lite0_imagenet_float.onnx"
+    print(f"EfficientNet-Lite0, float {full.mean():.4f}; {count} images calibrate, 500 measure; 2 threads")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "images.npy"
+        np.save(path, np.concatenate([f[name] for f in case.test])[:, :])
+        for who, code, runs_in in (("npulab min-max", NPULAB, sys.executable), ("npulab auto", NPULAB, sys.executable),
+                                   ("ONNX Runtime", ORT, sys.executable), ("NNCF", NNCF, python)):
+            for granularity in ("per-tensor", "per-channel"):
+                out = Path(folder) / "out.onnx"
+                argument = [who, str(model), str(path), str(count), str(out), granularity, name]
+                done = subprocess.run([runs_in, "-c", code, *argument], capture_output=True, text=True,
+                                      env={**os.environ, "OMP_NUM_THREADS": "2"})
+                if done.returncode:
+                    why = done.stderr.strip().splitlines()[-1][:90]
+                    print(f"  {who:16} {granularity:12} failed: {why}", flush=True)
+                    continue
+                said = json.loads(done.stdout.strip().splitlines()[-1])
+                graph = npulab.load(out)
+                right = case.right(out.read_bytes(), graph.values[graph.outputs[0]].name)
+                print(f"  {who:16} {granularity:12} top-1 {right.mean():.4f} ({points(right, full):+.1f})  CPU "
+                      f"{said['cpu']:6.1f} s  wall {said['wall']:6.1f} s  peak {said['peak'] / 1024:6.0f} MiB "
+                      f"({said['before'] / 1024:.0f} before)", flush=True)
+
+
+COMMON = """
+import json, resource, sys, time, logging
+import numpy as np
+who, model, path, count, out, granularity, name = sys.argv[1:8]
+data = np.load(path, mmap_mode="r")
+class Stream:
+    origin = "images"
+    def __len__(self): return int(count)
+    def __iter__(self):
+        step = len(data) / int(count)
+        return ({name: np.array(data[int(i * step)])[None]} for i in range(int(count)))
+def memory(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+"""
+DONE = """
+print(json.dumps({"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall, "peak": memory(),
+                  "before": before}))
+"""
+NPULAB = COMMON + """
+from dataclasses import replace
+import npulab
+import npulab.quantizing as q
+from npulab.quantize.job import Options
+from npulab.targets.facts.quantization import rules_of
+import onnx, onnxruntime
+before, cpu, wall = memory(), time.process_time(), time.perf_counter()
+made = q.quantize(npulab.load(model), Stream(), rules_of("generic-onnx"),
+                  Options(recipe=who.split()[1], per_channel=granularity == "per-channel"))
+open(out, "wb").write(made.data)
+""" + DONE
+ORT = COMMON + """
+import onnx, onnxruntime
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+class Reader(CalibrationDataReader):
+    def __init__(self): self.left = iter(Stream())
+    def get_next(self): return next(self.left, None)
+logging.disable(logging.WARNING)
+before, cpu, wall = memory(), time.process_time(), time.perf_counter()
+quantize_static(model, out, Reader(), quant_format=QuantFormat.QDQ, activation_type=QuantType.QInt8,
+                weight_type=QuantType.QInt8, per_channel=granularity == "per-channel")
+""" + DONE
+NNCF = COMMON + """
+import nncf, onnx, onnxruntime
+from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, QuantizationParameters
+advanced = AdvancedQuantizationParameters(weights_quantization_params=QuantizationParameters(
+    per_channel=granularity == "per-channel"))
+before, cpu, wall = memory(), time.process_time(), time.perf_counter()
+made = nncf.quantize(onnx.load(model), nncf.Dataset(list(range(int(count))), lambda i: {
+    name: np.array(data[int(i * len(data) / int(count))])[None]}), subset_size=int(count), advanced_parameters=advanced)
+onnx.save(made, out)
+""" + DONE
+
+
+def main() -> None:
+    what, *rest = sys.argv[1:] or [""]
+    if what == "matrix":
+        matrix(Path(rest[0]) if rest else SHARED)
+    elif what == "low":
+        low()
+    elif what == "rows":
+        rows(Path(rest[0]) if rest else SHARED)
+    elif what == "side" and rest:
+        side(rest[0], Path(rest[1]) if len(rest) > 1 else SHARED)
+    else:
+        print(__doc__)
+        sys.exit(2)
+    print(f"peak memory of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Networks and images that the project ships; README.md says what each is."""

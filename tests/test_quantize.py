@@ -1,0 +1,641 @@
+"""From float networks to integers: statistics, ranges, files, the whole way, and what goes wrong on it."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from npulab import api
+from npulab.cli import run_arguments
+from npulab.errors import ModelError, NpulabError, UnsupportedError, UsageError
+from npulab.importers import load
+from npulab.quantize import datafree, state
+from npulab.quantize.calibrate import calibrate, choose_weights, statistics
+from npulab.quantize.compare import noise
+from npulab.quantize.emit import bias_params, float_model, integer_model
+from npulab.quantize.job import Options
+from npulab.quantize.joints import part_mixed
+from npulab.quantize.network import network
+from npulab.quantize.observe import HALF, Statistics, _Seen, count_bins, halved, observe, runner, width_for
+from npulab.quantize.ranges import METHODS, mse, params_of, percentile, weight_params
+from npulab.quantize.recipes import RECIPES, parse_recipe
+from npulab.quantize.types import ListedSamples, Params, Scheme
+from npulab.quantizing import quantize
+from npulab.targets.facts.quantization import rules_of
+from quantized import detector, samples, small
+
+onnx = pytest.importorskip("onnx", reason="pip install 'npulab[onnx]'")
+pytest.importorskip("onnxruntime", reason="pip install 'npulab[onnx]'")
+
+ONNX = rules_of("generic-onnx")
+TFLITE = rules_of("generic-int8")
+INT8 = Scheme()
+SCHEMES = [Scheme(bits, signed, symmetric, narrow, power_of_two=two)
+           for bits in (2, 4, 8, 16) for signed in (True, False) for symmetric in (True, False)
+           for narrow in ((False, True) if signed and symmetric else (False,)) for two in (False, True)]
+finite = st.floats(-1e4, 1e4, width=32)
+
+
+def quantized(graph=None, recipe="min-max", rules=ONNX, data=None, **options):
+    graph = graph or small()
+    return quantize(graph, samples(graph) if data is None else data, rules, Options(recipe=recipe, **options))
+
+
+# statistics
+
+
+def test_statistics_are_those_of_all_samples_at_once():
+    graph = small()
+    data = samples(graph, 9)
+    names = ["x", "stem_relu", "both", "y"]
+    names = [n for n in names if any(v.name == n for v in graph.values)]
+    assert len(names) >= 3
+    model = graph.source.tobytes()
+    found = observe(model, names, data, histograms=True, channels=names)
+    run = runner(model, names)
+    everything = [np.stack(a) for a in zip(*(run(f) for f in data), strict=True)]
+    for name, a in zip(names, everything, strict=True):
+        s = found[name]
+        assert (s.low, s.high, s.count) == (a.min(), a.max(), a.size)
+        assert s.mean == pytest.approx(a.mean(dtype=np.float64), abs=1e-6)
+        assert s.variance == pytest.approx(a.var(dtype=np.float64), rel=1e-4, abs=1e-9)
+        assert s.bins.sum() == a.size
+        assert np.array_equal(s.bins, np.histogram(a.astype(np.float64), s.edges)[0])
+        rows = np.moveaxis(a[:, 0], 1 if a.ndim > 3 else -1, 0).reshape(len(s.channel_low), -1)
+        assert np.array_equal(s.channel_low, rows.min(axis=1))
+        assert np.array_equal(s.channel_high, rows.max(axis=1))
+        assert np.allclose(s.channel_means, rows.mean(axis=1, dtype=np.float64), atol=1e-6)
+
+
+@given(st.lists(st.lists(finite, min_size=1, max_size=20), min_size=1, max_size=6))
+@settings(max_examples=60, deadline=None)
+def test_histograms_of_growing_width_lose_no_element(batches):
+    s = Statistics(True, False)
+    for b in batches:
+        s.add(_Seen(np.array(b, np.float32), True, False))
+    every = np.concatenate([np.array(b, np.float32) for b in batches])
+    assert s.width == max(width_for(float(np.abs(b).max())) for b in (np.array(x, np.float32) for x in batches))
+    assert np.array_equal(s.bins, count_bins(every, s.width))
+
+
+def test_halving_a_histogram_is_counting_with_twice_the_width():
+    x = np.random.default_rng(0).normal(size=5000).astype(np.float32)
+    w = width_for(float(np.abs(x).max()))
+    assert np.array_equal(halved(count_bins(x, w)), count_bins(x, 2 * w))
+    assert np.abs(x).max() / w < HALF <= np.abs(x).max() / w * 2
+
+
+def test_memory_does_not_grow_with_the_samples():
+    graph = small()
+
+    class Endless:
+        origin = "noise"
+
+        def __init__(self, count):
+            self.count = count
+
+        def __len__(self):
+            return self.count
+
+        def __iter__(self):
+            rng = np.random.default_rng(0)
+            return ({"x": rng.normal(size=(1, 3, 16, 16)).astype(np.float32)} for _ in range(self.count))
+
+    peaks = []
+    for count in (20, 20, 400):
+        tracemalloc.start()
+        observe(graph.source.tobytes(), ["both"], Endless(count), histograms=True)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[2] < peaks[1] * 1.5 + 100_000, peaks
+
+
+# ranges
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@given(low=finite, span=st.floats(0, 1e4, width=32))
+@settings(max_examples=15, deadline=None)
+def test_scales_hold_their_range_and_zero(scheme, low, span):
+    high = low + span
+    p = params_of((low, high), scheme)
+    scale, zero = float(p.scales[0]), int(p.zeros[0])
+    assert scale > 0
+    assert scheme.low <= zero <= scheme.high
+    assert p.real(np.array([zero], scheme.holder))[0] == 0
+    if scheme.symmetric:
+        assert zero == scheme.middle
+    if scheme.power_of_two:
+        assert np.frexp(np.float32(scale))[0] == 0.5
+    reach = [scale * (code - zero) for code in (scheme.low, scheme.high)]
+    assert reach[0] <= min(low, 0) + scale * 0.51
+    assert reach[1] >= max(high, 0) - scale * 0.51
+
+
+def test_codes_are_those_of_quantize_linear():
+    from onnx import TensorProto, helper
+    rng = np.random.default_rng(1)
+    x = (rng.normal(size=4000) * 3).astype(np.float32)
+    p = params_of((-2.5, 4.0), INT8)
+    x = np.concatenate([x, p.scales[0] * (np.arange(-130, 130) + np.float32(0.5))]).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("QuantizeLinear", ["x", "s", "z"], ["y"])], "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, x.shape)],
+        [helper.make_tensor_value_info("y", TensorProto.INT8, x.shape)],
+        [helper.make_tensor("s", TensorProto.FLOAT, [], p.scales),
+         helper.make_tensor("z", TensorProto.INT8, [], p.zeros)])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    assert np.array_equal(runner(model.SerializeToString(), ["y"])({"x": x})[0], p.codes(x))
+
+
+def seen(x):
+    s = Statistics(True, False)
+    s.add(_Seen(np.asarray(x, np.float32), True, False))
+    return s
+
+
+def squared(x, limits, scheme=INT8):
+    return float(np.sum((params_of(limits, scheme).seen(x).astype(np.float64) - x) ** 2))
+
+
+def test_mse_is_near_the_best_range_that_brute_force_finds():
+    rng = np.random.default_rng(2)
+    for x in (rng.normal(size=20000), rng.laplace(size=20000), np.abs(rng.standard_t(3, 20000)), np.full(50, 2.0)):
+        x = x.astype(np.float32)
+        for scheme in (INT8, Scheme(4), Scheme(8, symmetric=True)):
+            ours = squared(x, mse(seen(x), scheme), scheme)
+            best = min(squared(x, (x.min() * a, x.max() * b), scheme)
+                       for a in np.linspace(0.05, 1, 24) for b in np.linspace(0.05, 1, 24))
+            assert ours <= best * 1.05 + 1e-9
+
+
+def test_percentiles_are_those_of_the_elements():
+    x = np.random.default_rng(3).normal(size=100_000).astype(np.float32)
+    s = seen(x)
+    low, high = percentile(s, INT8, 99.0)
+    assert low == pytest.approx(np.percentile(x, 0.5), abs=2 * s.width)
+    assert high == pytest.approx(np.percentile(x, 99.5), abs=2 * s.width)
+
+
+def test_entropy_clips_outliers_and_leaves_even_distributions_alone():
+    rng = np.random.default_rng(4)
+    spiky = np.concatenate([rng.normal(size=50_000), [60.0]])
+    low, high = METHODS["entropy"](seen(spiky), INT8)
+    assert 3 < high < 30
+    even = rng.uniform(-1, 1, 50_000)
+    low, high = METHODS["entropy"](seen(even), INT8)
+    assert (low, high) == (pytest.approx(-1, abs=0.02), pytest.approx(1, abs=0.02))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_takes_constants_and_zeros(method):
+    for value in (0.0, 3.0, -2.0):
+        limits = METHODS[method](seen(np.full(100, value)), INT8)
+        p = params_of(limits, INT8)
+        assert p.seen(np.array([value], np.float32))[0] == pytest.approx(value, rel=0.01)
+
+
+def test_clipped_weights_have_the_lesser_error():
+    rng = np.random.default_rng(5)
+    rows = rng.standard_t(3, (6, 300)).astype(np.float32)
+    rows[2] = 0
+    for scheme in (Scheme(4, symmetric=True, narrow=True, per_channel=True), Scheme(4, symmetric=True, narrow=True),
+                   Scheme(2, symmetric=True, per_channel=True)):
+        axis = 0
+        plain, clipped = (weight_params(rows, scheme, axis, how) for how in ("min-max", "mse"))
+        errors = [np.sum((p.seen(rows) - rows) ** 2) for p in (plain, clipped)]
+        assert errors[1] < errors[0]
+        assert (clipped.axis == 0) == scheme.per_channel
+
+
+# files
+
+
+def test_the_file_computes_what_its_params_say():
+    """The outputs of the QDQ file are those of a chain of float operators with every tensor seen through its params."""
+    graph = small()
+    net = network(graph, ONNX)
+    data = samples(graph)
+    calibrate(net, statistics(net, data))
+    names = {net.name(p.value): p for p in net.points}
+    model = integer_model(net)
+    run = runner(model, ["y"], integers=True)
+    model_float = onnx.ModelProto.FromString(float_model(net))
+    nodes = {n.output[0]: n for n in model_float.graph.node}
+    by_layer = {layer.name: layer for layer in net.layers}
+
+    def expected(feeds):
+        values = dict(feeds)
+        constants = {t.name: onnx.numpy_helper.to_array(t) for t in model_float.graph.initializer}
+        values |= constants
+        values["x"] = names["x"].params.seen(values["x"])
+        for n in model_float.graph.node:
+            layer = by_layer.get(n.name)
+            if layer:
+                values[n.input[1]] = layer.seen
+                p = bias_params(layer, net.of[layer.data].params)
+                steps = np.rint(layer.bias.astype(np.float64) / p.scales)
+                values[n.input[2]] = (steps * p.scales).astype(np.float32)
+            one = onnx.helper.make_graph(
+                [n], "g", [onnx.helper.make_tensor_value_info(i, onnx.helper.np_dtype_to_tensor_dtype(values[i].dtype),
+                                                              values[i].shape) for i in n.input if i],
+                [onnx.ValueInfoProto(name=n.output[0])])
+            m = onnx.helper.make_model(one, opset_imports=model_float.opset_import, ir_version=8)
+            made = runner(m.SerializeToString(), [n.output[0]], integers=True)({i: values[i] for i in n.input if i})[0]
+            p = names.get(n.output[0]) or next((q for q in net.points if n.output[0] in map(net.name, q.values)), None)
+            values[n.output[0]] = p.params.seen(made) if p and p.params else made
+        return values["y"]
+
+    assert nodes
+    for feeds in list(data)[:3]:
+        got, want = run(feeds)[0], expected(feeds)
+        step = float(net.of[net.graph.outputs[0]].params.scales[0])
+        assert np.abs(got - want).max() <= step * 1.01
+        assert np.mean(got == want) > 0.8  # sums of floats in another order may fall on the other side of a half
+
+
+def test_weights_and_biases_are_integers_of_the_products_scale():
+    made = quantized()
+    model = onnx.ModelProto.FromString(made.qdq)
+    constants = {t.name: t for t in model.graph.initializer}
+    feeding = {n.output[0]: n for n in model.graph.node}
+    layers = [n for n in model.graph.node if n.op_type in ("Conv", "Gemm")]
+    assert len(layers) == 4
+    for n in layers:
+        data, weight, bias = (feeding[i] for i in n.input)
+        scales = [onnx.numpy_helper.to_array(constants[d.input[1]]) for d in (data, weight, bias)]
+        assert constants[weight.input[0]].data_type == onnx.TensorProto.INT8
+        assert constants[bias.input[0]].data_type == onnx.TensorProto.INT32
+        assert np.allclose(scales[2], scales[0] * scales[1], rtol=1e-6)
+        assert scales[1].ndim == 1
+    assert not any(t.data_type == onnx.TensorProto.FLOAT and np.prod(t.dims) > 16 for t in model.graph.initializer)
+    onnx.checker.check_model(model, full_check=True)
+
+
+def test_fewer_bits_are_packed():
+    for bits, limit in ((4, 7), (2, 1)):
+        rules = dataclasses.replace(ONNX, weights=(Scheme(bits, symmetric=True, narrow=True, per_channel=True),))
+        made = quantized(rules=rules)
+        model = onnx.ModelProto.FromString(made.data)
+        packed = [t for t in model.graph.initializer if t.data_type == getattr(onnx.TensorProto, f"INT{bits}")
+                  and np.prod(t.dims) > 16]
+        assert len(packed) == 4
+        for t, layer in zip(packed, made.network.layers, strict=True):
+            assert len(t.raw_data) == -(-layer.weight.size * bits // 8)
+            codes = onnx.numpy_helper.to_array(t).astype(np.int8)
+            assert np.array_equal(codes, layer.params.codes(layer.weight))
+            assert np.abs(codes).max() == limit
+        assert next(o.version for o in model.opset_import if not o.domain) >= 21
+
+
+def test_integer_ends():
+    made = quantized(integer_ends=True)
+    model = onnx.ModelProto.FromString(made.data)
+    ends = (*model.graph.input, *model.graph.output)
+    assert [i.type.tensor_type.elem_type for i in ends] == [onnx.TensorProto.INT8] * 2
+    points = {made.network.name(p.value): p.params for p in made.network.points}
+    x = next(iter(samples(small())))["x"]
+    codes = runner(made.data, ["y"])({"x": points["x"].codes(x)})[0]
+    assert np.array_equal(points["y"].real(codes), runner(made.qdq, ["y"])({"x": x})[0])
+
+
+@pytest.mark.parametrize("target", ["generic-int8", "a311d"])
+def test_the_tflite_file_computes_the_same_up_to_steps(target):
+    from npulab.runtime.host import HostModel
+
+    graph = small()
+    made = quantized(graph, rules=rules_of(target))
+    assert {v.dtype.value for v in (made.graph.values[i] for i in (*made.graph.inputs, *made.graph.outputs))} == {
+        made.rules.activations[0].dtype}
+    points = {made.network.name(p.value): p.params for p in made.network.points}
+    model = HostModel(made.graph.source, "small")
+    off = []
+    for feeds in samples(graph, 8, seed=9):
+        codes = points["x"].codes(feeds["x"]).transpose(0, 2, 3, 1)
+        got = model.run([codes])[0].astype(int)
+        want = points["y"].codes(runner(made.qdq, ["y"])(feeds)[0]).astype(int)
+        off.append(np.abs(got - want).max())
+    assert max(off) <= 2
+
+
+def test_a_network_of_tflite_stays_as_it_was():
+    from npulab.dialects import to_tflite
+
+    graph = to_tflite(small())
+    data = ListedSamples([{"x": f["x"].transpose(0, 2, 3, 1)} for f in samples(small())])
+    made = quantize(graph, data, TFLITE)
+    assert [v.shape for v in (made.graph.values[i] for i in made.graph.inputs)] == [(1, 16, 16, 3)]
+    assert made.stages[-1].decibels > 20
+
+
+@pytest.mark.parametrize("limit", [{"weight_sum_max": 400}, {"accumulator_bits": 17}, {"requantize_below": 1e-4}])
+@pytest.mark.parametrize("scheme", [Scheme(symmetric=True, narrow=True, per_channel=True), Scheme(8, False)], ids=str)
+def test_limits_of_chips_are_obeyed(limit, scheme):
+    from npulab.validation import violations
+
+    rules = dataclasses.replace(ONNX, weights=(scheme,), **limit)
+    graph = small()
+    free = quantized(graph, rules=dataclasses.replace(ONNX, weights=(scheme,)))
+    assert violations(free.graph, rules)
+    made = quantized(graph, rules=rules)
+    assert not violations(made.graph, rules)
+    assert any("times wider" in n for n in made.notes)
+    assert quantized(graph, rules=dataclasses.replace(rules, weight_sum_max=10**9, accumulator_bits=32,
+                                                      requantize_below=None)).data == free.data
+
+
+# detectors
+
+
+def test_boxes_and_scores_are_joined_in_floats():
+    graph = detector()
+    data = samples(graph)
+    naive = network(graph, ONNX)
+    calibrate(naive, statistics(naive, data))
+    made = quantized(graph, data=data)
+    reference, plain, ours = (runner(m, ["y"])({"x": next(iter(data))["x"]})[0]
+                              for m in (made.reference, integer_model(naive), made.qdq))
+    assert np.count_nonzero(plain[:, 4:]) == 0 or noise(reference[:, 4:], plain[:, 4:]).decibels < 10
+    assert noise(reference[:, 4:], ours[:, 4:]).cosine > 0.999
+    assert noise(reference[:, :4], ours[:, :4]).cosine > 0.999
+    assert any("ranges of 1 and" in line or "joined in floats" in line for s in made.stages for line in s.notes)
+
+
+def test_where_there_are_no_floats_the_head_is_named():
+    graph = detector()
+    net = network(graph, dataclasses.replace(ONNX, float_islands=False, activations=(INT8,)))
+    lines = part_mixed(net, statistics(net, samples(graph)))
+    assert len(lines) == 1
+    assert "cut-head" in lines[0]
+
+
+# the same each time, and after a kill
+
+
+def test_the_same_bytes_whatever_the_threads(monkeypatch):
+    graph = small()
+    files = set()
+    for count in (1, 2, 7):
+        monkeypatch.setattr(os, "cpu_count", lambda count=count: count)
+        files.add(quantized(graph, "mse").data)
+    assert len(files) == 1
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("recipe", ["min-max", "mse"])
+def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, recipe):
+    graph = small()
+    whole = quantized(graph, recipe)
+    path = tmp_path / "out.resume"
+    with monkeypatch.context() as m:
+        m.setattr("npulab.quantizing.by_tensor", lambda *_: (_ for _ in ()).throw(StoppedError()))
+        with pytest.raises(StoppedError):
+            quantize(graph, samples(graph), ONNX, Options(recipe=recipe), resume=path)
+    assert path.exists()
+    with monkeypatch.context() as m:
+        m.setattr("npulab.quantize.job.statistics", None)  # that stage is done already
+        again = quantize(graph, samples(graph), ONNX, Options(recipe=recipe), resume=path)
+    assert again.data == whole.data
+    assert not path.exists()
+    path.write_bytes(b"PK\3\4 damaged")
+    assert quantize(graph, samples(graph), ONNX, Options(recipe=recipe), resume=path).data == whole.data
+
+
+def test_another_run_does_not_go_on_with_this_one(tmp_path, monkeypatch):
+    graph = small()
+    path = tmp_path / "out.resume"
+    with monkeypatch.context() as m:
+        m.setattr("npulab.quantizing.by_tensor", lambda *_: (_ for _ in ()).throw(StoppedError()))
+        with pytest.raises(StoppedError):
+            quantize(graph, samples(graph), ONNX, Options(recipe="min-max"), resume=path)
+    other = samples(graph, seed=5)
+    made = quantize(graph, other, ONNX, Options(recipe="min-max"), resume=path)
+    assert made.data == quantized(graph, data=other).data
+
+
+def test_a_state_is_the_network_again():
+    net = network(small(), ONNX)
+    calibrate(net, statistics(net, samples(small())))
+    net.layers[0].codes = net.layers[0].params.codes(net.layers[0].weight)
+    net.layers[1].scheme = net.layers[1].params = None
+    data = state.saved(net, {"key": "a"})
+    assert integer_model(state.restored(data, ONNX)) == integer_model(net)
+    assert state.about(data) == {"key": "a"}
+    assert state.about(data[:200]) is None
+    with pytest.raises(ModelError, match="damaged"):
+        state.restored(data[:-3000], ONNX)
+
+
+# what goes wrong
+
+
+def damaged(change):
+    model = onnx.ModelProto.FromString(small().source.tobytes())
+    change(model)
+    return load(model.SerializeToString())
+
+
+def set_weight(model, value, index=None):
+    name = next(n.input[1] for n in model.graph.node if n.op_type == "Conv")
+    t = next(t for t in model.graph.initializer if t.name == name)
+    a = onnx.numpy_helper.to_array(t).copy()
+    a[index if index is not None else (0, 0, 0, 0)] = value
+    t.CopyFrom(onnx.numpy_helper.from_array(a, name))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_no_numbers(value):
+    graph = damaged(lambda m: set_weight(m, value))
+    with pytest.raises(ModelError, match="weights that are no numbers") as e:
+        quantized(graph, data=samples(small()))
+    assert "1 of" in str(e.value)
+
+
+def test_a_channel_of_zeros_and_one_of_huge_weights():
+    def change(model):
+        set_weight(model, 0.0, 0)
+        set_weight(model, 1e6, (1, 0, 0, 0))
+
+    graph = damaged(change)
+    made = quantized(graph)
+    assert np.isfinite(runner(made.qdq, ["y"])(next(iter(samples(graph))))[0]).all()
+    assert all((layer.params.scales > 0).all() for layer in made.network.layers)
+
+
+def test_one_sample_of_zeros_is_enough():
+    graph = small()
+    made = quantized(graph, "mse", data=ListedSamples([{"x": np.zeros((1, 3, 16, 16), np.float32)}]))
+    assert np.isfinite(runner(made.qdq, ["y"])({"x": np.zeros((1, 3, 16, 16), np.float32)})[0]).all()
+
+
+@pytest.mark.parametrize(("feeds", "error", "text"), [
+    ([], UsageError, "no samples"),
+    ([{"z": np.zeros((1, 3, 16, 16), np.float32)}], UsageError, "nothing for the input 'x'"),
+    ([{"x": np.zeros((1, 16, 16, 3), np.float32)}], UsageError, "do not fit the input 'x'"),
+    ([{"x": np.full((1, 3, 16, 16), np.nan, np.float32)}], ModelError, "not finite"),
+    ([{"x": np.full((1, 3, 16, 16), 3e38, np.float32)}], ModelError, "not finite"),
+])
+def test_samples_that_do_not_do(feeds, error, text):
+    with pytest.raises(error, match=text):
+        quantized(data=ListedSamples(feeds, "a test"))
+
+
+def test_networks_that_do_not_do():
+    from npulab.zoo.builder import Net
+
+    net = Net("sort", 0)
+    net.output(net.node("Sin", [net.input("x", 1, 3, 16, 16)], (1, 3, 16, 16), "sin"), "y")
+    with pytest.raises(UnsupportedError, match="nothing to quantize"):
+        quantized(load(net.onnx()), data=samples(small()))
+
+
+@pytest.mark.parametrize(("options", "text"), [
+    ({"recipe": "best-of-all"}, "no recipe and no method is called 'best-of-all'"),
+    ({"weights": 3}, "takes no weights of 3 bits"),
+    ({"activations": 4}, "takes no activations of 4 bits"),
+    ({"keep": ("nothing*",)}, "no layer is called 'nothing"),
+    ({"wide": ("17",)}, "no layer is called '17'"),
+])
+def test_options_that_do_not_do(options, text):
+    with pytest.raises(UsageError, match=text):
+        quantized(**options)
+
+
+def test_layers_left_in_floats_and_made_wide():
+    made = quantized(keep=("stem",), wide=("dense",), rules=dataclasses.replace(
+        ONNX, activations=(INT8, Scheme(16, symmetric=True))))
+    by_name = {layer.name: layer for layer in made.network.layers}
+    assert by_name["stem"].params is None
+    assert made.network.of[by_name["dense"].data].scheme.bits == 16
+    types = {t.data_type for t in onnx.ModelProto.FromString(made.qdq).graph.initializer}
+    assert onnx.TensorProto.INT16 in types
+    assert made.stages[-1].decibels > quantized().stages[-1].decibels
+
+
+def test_recipes_are_written_as_sums():
+    r = parse_recipe("percentile+weights-mse")
+    assert (r.activations, r.weights, r.steps) == ("percentile", "mse", ())
+    for name, recipe in RECIPES.items():
+        assert dataclasses.replace(parse_recipe(recipe.text), name=name) == recipe
+
+
+def test_a_search_is_no_worse_than_any_of_its_ranges_and_can_be_repeated():
+    graph = small(3)
+    data = samples(graph, 30)
+    made = quantized(graph, "auto", data=data)
+    plain = [quantized(graph, how, data=data).stages[-1].decibels for how in METHODS]
+    assert max(s.decibels for s in made.stages if s.kept) >= max(plain) - 1e-6
+    assert quantized(graph, made.recipe.text, data=data).data == made.data
+
+
+def test_a_search_stops_in_time():
+    graph = small()
+    made = quantized(graph, "auto", data=samples(graph, 30), seconds=0.001)
+    assert [s.name for s in made.stages] == ["ranges"]
+
+
+# without data
+
+
+def test_without_data_it_says_so():
+    graph = small()
+    made = quantize(graph, None, ONNX)
+    assert any("without data" in n for n in made.notes)
+    assert "noise made up" in made.samples.origin
+    first = [f["x"] for f in datafree.made_up(network(graph, ONNX))[0]]
+    again = [f["x"] for f in datafree.made_up(network(graph, ONNX))[0]]
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+# the command line
+
+
+@pytest.fixture
+def files(tmp_path):
+    graph = small()
+    (tmp_path / "m.onnx").write_bytes(graph.source.tobytes())
+    np.savez(tmp_path / "d.npz", x=np.concatenate([f["x"] for f in samples(graph)]))
+    return tmp_path
+
+
+def test_the_verb(files, capsys):
+    pytest.importorskip("ai_edge_litert", reason="pip install 'npulab[litert]'")
+    arguments = ["quantize", str(files / "m.onnx"), "--data", str(files / "d.npz"), "-o", str(files / "q.tflite"),
+                 "--report", str(files / "r.json")]
+    assert run_arguments(arguments) == 0
+    text = capsys.readouterr().out
+    assert "4 of 4 layers in integers" in text.replace("\n", " ")
+    assert all(len(line) <= 80 for line in text.splitlines())
+    found = json.loads((files / "r.json").read_text())
+    assert found["layers"] == found["integer_layers"] == 4
+    assert {t["stored"] for t in found["tensors"]} == {"int8"}
+    assert found["bytes"] == (files / "q.tflite").stat().st_size
+    assert load(files / "q.tflite").format == "tflite"
+    assert not list(files.glob("*.resume"))
+
+
+@pytest.mark.parametrize(("extra", "code", "text"), [
+    (["-o", "q.onnx"], 2, "takes .tflite files"),
+    (["-o", "q.tflite", "--target", "nothing"], 2, "no target 'nothing'"),
+    (["-o", "q.tflite", "--data", "nowhere"], 2, "nowhere"),
+    (["-o", "q.tflite", "--recipe", "x"], 2, "no recipe"),
+    (["-o", "q.tflite", "--weights", "5"], 2, "takes no weights of 5 bits"),
+])
+def test_wrong_usage(files, capsys, monkeypatch, extra, code, text):
+    monkeypatch.chdir(files)
+    assert run_arguments(["quantize", "m.onnx", "--data", "d.npz", *extra]) == code
+    assert text in capsys.readouterr().err
+    assert not list(files.glob("q.*"))
+
+
+def test_a_kill_leaves_nothing_half_written(files):
+    """Killed after ever longer times, a run leaves no output and no half file; then it ends with the same bytes."""
+    command = [sys.executable, "-m", "npulab", "quantize", "m.onnx", "--data", "d.npz", "-o", "q.onnx", "--target",
+               "generic-onnx"]
+    for wait in (0.3, 0.8, 1.2):
+        p = subprocess.Popen(command, cwd=files, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(wait)
+        p.send_signal(signal.SIGKILL)
+        p.wait()
+        if (files / "q.onnx").exists():
+            load(files / "q.onnx")
+            (files / "q.onnx").unlink()
+        for path in files.glob("*.resume"):
+            assert state.about(path.read_bytes()) is not None
+    subprocess.run(command, cwd=files, check=True, stdout=subprocess.DEVNULL)
+    graph = load(files / "m.onnx")
+    made = api.quantize(graph, files / "d.npz", "generic-onnx")
+    assert (files / "q.onnx").read_bytes() == made.data
+    assert sorted(p.name for p in files.iterdir()) == ["d.npz", "m.onnx", "q.onnx"]
+
+
+def test_what_is_damaged_is_a_message(files, capsys):
+    data = (files / "m.onnx").read_bytes()
+    for cut in (0, 10, len(data) // 2, len(data) - 5):
+        (files / "cut.onnx").write_bytes(data[:cut])
+        code = run_arguments(["quantize", str(files / "cut.onnx"), "--data", str(files / "d.npz"), "-o",
+                              str(files / "q.tflite")])
+        assert code in (1, 2, 3)
+        assert "Traceback" not in capsys.readouterr().err
+    assert issubclass(ModelError, NpulabError)
+
+
+def test_choosing_weights_anew_forgets_rounding():
+    net = network(small(), ONNX)
+    calibrate(net, statistics(net, samples(small())))
+    net.layers[0].codes = np.zeros_like(net.layers[0].weight, np.int8)
+    choose_weights(net)
+    assert net.layers[0].codes is None
+    assert isinstance(net.layers[0].params, Params)
