@@ -29,9 +29,9 @@ from numpy.typing import NDArray
 
 import npulab
 from npulab.dialects import from_tflite
-from npulab.quantize.job import Options
-from npulab.quantize.observe import each
-from npulab.quantize.types import ListedSamples, Samples, Scheme
+from npulab.quantization.job import Options
+from npulab.quantization.observe import each
+from npulab.quantization.types import ListedSamples, Samples, Scheme
 from npulab.quantizing import Quantized, Turned, quantize
 from npulab.runtime.datasets import input_tensors, open_samples
 from npulab.samples import networks
@@ -172,7 +172,7 @@ def matrix(shared: Path) -> None:
 
 def run_layers(case: Case) -> int:
     from npulab.dialects import to_onnx
-    from npulab.quantize.network import network
+    from npulab.quantization.network import network
 
     return len(network(to_onnx(case.graph), RULES).layers)
 
@@ -297,7 +297,7 @@ NPULAB = COMMON + """
 from dataclasses import replace
 import npulab
 import npulab.quantizing as q
-from npulab.quantize.job import Options
+from npulab.quantization.job import Options
 from npulab.targets.facts.quantization import rules_of
 import onnx, onnxruntime
 before, cpu, wall = memory(), time.process_time(), time.perf_counter()

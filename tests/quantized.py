@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from npulab.importers import load
-from npulab.quantize.types import ListedSamples
+from npulab.quantization.types import ListedSamples
 from npulab.zoo.builder import Net
 
 

@@ -14,7 +14,7 @@ MODULES = {".".join(p.relative_to(SRC).with_suffix("").parts).removesuffix(".__i
 ROWS = (
     ("errors", "units", "bits", "_kernels"),
     ("ir", "plan.types", "program.types", "profiling.types", "runtime.device", "targets.target"),
-    ("dialects", "formats", "importers", "exporters", "reference", "passes", "postprocess", "quantize", "plan",
+    ("dialects", "formats", "importers", "exporters", "reference", "passes", "postprocess", "quantization", "plan",
      "program", "runtime", "profiling"),
     ("targets",),
     ("api", "atlas", "cliffs", "doors", "evaluation", "patching", "quantizing", "quantizing_budget", "report", "sweep",

@@ -18,17 +18,17 @@ from npulab import api
 from npulab.cli import run_arguments
 from npulab.errors import ModelError, NpulabError, UnsupportedError, UsageError
 from npulab.importers import load
-from npulab.quantize import datafree, state
-from npulab.quantize.calibrate import calibrate, choose_weights, statistics
-from npulab.quantize.compare import noise
-from npulab.quantize.emit import bias_params, float_model, integer_model
-from npulab.quantize.job import Options
-from npulab.quantize.joints import part_mixed
-from npulab.quantize.network import network
-from npulab.quantize.observe import HALF, Statistics, _Seen, count_bins, halved, observe, runner, width_for
-from npulab.quantize.ranges import METHODS, mse, params_of, percentile, weight_params
-from npulab.quantize.recipes import RECIPES, parse_recipe
-from npulab.quantize.types import ListedSamples, Params, Scheme
+from npulab.quantization import datafree, state
+from npulab.quantization.calibrate import calibrate, choose_weights, statistics
+from npulab.quantization.compare import noise
+from npulab.quantization.emit import bias_params, float_model, integer_model
+from npulab.quantization.job import Options
+from npulab.quantization.joints import part_mixed
+from npulab.quantization.network import network
+from npulab.quantization.observe import HALF, Statistics, _Seen, count_bins, halved, observe, runner, width_for
+from npulab.quantization.ranges import METHODS, mse, params_of, percentile, weight_params
+from npulab.quantization.recipes import RECIPES, parse_recipe
+from npulab.quantization.types import ListedSamples, Params, Scheme
 from npulab.quantizing import quantize
 from npulab.targets.facts.quantization import rules_of
 from quantized import detector, samples, small
@@ -228,7 +228,7 @@ def test_the_file_computes_what_its_params_say():
     calibrate(net, statistics(net, data))
     names = {net.name(p.value): p for p in net.points}
     model = integer_model(net)
-    run = runner(model, ["y"], integers=True)
+    run = runner(model, ["y"], plain=True)
     model_float = onnx.ModelProto.FromString(float_model(net))
     nodes = {n.output[0]: n for n in model_float.graph.node}
     by_layer = {layer.name: layer for layer in net.layers}
@@ -250,7 +250,7 @@ def test_the_file_computes_what_its_params_say():
                                                               values[i].shape) for i in n.input if i],
                 [onnx.ValueInfoProto(name=n.output[0])])
             m = onnx.helper.make_model(one, opset_imports=model_float.opset_import, ir_version=8)
-            made = runner(m.SerializeToString(), [n.output[0]], integers=True)({i: values[i] for i in n.input if i})[0]
+            made = runner(m.SerializeToString(), [n.output[0]], plain=True)({i: values[i] for i in n.input if i})[0]
             p = names.get(n.output[0]) or next((q for q in net.points if n.output[0] in map(net.name, q.values)), None)
             values[n.output[0]] = p.params.seen(made) if p and p.params else made
         return values["y"]
@@ -405,7 +405,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, recipe):
             quantize(graph, samples(graph), ONNX, Options(recipe=recipe), resume=path)
     assert path.exists()
     with monkeypatch.context() as m:
-        m.setattr("npulab.quantize.job.statistics", None)  # that stage is done already
+        m.setattr("npulab.quantization.job.statistics", None)  # that stage is done already
         again = quantize(graph, samples(graph), ONNX, Options(recipe=recipe), resume=path)
     assert again.data == whole.data
     assert not path.exists()

@@ -7,13 +7,13 @@ import pytest
 
 from npulab.errors import UsageError
 from npulab.importers import load
-from npulab.quantize.calibrate import calibrate, statistics
-from npulab.quantize.distil import blocks, distil
-from npulab.quantize.emit import float_model, integer_model
-from npulab.quantize.gram import reference
-from npulab.quantize.network import network
-from npulab.quantize.observe import runner
-from npulab.quantize.types import ListedSamples, Rules, Scheme
+from npulab.quantization.calibrate import calibrate, statistics
+from npulab.quantization.distil import blocks, distil
+from npulab.quantization.emit import float_model, integer_model
+from npulab.quantization.gram import reference
+from npulab.quantization.network import network
+from npulab.quantization.observe import runner
+from npulab.quantization.types import ListedSamples, Rules, Scheme
 from npulab.samples import networks
 from npulab.zoo.builder import Net
 from quantized import detector, samples, small
@@ -86,8 +86,8 @@ def operators():
 
 
 def students(net, data):
-    from npulab.quantize.distil import _data
-    from npulab.quantize.torch_block import Student
+    from npulab.quantization.distil import _data
+    from npulab.quantization.torch_block import Student
 
     (block,), left = blocks(net, 0)
     assert not left
@@ -111,7 +111,7 @@ def test_the_network_in_pytorch_is_the_one_of_onnx_runtime(make, torch):
     for have, want in zip(made, results, strict=True):
         np.testing.assert_allclose(have.numpy(), want, atol=1e-4 * max(1, np.abs(want).max()))
     names = [net.name(v) for v in block.results]
-    run = runner(integer_model(net), names, integers=True)
+    run = runner(integer_model(net), names, plain=True)
     for i, v in enumerate(block.results):
         want = np.stack([run(f)[i] for f in data])
         point = net.of.get(v)
@@ -129,7 +129,7 @@ def teacher(net):
 
 def noise(net, data, run, name):
     """Of the integer network as ONNX Runtime runs it, on the samples that learning does not see."""
-    made = runner(integer_model(net), [name], integers=True)
+    made = runner(integer_model(net), [name], plain=True)
     held = list(data)[-max(1, len(data) // 5) :]
     return sum(float(((made(f)[0] - run(f)[0]) ** 2).sum()) for f in held)
 

@@ -8,17 +8,17 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-import npulab.quantize.allot as allot
-import npulab.quantize.sensitivity as sensitivity
+import npulab.quantization.allot as allot
+import npulab.quantization.sensitivity as sensitivity
 from npulab.dialects import from_tflite
 from npulab.errors import CapacityError, UsageError
 from npulab.importers import load
 from npulab.importers.onnx import read_onnx
-from npulab.quantize.agreement import agreement, expected_agreement, noise_power, predicted_agreement
-from npulab.quantize.allot import first_good, front, stops
-from npulab.quantize.calibrate import calibrate, statistics
-from npulab.quantize.compare import noises
-from npulab.quantize.configurations import (
+from npulab.quantization.agreement import agreement, expected_agreement, noise_power, predicted_agreement
+from npulab.quantization.allot import first_good, front, stops
+from npulab.quantization.calibrate import calibrate, statistics
+from npulab.quantization.compare import noises
+from npulab.quantization.configurations import (
     FLOAT,
     Configuration,
     Trial,
@@ -27,11 +27,11 @@ from npulab.quantize.configurations import (
     size,
     total,
 )
-from npulab.quantize.emit import float_model, integer_model
-from npulab.quantize.mixed import Budget, by_time, parse_seconds, parse_size, search
-from npulab.quantize.network import network
-from npulab.quantize.observe import runner
-from npulab.quantize.sensitivity import (
+from npulab.quantization.emit import float_model, integer_model
+from npulab.quantization.mixed import Budget, by_time, parse_seconds, parse_size, search
+from npulab.quantization.network import network
+from npulab.quantization.observe import runner
+from npulab.quantization.sensitivity import (
     decibels,
     ends,
     expected_noise,
@@ -41,8 +41,8 @@ from npulab.quantize.sensitivity import (
     relative,
     sensitivities,
 )
-from npulab.quantize.types import ListedSamples, Rules, Scheme
-from npulab.quantize.wide import search_wide
+from npulab.quantization.types import ListedSamples, Rules, Scheme
+from npulab.quantization.wide import search_wide
 from npulab.quantizing_budget import Asked, keep, latency
 from npulab.runtime.datasets import input_tensors, open_samples
 from npulab.targets.facts.quantization import rules_of
@@ -294,7 +294,7 @@ def test_a_layer_in_floats_between_integers_is_computed_in_floats():
     net.layers[1].weight[0] *= 100  # whoever quantizes it per tensor loses the other channels
     calibrate(net, seen)
     feeds = samples().feeds[0]
-    fast, plain = (runner(integer_model(net), ["deep_r"], integers=i)(feeds)[0] for i in (False, True))
+    fast, plain = (runner(integer_model(net), ["deep_r"], plain=i)(feeds)[0] for i in (False, True))
     assert np.mean(np.abs(fast - plain)) < 0.01 * np.mean(np.abs(plain))
 
 

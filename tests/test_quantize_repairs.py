@@ -9,18 +9,18 @@ from onnx import TensorProto, helper, numpy_helper
 
 from npulab.errors import InvariantError, UsageError
 from npulab.importers.onnx import read_onnx
-from npulab.quantize.absorb import absorb
-from npulab.quantize.calibrate import calibrate, statistics
-from npulab.quantize.chains import links, scale_input, scale_output, without_ceiling
-from npulab.quantize.clip import clip
-from npulab.quantize.correct import fast, full, linear_means
-from npulab.quantize.emit import float_model, integer_model
-from npulab.quantize.equalize import MARGIN, equalize, spread
-from npulab.quantize.moments import ceilings_met, clipped_normal, input_moments, results_seen
-from npulab.quantize.network import network
-from npulab.quantize.observe import runner
-from npulab.quantize.smooth import smooth
-from npulab.quantize.types import ListedSamples, Rules, Scheme
+from npulab.quantization.absorb import absorb
+from npulab.quantization.calibrate import calibrate, statistics
+from npulab.quantization.chains import links, scale_input, scale_output, without_ceiling
+from npulab.quantization.clip import clip
+from npulab.quantization.correct import fast, full, linear_means
+from npulab.quantization.emit import float_model, integer_model
+from npulab.quantization.equalize import MARGIN, equalize, spread
+from npulab.quantization.moments import ceilings_met, clipped_normal, input_moments, results_seen
+from npulab.quantization.network import network
+from npulab.quantization.observe import runner
+from npulab.quantization.smooth import smooth
+from npulab.quantization.types import ListedSamples, Rules, Scheme
 
 PER_TENSOR = Rules("t", "t", "onnx", (Scheme(),), (Scheme(symmetric=True, narrow=True),))
 PER_CHANNEL = Rules("c", "c", "onnx", (Scheme(),), (Scheme(symmetric=True, narrow=True, per_channel=True),))
@@ -385,7 +385,7 @@ def means_off(net, means, samples):
     """Mean error by channel of each layer in the integer network, in steps of the layer's sums."""
     names = [f"{net.name(layer.linear)}_float" if layer.linear in net.graph.outputs else net.name(layer.linear)
              for layer in net.layers]
-    run = runner(integer_model(net), names, integers=True)
+    run = runner(integer_model(net), names, plain=True)
     found = []
     rows = [run(feeds) for feeds in samples]
     for i, layer in enumerate(net.layers):

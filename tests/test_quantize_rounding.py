@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 from npulab.errors import ModelError, UsageError
 from npulab.importers import load
-from npulab.quantize import rounding
-from npulab.quantize.calibrate import calibrate, statistics
-from npulab.quantize.emit import float_model, integer_model
-from npulab.quantize.gram import Moments, Patches, grouped, moments, reference, upto
-from npulab.quantize.network import network
-from npulab.quantize.observe import runner
-from npulab.quantize.rounding import Grid, Problem, adaround, descent, nearest, relaxed, sequential, staged
-from npulab.quantize.types import ListedSamples, Rules, Scheme
+from npulab.quantization import rounding
+from npulab.quantization.calibrate import calibrate, statistics
+from npulab.quantization.emit import float_model, integer_model
+from npulab.quantization.gram import Moments, Patches, grouped, moments, reference, upto
+from npulab.quantization.network import network
+from npulab.quantization.observe import runner
+from npulab.quantization.rounding import Grid, Problem, adaround, descent, nearest, relaxed, sequential, staged
+from npulab.quantization.types import ListedSamples, Rules, Scheme
 from npulab.zoo.builder import Net
 from quantized import samples, small
 
@@ -123,8 +123,8 @@ def test_few_places_of_large_tensors_are_enough_and_the_same_each_time(monkeypat
     net, data = ready()
     layer = net.layers[0]
     full = moments(net, [layer], data, reference(net))[0]
-    monkeypatch.setattr("npulab.quantize.gram.ROWS", 12 * 20)
-    monkeypatch.setattr("npulab.quantize.gram.PATCHES_A_WEIGHT", 1)
+    monkeypatch.setattr("npulab.quantization.gram.ROWS", 12 * 20)
+    monkeypatch.setattr("npulab.quantization.gram.PATCHES_A_WEIGHT", 1)
     few, again = (moments(net, [layer], data, reference(net))[0] for _ in range(2))
     assert (full.count, few.count) == (12 * 64, 12 * 20)
     assert few.second.tobytes() == again.second.tobytes()
@@ -244,7 +244,7 @@ def _truth(net, data):
 
 
 def _noise(net, data, truth):
-    run = runner(integer_model(net), ["y"], integers=True)
+    run = runner(integer_model(net), ["y"], plain=True)
     return float(sum(((run(f)[0] - y) ** 2).sum() for f, y in zip(data, truth, strict=True)))
 
 

@@ -17,7 +17,7 @@ from npulab.importers import load
 from npulab.importers.onnx import read_onnx
 from npulab.importers.tflite import read_tflite
 from npulab.ir import DType, Quantization
-from npulab.quantize.types import Scheme
+from npulab.quantization.types import Scheme
 from npulab.targets.facts.quantization import rules_of
 from npulab.validation import violations
 from npulab.validation.view import view
@@ -471,12 +471,12 @@ def test_the_validator_shares_only_the_records_with_the_quantizer():
         for n in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in n.names] if isinstance(n, ast.Import | ast.ImportFrom) else []
             module = getattr(n, "module", None) or ""
-            assert not any(name.startswith("npulab.quantize") for name in names)
-            if module.startswith("npulab.quantize"):
-                assert module == "npulab.quantize.types"
+            assert not any(name.startswith("npulab.quantization") for name in names)
+            if module.startswith("npulab.quantization"):
+                assert module == "npulab.quantization.types"
                 assert set(names) <= {"Rules", "Scheme"}
-    code = ("import sys, npulab.validation; loaded = {m for m in sys.modules if m.startswith('npulab.quantize')}; "
-            "assert loaded <= {'npulab.quantize', 'npulab.quantize.types'}, loaded")
+    code = ("import sys, npulab.validation; loaded = {m for m in sys.modules if m.startswith('npulab.quantization')}; "
+            "assert loaded <= {'npulab.quantization', 'npulab.quantization.types'}, loaded")
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -15,7 +15,18 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from npulab.api import check, compile, convert, load, open_session, patch, profile, read_program, write_program
+    from npulab.api import (
+        check,
+        compile,
+        convert,
+        load,
+        open_session,
+        patch,
+        profile,
+        quantize,
+        read_program,
+        write_program,
+    )
     from npulab.errors import (
         CapacityError,
         DeviceError,
@@ -35,7 +46,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "api": ("check", "compile", "convert", "load", "open_session", "patch", "profile", "read_program",
+    "api": ("check", "compile", "convert", "load", "open_session", "patch", "profile", "quantize", "read_program",
             "write_program"),
     "errors": ("CapacityError", "DeviceError", "InvariantError", "ModelError", "NpulabError", "UnsupportedError",
                "UsageError"),
@@ -51,7 +62,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "CapacityError", "DeviceError", "Graph", "InvariantError", "ModelError", "NpulabError", "PlanOptions",
     "Profile", "Program", "Session", "UnsupportedError", "UsageError", "Verdict", "check", "compile", "convert", "load",
-    "open_session", "patch", "profile", "read_program", "write_program",
+    "open_session", "patch", "profile", "quantize", "read_program", "write_program",
 ]
 
 

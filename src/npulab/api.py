@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from npulab.plan.types import Verdict
     from npulab.profiling.types import Profile
     from npulab.program.types import Program
-    from npulab.quantize.job import Options as QuantizeOptions
-    from npulab.quantize.job import Tell
-    from npulab.quantize.types import Rules, Samples
+    from npulab.quantization.job import Options as QuantizeOptions
+    from npulab.quantization.job import Tell
+    from npulab.quantization.types import Rules, Samples
     from npulab.quantizing import Quantized
     from npulab.runtime.device import Device
     from npulab.runtime.images import Fit
@@ -111,7 +111,7 @@ def quantize(model: Graph | str | os.PathLike[str], data: Samples | str | os.Pat
 
     Raises: UsageError for data or options that do not fit; UnsupportedError for what cannot be quantized.
     """
-    from npulab.quantize.job import Options
+    from npulab.quantization.job import Options
     from npulab.quantizing import checked, quantize
     from npulab.runtime.datasets import input_tensors, open_samples
 

@@ -15,15 +15,15 @@ from npulab.dialects import from_onnx, from_tflite
 from npulab.errors import InvariantError, UsageError
 from npulab.importers.onnx import read_onnx
 from npulab.ir import Graph
-from npulab.quantize import datafree, precision, trained
-from npulab.quantize.compare import SILENCE, FirstSamples, Noise, by_tensor, noise
-from npulab.quantize.emit import float_model, integer_model
-from npulab.quantize.job import Budget, Job, Measured, Options, Tell
-from npulab.quantize.limits import obey
-from npulab.quantize.network import Layer, Network, Point, network
-from npulab.quantize.observe import Statistics, observe, runner
-from npulab.quantize.recipes import AUTO, Recipe, parse_recipe
-from npulab.quantize.types import Feeds, Rules, Samples
+from npulab.quantization import datafree, precision, trained
+from npulab.quantization.compare import SILENCE, FirstSamples, Noise, by_tensor, noise
+from npulab.quantization.emit import float_model, integer_model
+from npulab.quantization.job import Budget, Job, Measured, Options, Tell
+from npulab.quantization.limits import obey
+from npulab.quantization.network import Layer, Network, Point, network
+from npulab.quantization.observe import Statistics, observe, runner
+from npulab.quantization.recipes import AUTO, Recipe, parse_recipe
+from npulab.quantization.types import Feeds, Rules, Samples
 from npulab.reference.execute import prepare
 
 EXAMINED = 4
@@ -80,7 +80,7 @@ def quantize(graph: Graph, samples: Samples | None, rules: Rules, options: Optio
     """The float network `graph`, TFLite or ONNX, in integers as the rules have them.
 
     A graph that is quantized already, TFLite or ONNX, keeps the scales and integers that it was trained with as far as
-    the target takes them (quantize.trained); what it has none for is calibrated.
+    the target takes them (quantization.trained); what it has none for is calibrated.
 
     samples  inputs as the graph itself takes them; None: made up from its own statistics, and said so, unless nothing
              is to be calibrated.
@@ -170,6 +170,10 @@ def simulated(net: Network, made: Graph, orders: dict[str, tuple[int, ...]], ref
     total = dict.fromkeys(names, SILENCE)
     params = {net.name(v): net.of[v].params for v in (*net.graph.inputs, *net.graph.outputs) if v in net.of}
     ends = {v.name: v for v in (made.values[i] for i in (*made.inputs, *made.outputs))}
+    if made.format == "onnx" and net.rules.arithmetic != "onnx":  # those arithmetics are told by TFLite's operators
+        converted = from_onnx(made)
+        made, orders = converted.graph, converted.inputs | converted.outputs
+        ends = {v.name: v for v in (made.values[i] for i in (*made.inputs, *made.outputs))}
     machine = prepare(made, net.rules.arithmetic)
     run = runner(reference, names)
     for feeds in samples:

@@ -10,14 +10,14 @@ from npulab import api
 from npulab.dialects import from_onnx
 from npulab.errors import CapacityError, UnsupportedError, UsageError
 from npulab.importers.onnx import read_onnx
-from npulab.quantize.agreement import agreeing
-from npulab.quantize.configurations import Trial
-from npulab.quantize.emit import integer_model
-from npulab.quantize.mixed import Budget, parse_seconds, parse_size, search
-from npulab.quantize.network import Network
-from npulab.quantize.observe import Progress, Statistics
-from npulab.quantize.sensitivity import ends
-from npulab.quantize.types import Samples
+from npulab.quantization.agreement import agreeing
+from npulab.quantization.configurations import Trial
+from npulab.quantization.emit import integer_model
+from npulab.quantization.mixed import Budget, parse_seconds, parse_size, search
+from npulab.quantization.network import Network
+from npulab.quantization.observe import Progress, Statistics
+from npulab.quantization.sensitivity import ends
+from npulab.quantization.types import Samples
 from npulab.targets.target import all_targets
 
 

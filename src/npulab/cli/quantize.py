@@ -28,7 +28,8 @@ class Ends(enum.StrEnum):
 
 
 def quantize(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", show_default=False, help="A float .tflite or .onnx file.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", show_default=False, help=(
+        "A float .tflite or .onnx file, or one that was trained with quantization."))],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", show_default=False, help=(
         "The integer network: its name ends as the target's tools want it, .tflite or .onnx."))],
     data: Annotated[Path | None, typer.Option("--data", metavar="FOLDER|ZIP|NPZ", show_default=False, help=(
@@ -80,7 +81,7 @@ def quantize(
     from npulab.cli.printing import progress, write_json
     from npulab.errors import UsageError
     from npulab.program.files import write_atomically
-    from npulab.quantize.job import Options
+    from npulab.quantization.job import Options
 
     if time is not None and recipe not in (None, "auto"):
         raise UsageError("--time is of the search, not of a recipe", try_="one of --time and --recipe")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from npulab.errors import UnsupportedError, UsageError
 from npulab.evaluation.types import Array, Evaluation, Progress, Run
-from npulab.quantize.types import Feeds
+from npulab.quantization.types import Feeds
 
 IMAGENET = 1000
 Z = 1.959963984540054

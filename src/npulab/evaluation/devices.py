@@ -13,7 +13,7 @@ from npulab.evaluation.types import Array
 from npulab.ir import Graph
 from npulab.passes.bounds import affordable, limited_run
 from npulab.program.types import Tensor
-from npulab.quantize.types import Feeds
+from npulab.quantization.types import Feeds
 from npulab.runtime.datasets import input_tensors, tensor_of
 
 HERE = ("onnxruntime", "onnxruntime-fast", "litert", "litert-fast")

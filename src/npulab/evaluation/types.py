@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from npulab.quantize.types import Feeds
+from npulab.quantization.types import Feeds
 
 Array = NDArray[Any]
 Run = Callable[[Feeds], Mapping[str, Array] | Array]

@@ -12,7 +12,7 @@ import numpy as np
 from npulab.errors import CapacityError, ModelError, NpulabError, UnsupportedError, UsageError
 from npulab.ir import Graph, Node, Value
 from npulab.passes.bounds import TENSOR_MAX
-from npulab.quantize.types import Arithmetic
+from npulab.quantization.types import Arithmetic
 from npulab.reference.requantize import RULES
 from npulab.reference.types import Array, Step
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npulab.errors import CapacityError, UnsupportedError
-from npulab.quantize.types import Arithmetic
+from npulab.quantization.types import Arithmetic
 from npulab.reference.types import Array, Numbers, Stored
 
 F64 = NDArray[np.float64]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from npulab.errors import ModelError, UsageError
 from npulab.ir.types import DType
 from npulab.program.types import Tensor
-from npulab.quantize.types import Feeds
+from npulab.quantization.types import Feeds
 from npulab.runtime.images import extents, parse_normalization, quantize
 
 Array = NDArray[Any]

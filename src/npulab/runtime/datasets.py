@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from npulab.errors import ModelError, NpulabError, UsageError
 from npulab.ir import Graph
 from npulab.program.types import Tensor
-from npulab.quantize.types import Feeds
+from npulab.quantization.types import Feeds
 from npulab.runtime.array_samples import DAMAGED, ArraySamples, array_samples, bounded, listed
 from npulab.runtime.images import FITTED, Fit, extents, parse_normalization, prepare, quantize
 
@@ -53,7 +53,7 @@ def spread(count: int, limit: int | None) -> Sequence[int]:
 
 def open_samples(source: str | os.PathLike[str], inputs: Sequence[Tensor], normalize: str | None = None,
                  fit: Fit = "squash", limit: int | None = None) -> ImageSamples | ArraySamples:
-    """Samples (quantize.types) of a folder of images, a .zip of images, or a .npy or .npz file.
+    """Samples (quantization.types) of a folder of images, a .zip of images, or a .npy or .npz file.
 
     source     a folder is searched with all that is in it, a zip likewise; samples are sorted by name. A folder with
                `images/` and `instances.json` (COCO's) means its images. A .npz file has one array for each input, by

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from npulab.plan.types import Verdict
     from npulab.profiling.types import Constant, Span
     from npulab.program.types import Program
-    from npulab.quantize.types import Rules
+    from npulab.quantization.types import Rules
     from npulab.runtime.device import Device
     from npulab.runtime.replay import ReplayResult
 

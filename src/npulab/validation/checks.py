@@ -1,4 +1,4 @@
-"""Every rule of a target, checked on the finished file. Shares nothing with npulab.quantize but the record of rules.
+"""Every rule of a target, checked on the finished file. Shares only the record of rules with npulab.quantization.
 
 What is checked of float operators that may stay: their constants, where these are integers, and nothing else.
 """
@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from npulab.ir import Graph, Value
-from npulab.quantize.types import Rules, Scheme
+from npulab.quantization.types import Rules, Scheme
 from npulab.targets.facts.board import find_board
 from npulab.targets.facts.quantization import board_of, entry_of, rules_of
 from npulab.validation.view import FLOATS, INTEGERS, MARKS, PLAIN, Layer, Stored, View, view
@@ -148,7 +148,8 @@ class _Checks:
         if isinstance(w, Value):
             if w.dtype.value in INTEGERS:
                 yield self._of(field, _named(w.name), "Integers have a positive, finite scale.", "none", "a scale")
-            elif not layer.floats and any(isinstance(s, Stored) for s in layer.data):
+            elif not layer.floats and any(isinstance(s, Stored) for s in layer.data) and not (
+                    self.graph.format == "onnx" and self.rules.float_islands):  # between marks that is a float operator
                 yield self._of(field, _named(w.name), "An operator on integers has weights of integers.",
                                w.dtype.value, _listed(self._schemes(layer)))
             return

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, get_args
 
 from npulab.errors import InvariantError, UsageError
-from npulab.quantize.types import Arithmetic, Rules, Scheme
+from npulab.quantization.types import Arithmetic, Rules, Scheme
 from npulab.targets.facts import schema
 from npulab.targets.target import all_targets
 

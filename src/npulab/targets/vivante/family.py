@@ -15,7 +15,7 @@ from npulab.ir.ops import Concat, Elementwise, Mean, Pool2D, Reshape
 from npulab.plan.partition import Part, fewest_regions, partition
 from npulab.plan.types import Reason, Verdict
 from npulab.program.types import HostNode, HostStep, Program
-from npulab.quantize.types import Rules
+from npulab.quantization.types import Rules
 from npulab.runtime.device import Device
 from npulab.runtime.replay import ReplayResult
 from npulab.targets.target import PlanName, PlanOptions, Prediction, Settings, Timing

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from npulab.quantize.types import Rules, Scheme
+from npulab.quantization.types import Rules, Scheme
 from npulab.targets.facts.quantization import FIXED_TFLITE, KERNELS, LITERT, SAME_TFLITE
 from npulab.targets.vivante.chips import Chip
 from npulab.targets.vivante.constraints import ENGINE, TEFLON

@@ -1,0 +1,115 @@
+"""How far the integer network is from the float one: signal-to-noise ratios of tensors and of outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from npulab.quantization.emit import float_model, integer_model, shown_model
+from npulab.quantization.network import Network
+from npulab.quantization.observe import Progress, each
+from npulab.quantization.types import Array, Samples
+
+CHUNK = 1 << 14
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """Of a tensor over samples: energies of what the float network computes, and of the difference.
+
+    dot  the sum of products of both networks' elements, for the cosine.
+    """
+
+    signal: float
+    noise: float
+    dot: float
+    other: float
+
+    @property
+    def decibels(self) -> float:
+        """Signal-to-noise ratio; 200 and more: the same."""
+        if self.noise <= self.signal * 1e-20:
+            return 200.0
+        return float(10 * np.log10(max(self.signal, 1e-300) / self.noise))
+
+    @property
+    def cosine(self) -> float:
+        both = np.sqrt(self.signal * self.other)
+        return float(self.dot / both) if both else 1.0
+
+    def __add__(self, more: Noise) -> Noise:
+        return Noise(self.signal + more.signal, self.noise + more.noise, self.dot + more.dot, self.other + more.other)
+
+
+SILENCE = Noise(0.0, 0.0, 0.0, 0.0)
+
+
+def noise(x: Array, y: Array) -> Noise:
+    """Of `y` against `x`: sums in single precision over CHUNK elements, in double precision over those."""
+    a, b = (np.asarray(v, np.float32).ravel() for v in (x, y))
+    total = np.zeros(4)
+    for i in range(0, a.size, CHUNK):
+        p, q = a[i : i + CHUNK], b[i : i + CHUNK]
+        d = p - q
+        total += [np.einsum("i,i", *pair) for pair in ((p, p), (d, d), (p, q), (q, q))]
+    return Noise(*map(float, total))
+
+
+class FirstSamples:
+    """The first few of some samples."""
+
+    def __init__(self, samples: Samples, count: int) -> None:
+        self.samples = samples
+        self.count = min(count, len(samples))
+        self.origin = samples.origin
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Any:
+        return islice(iter(self.samples), self.count)
+
+
+def noises(reference: bytes, other: bytes, names: Sequence[str], samples: Samples, progress: Progress | None = None
+           ) -> dict[str, Noise]:
+    """Of the tensors `names`, which both ONNX models have."""
+    total = dict.fromkeys(names, SILENCE)
+    for one in zip(each(reference, names, samples, list), each(other, names, samples, list, progress), strict=True):
+        for name, x, y in zip(names, *one, strict=True):
+            total[name] += noise(np.asarray(x), np.asarray(y))
+    return total
+
+
+def by_tensor(net: Network, samples: Samples, progress: Progress | None = None) -> dict[str, Noise]:
+    """Of each point as later operators see it, and of the outputs, by name.
+
+    The float network is the one with the weights as they are now: compare with the source's for repairs that change
+    them.
+    """
+    model, shown = shown_model(net)
+    points = [net.name(p.value) for p in net.quantized_points() if p.params]
+    pairs = {name: shown[name] for name in points} | {name: name for name in map(net.name, net.graph.outputs)}
+    total = dict.fromkeys(pairs, SILENCE)
+    left = each(float_model(net), list(pairs), samples, list)
+    right = each(model, list(pairs.values()), samples, list, progress)
+    for xs, ys in zip(left, right, strict=True):
+        for name, x, y in zip(pairs, xs, ys, strict=True):
+            total[name] += noise(np.asarray(x), np.asarray(y))
+    return total
+
+
+def outputs_noise(net: Network, reference: bytes, samples: Samples) -> dict[str, Noise]:
+    """Of the outputs of the integer network against those of `reference`, by name."""
+    names = [net.name(v) for v in net.graph.outputs]
+    return noises(reference, integer_model(net), names, samples)
+
+
+def worst(found: Iterable[Noise]) -> float:
+    """The least signal-to-noise ratio in decibels."""
+    return min((n.decibels for n in found), default=200.0)
+
+

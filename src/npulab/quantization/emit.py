@@ -1,0 +1,309 @@
+"""Networks written: the float network with the weights that it has now, and the integer one between Q and DQ."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from npulab.errors import UnsupportedError
+from npulab.exporters.onnx import to_onnx
+from npulab.quantization.network import Layer, Network
+from npulab.quantization.ranges import params_of
+from npulab.quantization.types import Array, Params
+
+if TYPE_CHECKING:
+    import onnx
+
+PER_CHANNEL_OPSET = 13
+"""From which QuantizeLinear and DequantizeLinear have `axis`; from 21 on they take 16, from 25 on 2 bits (ONNX)."""
+OPSETS = {16: 21, 4: 21, 2: 25}
+
+
+def float_model(net: Network, changed: bool = True) -> bytes:
+    """The ONNX file of the float network, with the layers' weights and biases as they are now."""
+    import onnx
+
+    data = to_onnx(net.graph, shapes=False)
+    if not changed:
+        return data
+    model = onnx.ModelProto.FromString(data)
+    for layer in net.layers:
+        _replace_weights(model, net, layer, layer.weight)
+    return bytes(model.SerializeToString(deterministic=True))
+
+
+def _replace_weights(model: onnx.ModelProto, net: Network, layer: Layer, weight: Array) -> None:
+    """The layer's own initializers instead of those that it had, which others may read too."""
+    node = model.graph.node[layer.node]
+    node.input[1] = _initializer(model, f"{layer.name}_weight", weight)
+    if layer.bias is not None and layer.added < 0:
+        name = _initializer(model, f"{layer.name}_bias", layer.bias)
+        if len(node.input) > 2:
+            node.input[2] = name
+        else:
+            node.input.append(name)
+    elif layer.bias is not None:
+        adder = model.graph.node[layer.added]
+        old = net.name(layer.bias_value)
+        name = _initializer(model, f"{layer.name}_bias", layer.bias)
+        for i, n in enumerate(adder.input):
+            if n == old:
+                adder.input[i] = name
+
+
+def _initializer(model: onnx.ModelProto, name: str, array: Array) -> str:
+    """A new constant; names of layers are their nodes' own, so that no other constant has this one."""
+    model.graph.initializer.append(_tensor(f"{name}_now", array))
+    return f"{name}_now"
+
+
+def integer_model(net: Network, integer_ends: bool = False, packed: bool = False) -> bytes:
+    """The ONNX file with QuantizeLinear and DequantizeLinear around what is computed in integers.
+
+    Biases of integer layers are 32-bit sums in the scale of the products. Opset 13, 21 where 16 or 4 bits need it.
+    `integer_ends`: inputs and outputs that are quantized come and go as integers. `packed`: weights of 4 and 2 bits as
+    such; without they have 8 bits and the same numbers, which ONNX Runtime has more kernels for.
+    """
+    return _Writer(net, integer_ends, packed).model()
+
+
+def shown_model(net: Network) -> tuple[bytes, dict[str, str]]:
+    """The same, and under which name the model has each quantized tensor as its integers show it."""
+    writer = _Writer(net, False, False)
+    return writer.model(), writer.seen
+
+
+class _Writer:
+    def __init__(self, net: Network, integer_ends: bool, packed: bool) -> None:
+        import onnx
+
+        self.net = net
+        self.integer_ends, self.packed = integer_ends, packed
+        self.proto = onnx.ModelProto.FromString(to_onnx(net.graph, shapes=False))
+        self.nodes = list(self.proto.graph.node)
+        del self.proto.graph.node[:]
+        self.seen: dict[str, str] = {}  # a tensor's name -> the name of what its integers show
+        self.names = {v.name for v in net.graph.values} | {n.name for n in self.nodes}
+        self.bits = {16 for p in net.points if p.scheme and p.scheme.bits == 16}
+        self.bits |= {layer.scheme.bits for layer in net.layers if layer.scheme and packed}
+        self.constants: dict[tuple[object, ...], tuple[str, str]] = {}
+
+    def model(self) -> bytes:
+        net, graph = self.net, self.net.graph
+        outputs = {graph.values[v].name for v in graph.outputs}
+        for v in graph.inputs:
+            self._point(v, outputs)
+        layers = {layer.node: layer for layer in net.layers}
+        adders = {layer.added: layer for layer in net.layers if layer.added >= 0}
+        for n, node in zip(graph.nodes, self.nodes, strict=True):
+            layer = layers.get(n.index)
+            for i, name in enumerate(node.input):
+                if name in self.seen:
+                    node.input[i] = self.seen[name]
+            if layer is not None:
+                self._layer(layer, node)
+            elif n.index in adders:
+                self._bias_of(adders[n.index], node)
+            else:
+                for i, v in enumerate(n.inputs):
+                    if v in net.operands and self._runs_in_integers(n.outputs[0]):
+                        node.input[i] = self._operand(v)
+            renamed = [self._inner_name(name) if self._is_point(v) and name in outputs else name
+                       for v, name in zip(n.outputs, node.output, strict=True)]
+            originals = list(node.output)
+            del node.output[:]
+            node.output.extend(renamed)
+            self.proto.graph.node.append(node)
+            for v, made, name in zip(n.outputs, renamed, originals, strict=True):
+                if self._is_point(v):
+                    self._pair(v, made, name)
+        self._tidy()
+        self._opset()
+        return bytes(self.proto.SerializeToString(deterministic=True))
+
+    def _is_point(self, v: int) -> bool:
+        return v >= 0 and v in self.net.of and self.net.of[v].params is not None and self.net.of[v].scheme is not None
+
+    def _runs_in_integers(self, out: int) -> bool:
+        """Whether the result becomes integers, maybe behind a clamp."""
+        if self._is_point(out):
+            return True
+        return any(self._is_point(n.outputs[0]) for n in self.net.readers(out) if n.op.name in ("Relu", "Clip"))
+
+    def _inner_name(self, name: str) -> str:
+        found = f"{name}_float"
+        while found in self.names:
+            found += "_"
+        self.names.add(found)
+        return found
+
+    def _point(self, v: int, outputs: set[str]) -> None:
+        """A graph input as its integers show it."""
+        if self._is_point(v):
+            name = self.net.name(v)
+            self._pair(v, name, name)
+
+    def _pair(self, v: int, made: str, name: str) -> None:
+        """QuantizeLinear and DequantizeLinear behind the tensor `made`; if an output of the graph has `name`, then what
+        comes out of the pair."""
+        from onnx import helper
+
+        params = self.net.of[v].params
+        assert params is not None
+        scale, zero = self._parameters(name, params)
+        ends = self.proto.graph.input if v in self.net.graph.inputs else self.proto.graph.output
+        end = next((e for e in ends if e.name == name), None) if self.integer_ends else None
+        if end is not None:
+            end.type.tensor_type.elem_type = _onnx_type(params.scheme.dtype)
+        codes = name if end is not None else self._unused(f"{name}_quantized")
+        shown = name if made != name and end is None else self._unused(f"{name}_dequantized")
+        if end is None or made != name:
+            self.proto.graph.node.append(helper.make_node("QuantizeLinear", [made, scale, zero], [codes],
+                                                          self._unused(f"{name}_Q")))
+        self.proto.graph.node.append(helper.make_node("DequantizeLinear", [codes, scale, zero], [shown],
+                                                      self._unused(f"{name}_DQ")))
+        self.seen[name] = shown
+
+    def _unused(self, name: str) -> str:
+        found, k = name, 1
+        while found in self.names:
+            k += 1
+            found = f"{name}_{k}"
+        self.names.add(found)
+        return found
+
+    def _parameters(self, name: str, p: Params) -> tuple[str, str]:
+        """Scale and zero point as constants; equal ones are there once."""
+        one = p.axis is None
+        key = (p.scheme.dtype, one, p.scales.tobytes(), p.zeros.tobytes())
+        if key not in self.constants:
+            scale = self._constant(f"{name}_scale", p.scales.reshape(()) if one else p.scales)
+            zeros = p.zeros.astype(p.scheme.holder)
+            self.constants[key] = scale, self._constant(f"{name}_zero_point", zeros.reshape(()) if one else zeros, p)
+        return self.constants[key]
+
+    def _constant(self, name: str, array: Array, p: Params | None = None) -> str:
+        """A constant under a name of its own; its integers those of `p`, if told."""
+        found = self._unused(name)
+        small = p is not None and self.packed
+        self.proto.graph.initializer.append(_tensor(found, array, p.scheme.bits if p and small else 0,
+                                                    p.scheme.dtype if p else ""))
+        return found
+
+    def _dequantized(self, name: str, codes: Array, p: Params, scale: str, zero: str) -> str:
+        from onnx import helper
+
+        kept = self._constant(f"{name}_quantized", codes, p)
+        out = self._unused(f"{name}_dequantized")
+        node = helper.make_node("DequantizeLinear", [kept, scale, zero], [out], self._unused(f"{name}_DQ"))
+        if p.axis is not None:
+            node.attribute.append(helper.make_attribute("axis", p.axis))
+        self.proto.graph.node.append(node)
+        return out
+
+    def _layer(self, layer: Layer, node: onnx.NodeProto) -> None:
+        if layer.scheme is None or layer.params is None:
+            node.input[1] = self._constant(f"{layer.name}_weight", layer.weight)
+        else:
+            codes = layer.codes if layer.codes is not None else layer.params.codes(layer.weight)
+            scale, zero = self._parameters(f"{layer.name}_weight", layer.params)
+            node.input[1] = self._dequantized(f"{layer.name}_weight", codes, layer.params, scale, zero)
+        if layer.bias is not None and layer.added < 0:
+            name = self._bias(layer)
+            if len(node.input) > 2:
+                node.input[2] = name
+            else:
+                node.input.append(name)
+
+    def _bias_of(self, layer: Layer, node: onnx.NodeProto) -> None:
+        old = self.net.name(layer.bias_value)
+        name = self._bias(layer)
+        for i, n in enumerate(node.input):
+            if n == old:
+                node.input[i] = name
+
+    def _bias(self, layer: Layer) -> str:
+        """The bias as integers in the products' scale if the layer is computed in integers; else in floats."""
+        assert layer.bias is not None
+        data = self.net.of.get(layer.data)
+        if layer.scheme is None or layer.params is None or data is None or data.params is None or data.scheme is None:
+            return self._constant(f"{layer.name}_bias", layer.bias)
+        p = bias_params(layer, data.params)
+        scale = self._constant(f"{layer.name}_bias_scale", p.scales if p.axis is not None else p.scales.reshape(()))
+        zeros = np.zeros(p.scales.shape if p.axis is not None else (), np.int32)
+        zero = self._constant(f"{layer.name}_bias_zero_point", zeros)
+        codes = self._constant(f"{layer.name}_bias_quantized", bias_codes(layer.bias, p))
+        from onnx import helper
+
+        out = self._unused(f"{layer.name}_bias_dequantized")
+        node = helper.make_node("DequantizeLinear", [codes, scale, zero], [out], self._unused(f"{layer.name}_bias_DQ"))
+        if p.axis is not None:
+            node.attribute.append(helper.make_attribute("axis", 0))
+        self.proto.graph.node.append(node)
+        return out
+
+    def _operand(self, v: int) -> str:
+        """A constant beside tensors, quantized like an activation."""
+        name = self.net.name(v)
+        if name not in self.seen:
+            array = np.asarray(self.net.graph.values[v].array(), np.float32)
+            p = self.net.operands[v] or params_of((float(array.min(initial=0)), float(array.max(initial=0))),
+                                                  self.net.rules.activations[0])
+            scale, zero = self._parameters(name, p)
+            self.seen[name] = self._dequantized(name, p.codes(array), p, scale, zero)
+        return self.seen[name]
+
+    def _tidy(self) -> None:
+        """Constants that nothing reads any more."""
+        used = {i for n in self.proto.graph.node for i in n.input} | {o.name for o in self.proto.graph.output}
+        kept = [t for t in self.proto.graph.initializer if t.name in used]
+        del self.proto.graph.initializer[:]
+        self.proto.graph.initializer.extend(kept)
+
+    def _opset(self) -> None:
+        wanted = max([PER_CHANNEL_OPSET, *(OPSETS[b] for b in self.bits if b in OPSETS)])
+        own = next((o for o in self.proto.opset_import if o.domain in ("", "ai.onnx")), None)
+        assert own is not None
+        if own.version >= wanted:
+            return
+        from onnx import version_converter
+
+        try:
+            self.proto = version_converter.convert_version(self.proto, wanted)
+        except Exception as e:  # the converter is C++
+            raise UnsupportedError(f"'{self.net.graph.name}' is of opset {own.version} and cannot be written as of "
+                                   f"{wanted}", got=str(e).strip()[:200]) from None
+
+
+def _tensor(name: str, array: Array, bits: int = 0, dtype: str = "") -> onnx.TensorProto:
+    """A constant; integers of less than 8 bits packed, the first in the low bits (ONNX)."""
+    import onnx
+    from onnx import numpy_helper
+
+    if bits not in (2, 4):
+        return numpy_helper.from_array(np.asarray(array, order="C"), name)
+    each = 8 // bits
+    codes = (array.ravel().astype(np.int16) & ((1 << bits) - 1)).astype(np.uint8)
+    padded = np.pad(codes, (0, -len(codes) % each)).reshape(-1, each)
+    packed = np.bitwise_or.reduce(padded << (np.arange(each, dtype=np.uint8) * bits), axis=1).astype(np.uint8)
+    return onnx.TensorProto(name=name, dims=array.shape, raw_data=packed.tobytes(),
+                            data_type=_onnx_type(dtype))
+
+
+def _onnx_type(dtype: str) -> int:
+    import onnx
+
+    return int(onnx.TensorProto.DataType.Value(dtype.upper()))
+
+
+def bias_params(layer: Layer, data: Params) -> Params:
+    """Scales of a layer's sums: input scale * weight scale, as float32."""
+    assert layer.params is not None
+    scales = (data.scales[0].astype(np.float64) * layer.params.scales.astype(np.float64)).astype(np.float32)
+    return Params(layer.params.scheme, scales, np.zeros(scales.size, np.int32), 0 if scales.size > 1 else None)
+
+
+def bias_codes(bias: Array, p: Params) -> Array:
+    steps = np.rint(bias.astype(np.float64) / p.scales.astype(np.float64))
+    return np.clip(steps, -(2**31) + 1, 2**31 - 1).astype(np.int32)

@@ -1,0 +1,307 @@
+"""Second moments of what layers with weights read: all that the error of rounded weights depends on.
+
+A layer's results are W x + b in the float network and Wq x^ + bq in the integer one. With the best bq, the mean squared
+difference of a channel is a quadratic form of its row of Wq: of the covariances of x^ and between x and x^. They are
+summed sample by sample, so memory does not grow with the samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from npulab.errors import ModelError, UsageError
+from npulab.ir.ops import OnnxOp
+from npulab.quantization.emit import float_model, integer_model
+from npulab.quantization.network import Layer, Network
+from npulab.quantization.observe import Progress, in_order, runner
+from npulab.quantization.types import F32, Array, Params, Samples
+
+ROWS = 16384
+"""Patches of a layer over all samples that are enough if they hold no more than ELEMENTS, else fewer, but at least
+PATCHES_A_WEIGHT times the weights of a channel."""
+ELEMENTS = 1 << 25
+PATCHES_A_WEIGHT = 8
+FLUSH = 2048
+FLUSH_BYTES = 1 << 22
+"""Patches that are multiplied at once: so many, or so many bytes."""
+WIDE = 1024
+"""Weights of a channel from which sums are kept in float32: float64 would double hundreds of megabytes."""
+
+
+@dataclass(eq=False)
+class Reference:
+    """The float network that roundings aim at: taken before biases are corrected, for those are changed in place.
+
+    model  ONNX bytes.    biases  of the layers, in their order.
+    """
+
+    model: bytes
+    biases: list[F32 | None]
+
+
+def reference(net: Network) -> Reference:
+    """The network as its layers' float weights and biases are now."""
+    return Reference(float_model(net), [None if layer.bias is None else layer.bias.copy() for layer in net.layers])
+
+
+@dataclass(eq=False)
+class Moments:
+    """Sums over patches of one layer: x of the float network, q what the integer one reads. (groups, K) a patch.
+
+    second  sum of q q^T, (groups, K, K).      cross  sum of x q^T.      sums, float_sums  of q and x, (groups, K).
+    power, total  sums of y^2 and y over y = W x, (channels,).           count  patches.
+    """
+
+    layer: Layer
+    second: NDArray[Any]
+    cross: NDArray[Any]
+    sums: NDArray[np.float64]
+    float_sums: NDArray[np.float64]
+    power: NDArray[np.float64]
+    total: NDArray[np.float64]
+    count: int = 0
+    waiting: list[tuple[F32, F32]] = field(default_factory=list)
+
+    def add(self, x: F32, q: F32) -> None:
+        """Patches (n, groups, K) of one sample."""
+        self.waiting.append((x, q))
+        if sum(len(a) for a, _ in self.waiting) >= FLUSH or sum(a.nbytes for a, _ in self.waiting) >= FLUSH_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self.waiting:
+            return
+        x, q = (np.ascontiguousarray(np.concatenate(a).transpose(1, 0, 2)) for a in zip(*self.waiting, strict=True))
+        self.waiting.clear()
+        self.second += q.transpose(0, 2, 1) @ q
+        self.cross += x.transpose(0, 2, 1) @ q
+        self.sums += q.sum(axis=1, dtype=np.float64)
+        self.float_sums += x.sum(axis=1, dtype=np.float64)
+        y = (x @ grouped(self.layer).transpose(0, 2, 1)).astype(np.float64)
+        self.power += (y * y).sum(axis=1).ravel()
+        self.total += y.sum(axis=1).ravel()
+        self.count += x.shape[1]
+
+    def covariances(self, centred: bool) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.float64]]:
+        """(of q, between x and q, powers of y): about their means if `centred`, a bias taking care of these."""
+        n = max(1, self.count)
+        second, cross, power = self.second / n, self.cross / n, self.power / n
+        if centred:
+            q, x, y = self.sums / n, self.float_sums / n, self.total / n
+            second = second - (q[:, :, None] * q[:, None, :]).astype(second.dtype)
+            cross = cross - (x[:, :, None] * q[:, None, :]).astype(cross.dtype)
+            power = power - y * y
+        return second, cross, np.maximum(power, 0.0)
+
+    def blur(self) -> NDArray[np.float64]:
+        """What rounding of products in float32 may have done to a variance, (groups,)."""
+        k = self.second.shape[1]
+        mean = np.trace(self.second, axis1=1, axis2=2) / (k * max(1, self.count))
+        return np.asarray(mean * 1e-6 * k, np.float64)
+
+    def drift(self, rounded: Array) -> NDArray[np.float64]:
+        """What to add to the bias, (channels,), so that the means stay with `rounded` weights (groups, R, K)."""
+        n = max(1, self.count)
+        now = np.einsum("grk,gk->gr", rounded.astype(np.float64), self.sums / n).ravel()
+        return np.asarray(self.total / n - now)
+
+
+def grouped(layer: Layer, array: Array | None = None) -> Array:
+    """The weights, or an array of their shape, as (groups, channels of a group, K)."""
+    rows = layer.rows(array)
+    return np.ascontiguousarray(rows.reshape(layer.groups, layer.channels // layer.groups, -1))
+
+
+def moments(net: Network, layers: Sequence[Layer], samples: Samples, aim: Reference, rounded: bool = False,
+            progress: Progress | None = None) -> list[Moments]:
+    """Sums over the samples for some layers.
+
+    rounded  False: the integer network reads the float network's tensors, each as its integers show it.
+             True: it reads what it computes itself: integers between all layers, rounded weights in those that have
+             codes, float ones in the others.
+
+    Raises: UsageError without samples or ONNX Runtime; ModelError for tensors that are not finite.
+    """
+    if not len(samples):
+        raise UsageError("there are no samples to round with", got=samples.origin)
+    names = list(dict.fromkeys(net.name(layer.data) for layer in layers))
+    where = [names.index(net.name(layer.data)) for layer in layers]
+    float_run = runner(upto(aim.model, names), names)
+    integer_run = runner(upto(_partly_rounded(net), names), names, plain=True) if rounded else None
+    shown: list[Params | None] = [net.of[layer.data].params if layer.data in net.of else None for layer in layers]
+    takes = [Patches(net, layer, len(samples)) for layer in layers]
+    found = [_empty(layer) for layer in layers]
+
+    def job(numbered: Mapping[str, Any]) -> list[tuple[F32, F32]]:
+        number, feeds = numbered["number"], numbered["feeds"]
+        floats = float_run(feeds)
+        integers = integer_run(feeds) if integer_run else floats
+        out = []
+        for take, i, params in zip(takes, where, shown, strict=True):
+            x, q = floats[i], integers[i]
+            if not np.isfinite(x).all():
+                raise ModelError(f"'{names[i]}' is not finite", got=f"sample {number + 1} of {samples.origin}",
+                                 try_="look for NaN in the data, or for overflow in the network")
+            places = take.places(number)
+            rows = take.rows(q, places)
+            out.append((take.rows(x, places) if integer_run else rows, params.seen(rows) if params else rows))
+        return out
+
+    from threadpoolctl import threadpool_limits
+
+    with ThreadPoolExecutor(2) as pool, threadpool_limits(1, "blas"):  # one thread: the same sums to the last bit
+        for rows in in_order(pool, job, _Numbered(samples), 3, progress):
+            for m, (x, q) in zip(found, rows, strict=True):
+                m.add(x, q)
+        list(pool.map(Moments.flush, found))
+    return found
+
+
+class _Numbered:
+    """Samples with their numbers."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples, self.origin = samples, samples.origin
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __iter__(self) -> Any:
+        return ({"number": i, "feeds": feeds} for i, feeds in enumerate(self.samples))
+
+
+def _empty(layer: Layer) -> Moments:
+    g, r, k = grouped(layer).shape
+    dtype = np.float32 if k >= WIDE else np.float64
+    return Moments(layer, np.zeros((g, k, k), dtype), np.zeros((g, k, k), dtype), np.zeros((g, k)), np.zeros((g, k)),
+                   np.zeros(g * r), np.zeros(g * r))
+
+
+def moments_bytes(layer: Layer) -> int:
+    """What `Moments` of a layer hold."""
+    g, _, k = grouped(layer).shape
+    return int(2 * g * k * k * (4 if k >= WIDE else 8))
+
+
+def _partly_rounded(net: Network) -> bytes:
+    """The integer network, layers without codes with their float weights."""
+    kept = [(layer, layer.params) for layer in net.layers if layer.codes is None]
+    for layer, _ in kept:
+        layer.params = None
+    try:
+        return integer_model(net)
+    finally:
+        for layer, params in kept:
+            layer.params = params
+
+
+def upto(model: bytes, names: Sequence[str]) -> bytes:
+    """The model without what the tensors `names` do not need."""
+    import onnx
+
+    proto = onnx.ModelProto.FromString(model)
+    needed, kept = set(names), []
+    for node in reversed(proto.graph.node):
+        if needed.intersection(node.output):
+            if any(a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for a in node.attribute):
+                return model  # its body may read anything
+            needed.update(node.input)
+            kept.append(node)
+    kept.reverse()
+    shapes = [o for o in proto.graph.output if o.name in names]
+    constants = [t for t in proto.graph.initializer if t.name in needed]
+    for part, items in ((proto.graph.node, kept), (proto.graph.output, shapes), (proto.graph.initializer, constants)):
+        del part[:]
+        part.extend(items)
+    return bytes(proto.SerializeToString())
+
+
+class Patches:
+    """Which numbers meet a row of weights at a place of the result: im2col of some places, chosen by a seed."""
+
+    def __init__(self, net: Network, layer: Layer, samples: int) -> None:
+        self.layer = layer
+        k = layer.rows().shape[1]
+        rows = max(PATCHES_A_WEIGHT * k, min(ROWS, ELEMENTS // (layer.groups * k)))
+        self.wanted = max(1, -(-rows // samples))
+        data, result = net.graph.values[layer.data].shape, net.graph.values[layer.linear].shape
+        if layer.kind in ("gemm", "matmul"):
+            self.out: tuple[int, ...] = data[:-1]
+            self.gather: Callable[[Array, Array], Array] = lambda x, at: x.reshape(-1, x.shape[-1])[at][:, None, :]
+        else:
+            op = net.graph.nodes[layer.node].op
+            assert isinstance(op, OnnxOp)
+            self.out = (result[0], *result[2:])
+            self.gather = _window(op, layer, data, result)
+
+    def places(self, number: int) -> NDArray[np.int64]:
+        """Of sample `number`: all of them, or as many as wanted."""
+        total = int(np.prod(self.out))
+        if total <= self.wanted:
+            return np.arange(total)
+        chosen = np.random.default_rng((self.layer.node, number)).choice(total, self.wanted, replace=False)
+        return np.sort(chosen)
+
+    def rows(self, x: Array, places: NDArray[np.int64]) -> F32:
+        """(places, groups, K)."""
+        return np.asarray(self.gather(x, places), np.float32)
+
+
+def _window(op: OnnxOp, layer: Layer, data: tuple[int, ...], result: tuple[int, ...]
+            ) -> Callable[[Array, Array], Array]:
+    """Patches of a convolution; of a transposed one, those of the convolution over its input with zeros between."""
+    rank = len(data) - 2
+    kernel = layer.weight.shape[2:]
+
+    def numbers(name: str) -> tuple[int, ...]:
+        found = op.attributes.get(name)
+        return tuple(int(n) for n in found) if isinstance(found, tuple) else (1,) * rank
+
+    strides, dilations = numbers("strides"), numbers("dilations")
+    auto = op.attributes.get("auto_pad", "NOTSET")
+    auto = auto.decode() if isinstance(auto, bytes) else str(auto)
+    pads = op.attributes.get("pads")
+    reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
+    flipped = layer.kind == "transposed"
+    begins = []
+    for i in range(rank):
+        size, out = data[2 + i], result[2 + i]
+        if flipped:
+            total = max(0, strides[i] * (size - 1) + reach[i] - out)
+        else:
+            total = max(0, (out - 1) * strides[i] + reach[i] - size)
+        if auto.startswith("SAME"):
+            half = total - total // 2 if (auto == "SAME_LOWER") else total // 2
+            begins.append(half)
+        else:
+            begins.append(int(pads[i]) if isinstance(pads, tuple) and auto == "NOTSET" else 0)
+
+    def gather(x: Array, at: Array) -> Array:
+        where = np.unravel_index(at, (result[0], *result[2:]))
+        ok = np.ones((len(at), *kernel), bool)
+        index: list[Array] = []
+        for i in range(rank):
+            lane = [1] * (rank + 1)
+            lane[1 + i] = kernel[i]
+            steps = (np.arange(kernel[i]) * dilations[i]).reshape(lane)
+            start = where[1 + i].reshape(-1, *[1] * rank)
+            if flipped:
+                far = start + begins[i] - steps  # input * stride = output + pad - tap * dilation
+                ok &= far % strides[i] == 0
+                place = far // strides[i]
+            else:
+                place = start * strides[i] - begins[i] + steps
+            ok &= (place >= 0) & (place < x.shape[2 + i])
+            index.append(np.clip(place, 0, x.shape[2 + i] - 1))
+        first = where[0].reshape(-1, *[1] * rank)
+        found = np.moveaxis(x, 1, -1)[(first, *np.broadcast_arrays(*index))] * ok[..., None]  # (n, *kernel, C)
+        found = np.moveaxis(found, -1, 1)  # (n, C, *kernel)
+        return np.asarray(found.reshape(len(at), layer.groups, -1))
+
+    return gather
