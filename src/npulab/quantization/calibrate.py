@@ -67,14 +67,21 @@ def _share_with_concat(net: Network) -> None:
                 p.params = result.params
 
 
-def choose_weights(net: Network, clip: str = "min-max") -> None:
-    """Params of the weights of all layers in integers; codes of earlier roundings are gone."""
+def choose_weights(net: Network, clip: str = "min-max", known: dict[tuple[int, str], Params] | None = None) -> None:
+    """Params of the weights of all layers in integers; codes of earlier roundings are gone.
+
+    known  what was chosen for the same weights and schemes before, by layer and `clip`; it is added to.
+    """
+    known = {} if known is None else known
     for layer in net.layers:
         layer.codes = None
         if layer.scheme is None:
             layer.params = None
             continue
-        layer.params = roomy(net, layer, weight_params(layer.rows(), layer.scheme, layer.axis, clip))
+        key = (layer.node, clip)
+        if key not in known:
+            known[key] = weight_params(layer.rows(), layer.scheme, layer.axis, clip)
+        layer.params = roomy(net, layer, known[key])
 
 
 def roomy(net: Network, layer: Layer, p: Params) -> Params:

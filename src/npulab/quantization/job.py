@@ -20,16 +20,16 @@ from npulab.errors import UsageError
 from npulab.program.files import write_atomically
 from npulab.quantization import datafree, precision, state
 from npulab.quantization.calibrate import choose_activations, choose_weights, statistics
-from npulab.quantization.compare import noises
+from npulab.quantization.compare import SILENCE, noise
 from npulab.quantization.emit import float_model, integer_model
 from npulab.quantization.gram import Reference, reference
 from npulab.quantization.joints import part_mixed
 from npulab.quantization.network import Network
-from npulab.quantization.observe import Progress, Statistics
+from npulab.quantization.observe import Progress, Statistics, each
 from npulab.quantization.ranges import METHODS, NEEDS_HISTOGRAM
 from npulab.quantization.recipes import AUTO, STEPS, Context, Recipe, Step
 from npulab.quantization.trained import Kept
-from npulab.quantization.types import Feeds, ListedSamples, Samples
+from npulab.quantization.types import Array, Feeds, ListedSamples, Params, Samples
 
 CHECKED = 8
 """Samples that each stage is measured on."""
@@ -126,6 +126,7 @@ class Job:
         self.check = ListedSamples([f for i, f in enumerate(samples) if i in at], samples.origin)
         self.samples: Samples = _Others(samples, at) if count >= SPARE else samples
         self.budget = budget
+        self.wanted: list[list[Array]] = []  # the float network's outputs for `check`
         self.best = -np.inf
         self.aim: Reference | None = None  # from the ranges on
 
@@ -157,7 +158,7 @@ class Job:
             schemes = [layer.scheme for layer in self.net.layers if layer.scheme is not None]
             coarse = self.budget is not None or any(s.bits < 8 or not s.per_channel for s in schemes)
             return ["ranges", *(s for s in AUTO.steps if self.options.seconds or not STEPS[s].slow
-                                or (coarse and s == "adaround"))]
+                                or (coarse and s in ("equalize", "adaround", "correct-full")))]
         return [*(s for s in self.recipe.steps if STEPS[s].stage == "before"), "ranges",
                 *(s for s in self.recipe.steps if STEPS[s].stage == "after")]
 
@@ -214,8 +215,14 @@ class Job:
 
     def decibels(self) -> float:
         """The outputs' mean signal-to-noise ratio on a few samples, against the network as it came."""
-        found = noises(self.reference, integer_model(self.net), self.outputs, self.check)
-        return float(np.mean([n.decibels for n in found.values()]))
+        if not self.wanted:
+            self.wanted = list(each(self.reference, self.outputs, self.check, list))
+        total = dict.fromkeys(self.outputs, SILENCE)
+        made = each(integer_model(self.net), self.outputs, self.check, list)
+        for want, got in zip(self.wanted, made, strict=True):
+            for name, x, y in zip(self.outputs, want, got, strict=True):
+                total[name] += noise(x, y)
+        return float(np.mean([n.decibels for n in total.values()]))
 
     def _ranges(self) -> list[str]:
         """Statistics, and ranges as the recipe has them."""
@@ -230,10 +237,10 @@ class Job:
         """Statistics once, and of all ways to choose ranges the best."""
         seen, lines = self._seen(next(iter(NEEDS_HISTOGRAM)))
         found: dict[tuple[str, str], float] = {}
+        known: dict[tuple[int, str], Params] = {}
         for clip in CLIPS:
-            choose_weights(self.net, clip)
             for how in METHODS if clip == CLIPS[0] else [max(found, key=lambda k: found[k])[0]]:
-                self._choose(seen, how, clip, within=False)
+                self._choose(seen, how, clip, known)
                 found[how, clip] = self.decibels()
         how, clip = max(found, key=lambda k: found[k])
         self.recipe = replace(self.recipe, activations=how, weights=clip)
@@ -243,12 +250,14 @@ class Job:
         return [f"activations by {how}, weights by {clip}, from {len(self.samples)} samples", f"dB tried: {tried}",
                 *lines]
 
-    def _choose(self, seen: Mapping[int, Statistics], how: str, clip: str, within: bool = True) -> list[str]:
-        """Params of everything, `within` the budget; what was trained keeps its own."""
-        lines = self.budget(self.net, self.samples, seen, how, clip) if within and self.budget else []
+    def _choose(self, seen: Mapping[int, Statistics], how: str, clip: str,
+                known: dict[tuple[int, str], Params] | None = None) -> list[str]:
+        """Params of everything, within the budget unless this is one of several tries, which share what they know of
+        the weights; what was trained keeps its own."""
+        lines = self.budget(self.net, self.samples, seen, how, clip) if known is None and self.budget else []
         if not lines:
             choose_activations(self.net, seen, how)
-            choose_weights(self.net, clip)
+            choose_weights(self.net, clip, known)
         if self.trained is not None:
             self.trained.put_back(self.net)
         return lines

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 HALF = 2048
 """Bins of a histogram on each side of zero."""
+COUNTED = 1 << 15
+"""Elements of a tensor of one sample that are counted into its histogram, evenly spread; extremes are of all."""
 MOVING = 0.01
 """Weight of a new sample in moving averages, as in TensorFlow's FakeQuant (decay 0.99); the first sets the start."""
 T = TypeVar("T")
@@ -35,7 +37,8 @@ class Statistics:
 
     low, high   extremes over all samples.         smooth_low, smooth_high   their moving averages.
     count, total, squares   elements, their sum, the sum of their squares (float64).
-    width       of a histogram's bin, a power of two; bins[i] counts x with floor(x / width) == i - HALF.
+    width       of a histogram's bin, a power of two; bins[i] counts x with floor(x / width) == i - HALF, of large
+                tensors of some of their elements (COUNTED).
     channel_*   along axis 1 (rank 3 and more) or the last: extremes, sums, squares; elements a channel.
     """
 
@@ -130,7 +133,7 @@ class _Seen:
         self.channels: tuple[Any, ...] | None = None
         if histogram and np.isfinite(self.low) and np.isfinite(self.high):
             self.width = width_for(max(-self.low, self.high))
-            self.bins = count_bins(x, self.width)
+            self.bins = count_bins(spread(x), self.width)
         if channels:
             rows = x.reshape(1, -1) if x.ndim < 2 else np.moveaxis(x, 1 if x.ndim > 2 else -1, 0).reshape(
                 x.shape[1 if x.ndim > 2 else -1], -1)
@@ -138,6 +141,11 @@ class _Seen:
             squares = np.einsum("ij,ij->i", rows, rows, dtype=np.float64)
             self.channels = rows.min(axis=1).astype(np.float64), rows.max(axis=1).astype(np.float64), totals, squares
             self.total, self.squares = float(totals.sum()), float(squares.sum())
+
+
+def spread(x: F32) -> F32:
+    """At most COUNTED elements or so, evenly spread; an odd distance, so that not always the same columns are taken."""
+    return x.reshape(-1)[:: (x.size // COUNTED) | 1] if x.size > COUNTED else x
 
 
 def width_for(largest: float) -> float:

@@ -174,7 +174,8 @@ def weight_params(rows: F32, scheme: Scheme, axis: int, clip: str = "min-max") -
 def _clipped_share(rows: F32, lows: Floats, highs: Floats, scheme: Scheme) -> Floats:
     """How much of each row's range to keep."""
     best, least = np.ones(len(rows)), np.full(len(rows), np.inf)
-    for share in np.linspace(1.0, 0.3 if scheme.bits > 2 else 0.1, 71):
+    least_share, steps = (0.6, 17) if scheme.bits >= 8 else (0.3, 71) if scheme.bits > 2 else (0.1, 91)
+    for share in np.linspace(1.0, least_share, steps):
         p = params_of_channels(lows * share, highs * share, scheme, 0)
         error = np.sum((p.seen(rows).astype(np.float64) - rows) ** 2, axis=1)
         better = error < least * (1 - 1e-9)

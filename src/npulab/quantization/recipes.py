@@ -34,7 +34,7 @@ class Step:
     """A repair: before ranges are chosen it changes the float network, after that the integers.
 
     cost  time that it takes, in that of the search for ranges, about.    slow  a search leaves it out unless it has
-    time to keep (adaptive rounding: or weights of few bits, or of one scale a tensor).
+    time to keep; where weights have few bits or one scale a tensor, it tries the ones that help there all the same.
     run   changes the network, gives lines on what was done; none: there was nothing to do.
     """
 
@@ -133,13 +133,13 @@ DFQ = "Nagel et al. 2019, arXiv:1906.04721"
 ADAROUND = "Nagel et al. 2020, arXiv:2004.10568"
 STEPS: Mapping[str, Step] = {s.name: s for s in (
     Step("smooth", "before", "migration of scales to weights", "Xiao et al. 2022, arXiv:2211.10438", 1.2, _smooth),
-    Step("equalize", "before", "cross-layer equalization", DFQ, 1.2, _equalize),
+    Step("equalize", "before", "cross-layer equalization", DFQ, 1.2, _equalize, slow=True),
     Step("absorb", "before", "bias absorption", DFQ, 1.2, _absorb),
     Step("clip", "after", "clipping of activations", "", 2, _clip, slow=True),
     Step("adaround", "after", "adaptive rounding", ADAROUND, 4, _adaround, slow=True),
     Step("adaround-full", "after", "adaptive rounding, in groups", ADAROUND, 15, _adaround_full, slow=True),
     Step("correct", "after", "bias correction", DFQ, 1.5, _correct),
-    Step("correct-full", "after", "bias correction, layer by layer", DFQ, 4, _correct_full),
+    Step("correct-full", "after", "bias correction, layer by layer", DFQ, 4, _correct_full, slow=True),
     Step("distil", "after", "distillation, block by block", "BRECQ: Li et al. 2021, arXiv:2102.05426", 60, _distil,
          slow=True),
 )}
