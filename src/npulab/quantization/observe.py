@@ -25,6 +25,8 @@ HALF = 2048
 """Bins of a histogram on each side of zero."""
 COUNTED = 1 << 15
 """Elements of a tensor of one sample that are counted into its histogram, evenly spread; extremes are of all."""
+LEAST_WIDTH = 2.0**-100
+"""Of a bin: its inverse is a float32, too."""
 MOVING = 0.01
 """Weight of a new sample in moving averages, as in TensorFlow's FakeQuant (decay 0.99); the first sets the start."""
 T = TypeVar("T")
@@ -152,7 +154,7 @@ def width_for(largest: float) -> float:
     """The least power of two that, as width, puts |x| <= largest into HALF bins; 0 for nothing but zeros."""
     if largest <= 0:
         return 0.0
-    return float(2.0 ** np.frexp(largest)[1] / HALF)  # frexp: largest < 2 ** exponent
+    return max(LEAST_WIDTH, float(2.0 ** np.frexp(largest)[1] / HALF))  # frexp: largest < 2 ** exponent
 
 
 def count_bins(x: F32, width: float) -> NDArray[np.int64]:
