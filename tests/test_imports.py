@@ -17,8 +17,8 @@ ROWS = (
     ("dialects", "formats", "importers", "exporters", "reference", "passes", "postprocess", "quantization", "plan",
      "program", "runtime", "profiling"),
     ("targets",),
-    ("api", "atlas", "cliffs", "doors", "evaluation", "patching", "quantizing", "quantizing_budget", "report", "sweep",
-     "teardown", "samples", "validation", "zoo", "cli", "__init__", "__main__", ""),
+    ("api", "atlas", "cliffs", "doors", "evaluation", "explaining", "patching", "quantizing", "quantizing_budget",
+     "report", "samples", "sweep", "teardown", "validation", "zoo", "cli", "__init__", "__main__", ""),
 )
 
 

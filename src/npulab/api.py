@@ -123,11 +123,14 @@ def quantize(model: Graph | str | os.PathLike[str], data: Samples | str | os.Pat
     return made
 
 
-def quantization_report(graph: Graph, made: Quantized) -> dict[str, Any]:
-    """What was done and measured, as plain data."""
+def quantization_report(graph: Graph, made: Quantized, explain: bool = False, tell: Tell | None = None
+                        ) -> dict[str, Any]:
+    """What was done and measured, as plain data. `explain`: with each layer's share of the noise, measured anew."""
+    from npulab.explaining import explained
     from npulab.quantizing import report
 
-    return report(graph, made)
+    progress = (lambda done, total: tell("sensitivities", done, total)) if tell else None
+    return report(graph, made) | (explained(made, progress) if explain else {})
 
 
 def compile(model: Graph | str | os.PathLike[str], target: str = "a311d", plan: PlanName = "best",

@@ -18,6 +18,8 @@ WORST = 8
 """Tensors that the terminal lists."""
 SAID = 3
 """Lines of a step that it prints."""
+FIRST = 5
+"""Layers and tensors whose share of the noise it prints."""
 NAME = 40
 """Characters of their names."""
 
@@ -58,6 +60,8 @@ def quantize(
         "Choose them so that the outputs have this signal-to-noise ratio."))] = None,
     agreement: Annotated[float | None, typer.Option("--min-agreement", metavar="SHARE", show_default=False, help=(
         "Choose them so that this share of the samples (0..1) gets the float network's answer."))] = None,
+    labels: Annotated[Path | None, typer.Option("--labels", metavar="FILE", show_default=False, help=(
+        "Labels of the data (as npulab evaluate has them): measure the accuracy before and after, too."))] = None,
     normalize: Annotated[str | None, typer.Option("--normalize", metavar="HOW", show_default=False, help=(
         "How pixels become inputs: raw, 0..1, -1..1, imagenet, or mean,std."))] = None,
     fit: Annotated[str, typer.Option("--fit", metavar="HOW", help=(
@@ -93,10 +97,16 @@ def quantize(
     if output.suffix.lower() != f".{rules.file}":
         raise UsageError(f"{rules.title} takes .{rules.file} files", got=str(output),
                          try_=f"-o {output.with_suffix('.' + rules.file).name}")
+    line = _Line(progress)
     made = api.quantize(graph, data, target, options, normalize=normalize, fit=cast("Fit", fit), limit=limit,
-                        tell=_Line(progress), resume=output.with_name(output.name + ".resume"))
+                        tell=line, resume=output.with_name(output.name + ".resume"))
     write_atomically(output, made.data)
-    found = api.quantization_report(graph, made) | {"output": str(output)}
+    found = api.quantization_report(graph, made, report is not None, line) | {"output": str(output)}
+    if labels is not None and data is not None:
+        from npulab.explaining import judged
+
+        progress("measuring accuracy")
+        found["accuracy"] = judged(graph, made, data, labels, normalize, cast("Fit", fit))
     if report is not None:
         write_atomically(report, _report(report, found))
     if json:
@@ -145,6 +155,20 @@ def _report(path: Path, found: dict[str, Any]) -> bytes:
     return (json.dumps(finite(found), indent=1) + "\n").encode()
 
 
+def _print_shares(found: dict[str, Any]) -> None:
+    """What most of the noise comes from, and what answers to expect."""
+    from npulab.cli.printing import say, table
+
+    rows = sorted(found["sensitivity"], key=lambda r: -float(r["share"]))[:FIRST]
+    table(["most of the noise+", " ", ">bits", ">alone", ">share"],
+          [(_short(r["name"]), r["kind"], r["bits"], f"{r['decibels']:.1f} dB", f"{r['share']:.0%}") for r in rows])
+    say()
+    if found["agreement"]:
+        a = found["agreement"]
+        say(f"The float network's answer for {a['measured']:.1%} of {a['samples']} samples; {a['expected']:.1%} "
+            "expected from the noise.")
+
+
 def _short(name: str) -> str:
     """TensorFlow's names of tensors may be as long as a page; their ends tell them apart."""
     return name if len(name) <= NAME else f"...{name[3 - NAME:]}"
@@ -176,6 +200,10 @@ def _print(made: Quantized, found: dict[str, Any]) -> None:
             "target.")
     if found["exact"] is None:
         say(f"How {found['title']} rounds is not published: only the comparison in floats is there.")
+    for a in found.get("accuracy", ()):
+        say(f"{a['what']}: {a['metric']} {a['value']:.4f} on {a['samples']} samples")
+    if found.get("sensitivity"):
+        _print_shares(found)
     if found["searched"]:
         say(f"To have the same again without the search: --recipe {found['recipe']}")
     for note in found["notes"]:

@@ -23,8 +23,8 @@ Data = Mapping[str, Any]
 def page(found: Data) -> str:
     """The page of a report. Equal reports give equal pages."""
     title = f"{found['model']} in integers for {found['target']}"
-    return document(title, (_header(found), _stages(found), _noise(found), _histograms(found), _weights(found),
-                            _floats(found)))
+    parts = (_header, _stages, _accuracy, _shares, _noise, _histograms, _weights, _floats)
+    return document(title, (part(found) for part in parts))
 
 
 def _header(found: Data) -> str:
@@ -80,6 +80,40 @@ def _stages(found: Data) -> str:
         "calibration where there are enough. Six decibels are one bit."),
         f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
         "</div>")
+
+
+def _accuracy(found: Data) -> str:
+    if not found.get("accuracy") and not found.get("agreement"):
+        return ""
+    rows = "".join(f'<tr><td>{e(a["what"])}</td><td>{e(a["metric"])}</td><td class="n">{float(a["value"]):.4f}</td>'
+                   f'<td class="n">{a["samples"]}</td></tr>' for a in found.get("accuracy", ()))
+    table = (f'<table><thead><tr><th>network</th><th>metric</th><th class="n">value</th><th class="n">samples</th></tr>'
+             f"</thead><tbody>{rows}</tbody></table>") if rows else ""
+    a = found.get("agreement")
+    lead = (f"The float network's answer for <b>{a['measured']:.1%}</b> of {a['samples']} samples; "
+            f"{a['expected']:.1%} was expected from the noise of eight of them.") if a else ""
+    return section("accuracy", "Answers", lead, table)
+
+
+SHARES = 16
+"""Parts whose share of the noise is drawn."""
+
+
+def _shares(found: Data) -> str:
+    """Each layer and tensor alone in integers: who makes the noise at the outputs."""
+    if not found.get("sensitivity"):
+        return ""
+    first = sorted(found["sensitivity"], key=lambda r: -float(r["share"]))
+    most = max(float(first[0]["share"]), 1e-9)
+    rows = "".join(
+        f'<li><span class="what"><b>{e(r["name"][-48:])}</b> {e(r["kind"])}</span><span class="bar">'
+        f'<i class="t-weights" style="width:{100 * float(r["share"]) / most:.1f}%"></i></span>'
+        f'<span class="n">{float(r["share"]):.0%} · {r["bits"]} bits</span></li>' for r in first[:SHARES])
+    c = found["rank_correlation"]
+    how = f" A quick prediction ranks them alike (Spearman {c:.2f})." if c is not None else ""
+    return section("shares", "Where the noise comes from", (
+        "Each part alone in integers, the rest in floats: its share of the noise at the outputs. The first ones are "
+        f"those to keep wide.{how}"), f'<ul class="bars">{rows}</ul>')
 
 
 def _noise(found: Data) -> str:
