@@ -126,9 +126,10 @@ def quantize(graph: Graph, samples: Samples | None, rules: Rules, options: Optio
         job.reference = trained.as_it_was(float_graph, found)
     stages = job.run(resume)
     notes += obey(net)
-    tensors = by_tensor(net, FirstSamples(samples, EXAMINED))
+    few = FirstSamples(job.check, EXAMINED)
+    tensors = by_tensor(net, few)
     shapes = observe(float_model(net), [net.name(p.value) for p in net.quantized_points()],
-                     FirstSamples(samples, EXAMINED), histograms=True)
+                     few, histograms=True)
     ends = options.integer_ends if options.integer_ends is not None else rules.file == "tflite"
     qdq = integer_model(net)
     made = read_onnx(integer_model(net, ends, packed=True), graph.name)
@@ -139,7 +140,7 @@ def quantize(graph: Graph, samples: Samples | None, rules: Rules, options: Optio
         notes += converted.notes
     else:
         data = bytes(made.source)
-    exact = simulated(net, made, orders, job.reference, FirstSamples(samples, EXAMINED))
+    exact = simulated(net, made, orders, job.reference, job.check)
     if resume is not None:
         resume.unlink(missing_ok=True)
     return Quantized(made, data, qdq, job.reference, net, rules, job.recipe, samples, stages, tensors, shapes, exact,

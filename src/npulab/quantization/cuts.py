@@ -87,7 +87,7 @@ class Cuts:
             for k, name in enumerate(node.output):
                 renamed[name] = node.output[k] = f"{name}\t{mark}"
             if i == layer.node:
-                node.input[1] = f"{layer.name}\t{mark}"
+                node.input[1] = f"{layer.name}\t{mark} weights"
                 constants.append(numpy_helper.from_array(weight, node.input[1]))
             nodes.append(node)
         return renamed[self.net.name(layer.result)]
