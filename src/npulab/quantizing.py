@@ -23,6 +23,7 @@ from npulab.quantization.limits import obey
 from npulab.quantization.network import Layer, Network, Point, network
 from npulab.quantization.observe import Statistics, observe, runner
 from npulab.quantization.recipes import AUTO, Recipe, parse_recipe
+from npulab.quantization.sampling import taken
 from npulab.quantization.types import Feeds, Rules, Samples
 from npulab.reference.execute import prepare
 
@@ -73,6 +74,9 @@ class Turned:
         for feeds in self.samples:
             yield {k: np.ascontiguousarray(x.transpose(self.orders[k])) if k in self.orders else x
                    for k, x in feeds.items()}
+
+    def take(self, positions: Sequence[int]) -> Turned:
+        return Turned(taken(self.samples, positions), self.orders)
 
 
 def quantize(graph: Graph, samples: Samples | None, rules: Rules, options: Options | None = None,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -28,8 +28,9 @@ from npulab.quantization.network import Network
 from npulab.quantization.observe import Progress, Statistics, each
 from npulab.quantization.ranges import METHODS, NEEDS_HISTOGRAM
 from npulab.quantization.recipes import AUTO, STEPS, Context, Recipe, Step
+from npulab.quantization.sampling import held, some, taken
 from npulab.quantization.trained import Kept
-from npulab.quantization.types import Array, Feeds, ListedSamples, Params, Samples
+from npulab.quantization.types import Array, Params, Samples
 
 CHECKED = 8
 """Samples that each stage is measured on."""
@@ -86,20 +87,6 @@ class Measured:
     kept: bool = True
 
 
-class _Others:
-    """Samples without those at some positions."""
-
-    def __init__(self, samples: Samples, out: Sequence[int]) -> None:
-        self.samples, self.out = samples, frozenset(out)
-        self.origin = samples.origin
-
-    def __len__(self) -> int:
-        return len(self.samples) - len(self.out)
-
-    def __iter__(self) -> Iterator[Feeds]:
-        return (feeds for i, feeds in enumerate(self.samples) if i not in self.out)
-
-
 class Job:
     """One run over a network. `recipe` says, after `run`, what was done; a search's outcome can be had again by it.
 
@@ -123,8 +110,9 @@ class Job:
         self.every = samples
         count = len(samples)
         at = [i * count // CHECKED for i in range(CHECKED)] if count >= SPARE else list(range(min(count, CHECKED)))
-        self.check = ListedSamples([f for i, f in enumerate(samples) if i in at], samples.origin)
-        self.samples: Samples = _Others(samples, at) if count >= SPARE else samples
+        self.check = held(taken(samples, at))
+        left = sorted(set(range(count)) - set(at))
+        self.samples = taken(samples, left) if count >= SPARE else samples
         self.budget = budget
         self.wanted: list[list[Array]] = []  # the float network's outputs for `check`
         self.best = -np.inf
@@ -211,7 +199,8 @@ class Job:
         return Measured(name, step.title, step.paper, lines, seconds, now)
 
     def _apply(self, step: Step) -> list[str]:
-        return step.run(self.net, Context(self.samples, self.options.seed, self.aim, self._progress(step.title)))
+        samples = some(self.samples, step.samples)
+        return step.run(self.net, Context(samples, self.options.seed, self.aim, self._progress(step.title)))
 
     def decibels(self) -> float:
         """The outputs' mean signal-to-noise ratio on a few samples, against the network as it came."""

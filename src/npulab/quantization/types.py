@@ -169,3 +169,6 @@ class ListedSamples:
 
     def __iter__(self) -> Iterator[Feeds]:
         return iter(self.feeds)
+
+    def take(self, positions: Sequence[int]) -> ListedSamples:
+        return ListedSamples([self.feeds[i] for i in positions], self.origin)

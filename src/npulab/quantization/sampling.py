@@ -1,0 +1,47 @@
+"""Some of many samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from npulab.quantization.types import Feeds, ListedSamples, Samples
+
+
+def taken(samples: Samples, positions: Sequence[int]) -> Samples:
+    """The samples at these positions, ascending. Those that can be picked are; others are gone through each time."""
+    pick: Any = getattr(samples, "take", None)
+    found: Samples = pick(list(positions)) if pick is not None else _Taken(samples, frozenset(positions))
+    return found
+
+
+def some(samples: Samples, count: int) -> Samples:
+    """At most `count` samples, evenly spread: neighbours are often of one class."""
+    total = len(samples)
+    return samples if total <= count else taken(samples, [i * total // count for i in range(count)])
+
+
+def held(samples: Samples) -> ListedSamples:
+    """In memory."""
+    return ListedSamples(list(samples), samples.origin)
+
+
+@dataclass(frozen=True, eq=False)
+class _Taken:
+    samples: Samples
+    kept: frozenset[int]
+
+    @property
+    def origin(self) -> str:
+        return self.samples.origin
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __iter__(self) -> Iterator[Feeds]:
+        return (feeds for i, feeds in enumerate(self.samples) if i in self.kept)
+
+    def take(self, positions: Sequence[int]) -> Samples:
+        order = sorted(self.kept)
+        return taken(self.samples, [order[i] for i in positions])
