@@ -246,6 +246,10 @@ def _rows(case: Case, tries: Any) -> None:
 
 # side by side
 
+HELD = 100
+"""Images for ONNX Runtime's percentile calibration, which holds every tensor of every image."""
+
+
 def side(python: str, shared: Path, count: int = 300) -> None:
     """The same network, images and threads (2); peak memory of the process beside that of loading the images."""
     case = of_files("EfficientNet-Lite0", shared / "models/float/efficientnet_lite0_imagenet_float.onnx",
@@ -258,20 +262,22 @@ def side(python: str, shared: Path, count: int = 300) -> None:
         path = Path(folder) / "images.npy"
         np.save(path, np.concatenate([f[name] for f in case.test])[:, :])
         for who, code, runs_in in (("npulab min-max", NPULAB, sys.executable), ("npulab auto", NPULAB, sys.executable),
-                                   ("ONNX Runtime", ORT, sys.executable), ("NNCF", NNCF, python)):
-            for granularity in ("per-tensor", "per-channel"):
+                                   ("ONNX Runtime", ORT, sys.executable), ("NNCF", NNCF, python),
+                                   ("ONNX Runtime Percentile", ORT, sys.executable)):
+            for granularity in ("per-tensor", "per-channel")[who.endswith("Percentile"):]:
                 out = Path(folder) / "out.onnx"
-                argument = [who, str(model), str(path), str(count), str(out), granularity, name]
+                some = min(count, HELD) if who.endswith("Percentile") else count
+                argument = [who, str(model), str(path), str(some), str(out), granularity, name]
                 done = subprocess.run([runs_in, "-c", code, *argument], capture_output=True, text=True,
                                       env={**os.environ, "OMP_NUM_THREADS": "2"})
                 if done.returncode:
-                    why = done.stderr.strip().splitlines()[-1][:90]
-                    print(f"  {who:16} {granularity:12} failed: {why}", flush=True)
+                    why = (done.stderr.strip().splitlines() or [f"ended by signal {-done.returncode}"])[-1][:90]
+                    print(f"  {who:24} {granularity:12} {some} images: {why}", flush=True)
                     continue
                 said = json.loads(done.stdout.strip().splitlines()[-1])
                 graph = npulab.load(out)
                 right = case.right(out.read_bytes(), graph.values[graph.outputs[0]].name)
-                print(f"  {who:16} {granularity:12} top-1 {right.mean():.4f} ({points(right, full):+.1f})  CPU "
+                print(f"  {who:24} {granularity:12} {some} images: top-1 {right.mean():.4f} ({points(right, full):+.1f})  CPU "
                       f"{said['cpu']:6.1f} s  wall {said['wall']:6.1f} s  peak {said['peak'] / 1024:6.0f} MiB "
                       f"({said['before'] / 1024:.0f} before)", flush=True)
 
@@ -307,14 +313,15 @@ open(out, "wb").write(made.data)
 """ + DONE
 ORT = COMMON + """
 import onnx, onnxruntime
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 class Reader(CalibrationDataReader):
     def __init__(self): self.left = iter(Stream())
     def get_next(self): return next(self.left, None)
 logging.disable(logging.WARNING)
 before, cpu, wall = memory(), time.process_time(), time.perf_counter()
 quantize_static(model, out, Reader(), quant_format=QuantFormat.QDQ, activation_type=QuantType.QInt8,
-                weight_type=QuantType.QInt8, per_channel=granularity == "per-channel")
+                weight_type=QuantType.QInt8, per_channel=granularity == "per-channel",
+                calibrate_method=CalibrationMethod.Percentile if "Percentile" in who else CalibrationMethod.MinMax)
 """ + DONE
 NNCF = COMMON + """
 import nncf, onnx, onnxruntime

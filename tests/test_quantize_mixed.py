@@ -172,7 +172,7 @@ def test_each_sensitivity_is_that_of_a_network_with_one_part_in_integers(join):
             if other is not part:
                 other.scheme = other.params = None
         assert r.name == (part.name if r.kind == "weights" else one.name(part.value))
-        got = noises(float_model(one), integer_model(one), ["logits"], few)["logits"]
+        got = noises(float_model(one), integer_model(one), {"logits": "logits"}, few)["logits"]
         assert r.noise == pytest.approx(got.noise / got.signal, rel=0.02, abs=1e-11), r
     assert sum(r.share for r in rows if r.bits == 8) == pytest.approx(1)
 
@@ -195,7 +195,7 @@ def test_the_noise_of_the_whole_is_about_the_sum_and_the_prediction_ranks_alike(
     assert [(r.name, r.bits) for r in rows] == [(r.name, r.bits) for r in cheap]
     assert rank_correlation([r.noise for r in rows], [r.noise for r in cheap]) > 0.95
     calibrate(net, seen)
-    got = relative(noises(float_model(net), integer_model(net), ["logits"], many).values())
+    got = relative(noises(float_model(net), integer_model(net), {"logits": "logits"}, many).values())
     assert decibels(expected_noise(net, rows)) == pytest.approx(decibels(got), abs=1.5)
     assert decibels(expected_noise(net, cheap)) == pytest.approx(decibels(got), abs=2.5)
 

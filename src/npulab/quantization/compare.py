@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from npulab.quantization.emit import float_model, integer_model, shown_model
+from npulab.quantization.emit import float_model, shown_model
 from npulab.quantization.network import Network
-from npulab.quantization.observe import Progress, each
-from npulab.quantization.types import Array, Samples
+from npulab.quantization.observe import Progress, in_order, runner
+from npulab.quantization.types import Array, Feeds, Samples
 
 CHUNK = 1 << 14
+WORKERS = 2
+"""Samples side by side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +77,20 @@ class FirstSamples:
         return islice(iter(self.samples), self.count)
 
 
-def noises(reference: bytes, other: bytes, names: Sequence[str], samples: Samples, progress: Progress | None = None
+def noises(reference: bytes, other: bytes, pairs: Mapping[str, str], samples: Samples, progress: Progress | None = None
            ) -> dict[str, Noise]:
-    """Of the tensors `names`, which both ONNX models have."""
-    total = dict.fromkeys(names, SILENCE)
-    for one in zip(each(reference, names, samples, list), each(other, names, samples, list, progress), strict=True):
-        for name, x, y in zip(names, *one, strict=True):
-            total[name] += noise(np.asarray(x), np.asarray(y))
+    """Of tensors of one ONNX model against those of another, by name there -> name here. Tensors of a sample or two are
+    in memory, whatever the number of samples."""
+    left, right = runner(reference, list(pairs)), runner(other, list(pairs.values()))
+    total = dict.fromkeys(pairs, SILENCE)
+
+    def job(feeds: Feeds) -> list[Noise]:
+        return [noise(x, y) for x, y in zip(left(feeds), right(feeds), strict=True)]
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for found in in_order(pool, job, samples, WORKERS, progress):
+            for name, one in zip(pairs, found, strict=True):
+                total[name] += one
     return total
 
 
@@ -93,23 +103,4 @@ def by_tensor(net: Network, samples: Samples, progress: Progress | None = None) 
     model, shown = shown_model(net)
     points = [net.name(p.value) for p in net.quantized_points() if p.params]
     pairs = {name: shown[name] for name in points} | {name: name for name in map(net.name, net.graph.outputs)}
-    total = dict.fromkeys(pairs, SILENCE)
-    left = each(float_model(net), list(pairs), samples, list)
-    right = each(model, list(pairs.values()), samples, list, progress)
-    for xs, ys in zip(left, right, strict=True):
-        for name, x, y in zip(pairs, xs, ys, strict=True):
-            total[name] += noise(np.asarray(x), np.asarray(y))
-    return total
-
-
-def outputs_noise(net: Network, reference: bytes, samples: Samples) -> dict[str, Noise]:
-    """Of the outputs of the integer network against those of `reference`, by name."""
-    names = [net.name(v) for v in net.graph.outputs]
-    return noises(reference, integer_model(net), names, samples)
-
-
-def worst(found: Iterable[Noise]) -> float:
-    """The least signal-to-noise ratio in decibels."""
-    return min((n.decibels for n in found), default=200.0)
-
-
+    return noises(float_model(net), model, pairs, samples, progress)

@@ -173,6 +173,6 @@ class Trial:
         if c not in self.tried:
             self.take(c)
             names = [self.net.name(v) for v in ends(self.net)]
-            found = noises(self.reference, integer_model(self.net), names, self.check)
+            found = noises(self.reference, integer_model(self.net), dict(zip(names, names, strict=True)), self.check)
             self.tried[c] = relative(found.values())
         return self.tried[c]

@@ -203,7 +203,7 @@ def each(model: bytes, names: Sequence[str], samples: Samples, work: Callable[[S
         return work(run(feeds))
 
     with ThreadPoolExecutor(workers) as pool:
-        yield from in_order(pool, job, samples, workers + 1, progress)
+        yield from in_order(pool, job, samples, workers, progress)
 
 
 def in_order(pool: ThreadPoolExecutor, job: Callable[[Feeds], T], samples: Samples, ahead: int,
@@ -256,6 +256,7 @@ def runner(model: bytes, names: Sequence[str], threads: int = 1, plain: bool = F
         raise UsageError("quantizing runs networks in ONNX Runtime, which is not installed",
                          try_="pip install 'npulab[onnx]'") from None
     proto = onnx.ModelProto.FromString(model)
+    del model
     have = {o.name for o in proto.graph.output}
     for name in dict.fromkeys(names):
         if name not in have:
