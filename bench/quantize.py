@@ -277,8 +277,9 @@ def side(python: str, shared: Path, count: int = 300) -> None:
                 said = json.loads(done.stdout.strip().splitlines()[-1])
                 graph = npulab.load(out)
                 right = case.right(out.read_bytes(), graph.values[graph.outputs[0]].name)
-                print(f"  {who:24} {granularity:12} {some} images: top-1 {right.mean():.4f} ({points(right, full):+.1f})  CPU "
-                      f"{said['cpu']:6.1f} s  wall {said['wall']:6.1f} s  peak {said['peak'] / 1024:6.0f} MiB "
+                print(f"  {who:24} {granularity:12} {some} images: top-1 {right.mean():.4f} "
+                      f"({points(right, full):+.1f})  CPU {said['cpu']:6.1f} s  wall {said['wall']:6.1f} s  peak "
+                      f"{said['peak'] / 1024:6.0f} MiB "
                       f"({said['before'] / 1024:.0f} before)", flush=True)
 
 

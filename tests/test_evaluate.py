@@ -706,3 +706,13 @@ def test_exact_integers_are_what_the_reference_kernels_compute():
     assert a.keys() == b.keys()
     assert all(np.array_equal(a[k], b[k]) for k in a)
     assert "exact integers" in ours.title
+
+
+def test_arrays_serve_both_orders_of_axes(tmp_path):
+    x = np.random.default_rng(0).normal(size=(5, 3, 6, 8)).astype(np.float32)
+    np.savez(tmp_path / "x.npz", x=x)
+    for shape, want in (((1, 3, 6, 8), x), ((1, 6, 8, 3), x.transpose(0, 2, 3, 1))):
+        found = list(open_samples(tmp_path / "x.npz", [Tensor(0, "x", "float32", shape, None, None)]))
+        assert np.array_equal(np.concatenate([f["x"] for f in found]), want)
+    with pytest.raises(UsageError, match="does not fit"):
+        open_samples(tmp_path / "x.npz", [Tensor(0, "x", "float32", (1, 8, 6, 3), None, None)])

@@ -648,3 +648,78 @@ def test_choosing_weights_anew_forgets_rounding():
     choose_weights(net)
     assert net.layers[0].codes is None
     assert isinstance(net.layers[0].params, Params)
+
+
+# what it is for
+
+
+def trained(name):
+    from npulab.samples import networks
+
+    graph = load(networks.path(name))
+    (v,) = (graph.values[i] for i in graph.inputs)
+    calibration, test, labels = networks.data(name)
+    feeds = [{v.name: x.reshape(v.shape)} for x in calibration]
+    return graph, ListedSamples(feeds, "training images"), [{v.name: x.reshape(v.shape)} for x in test], labels
+
+
+def accuracy(model, name, test, labels):
+    run = runner(model, [name])
+    return float(np.mean([int(np.argmax(run(f)[0])) == t for f, t in zip(test, labels, strict=True)]))
+
+
+def test_adaptive_rounding_brings_back_what_four_bits_lose():
+    """W4A8 with one scale a tensor: min-max loses most, rounding recovers 95 % of that."""
+    graph, data, test, labels = trained("depthwise")
+    name = graph.values[graph.outputs[0]].name
+    full = accuracy(graph.source.tobytes(), name, test, labels)
+    plain, rounded = (quantize(graph, data, TFLITE, Options(recipe=r, weights=4, per_channel=False))
+                      for r in ("min-max", "mse+adaround"))
+    lost = full - accuracy(plain.qdq, name, test, labels)
+    back = accuracy(rounded.qdq, name, test, labels) - (full - lost)
+    assert lost > 0.2
+    assert back > 0.95 * lost
+    assert {layer.params.scheme.bits for layer in rounded.network.layers} == {4}
+
+
+def test_shares_of_the_noise_and_answers_to_expect():
+    from npulab.explaining import explained
+
+    graph, data, _, _ = trained("residual")
+    made = quantize(graph, data, TFLITE, Options(recipe="min-max", weights=4, per_channel=False))
+    found = explained(made)
+    assert sum(r["share"] for r in found["sensitivity"]) == pytest.approx(1)
+    assert {r["kind"] for r in found["sensitivity"]} == {"weights", "tensor"}
+    assert found["rank_correlation"] > 0.8
+    assert abs(found["agreement"]["expected"] - found["agreement"]["measured"]) < 0.05
+    first = max((r for r in found["sensitivity"] if r["kind"] == "weights"), key=lambda r: r["share"])["name"]
+    eased = quantize(graph, data, TFLITE, Options(recipe="min-max", weights=4, per_channel=False, keep=(first,)))
+    assert eased.stages[-1].decibels > made.stages[-1].decibels
+
+
+def test_accuracy_before_and_after(files, capsys, tmp_path):
+    pytest.importorskip("ai_edge_litert", reason="pip install 'npulab[litert]'")
+    from npulab.samples import networks
+
+    _, test, labels = networks.data("residual")
+    np.savez(tmp_path / "t.npz", image=test[:40], labels=np.asarray(labels[:40], np.int64))
+    data = str(tmp_path / "t.npz")
+    arguments = ["quantize", str(networks.path("residual")), "--data", data, "--labels", data, "-o",
+                 str(tmp_path / "q.tflite"), "--report", str(tmp_path / "r.html"), "--json"]
+    assert run_arguments(arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [a["what"] for a in found["accuracy"]] == ["float", "integers, simulated in floats", "exact integers"]
+    assert all(a["samples"] == 40 and a["value"] > 0.9 for a in found["accuracy"])
+    page = (tmp_path / "r.html").read_text()
+    assert page.count("<section") == 6
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_every_method_is_in_the_page_of_documentation():
+    from pathlib import Path
+
+    from npulab.quantization.recipes import STEPS
+
+    text = (Path(__file__).resolve().parents[1] / "docs" / "quantize.md").read_text()
+    for name in (*METHODS, *STEPS, *RECIPES):
+        assert f"`{name}`" in text, name

@@ -106,7 +106,8 @@ def quantize(
         from npulab.explaining import judged
 
         progress("measuring accuracy")
-        found["accuracy"] = judged(graph, made, data, labels, normalize, cast("Fit", fit))
+        beside = None if labels == data else labels  # a .npz file has its own
+        found["accuracy"] = judged(graph, made, data, beside, normalize, cast("Fit", fit))
     if report is not None:
         write_atomically(report, _report(report, found))
     if json:

@@ -36,6 +36,9 @@ def bounded(count: int, path: Path) -> None:
     if count > SAMPLES_MAX:
         raise UsageError(f"{path} holds too many samples", want=f"at most {SAMPLES_MAX}", got=f"{count} or more")
 
+CHANNELS_MAX = 4
+"""Of a picture whose axes may lie the other way round."""
+
 
 @dataclass(frozen=True)
 class Column:
@@ -158,7 +161,8 @@ def _column(name: str, tensor: Tensor, opened: Callable[[ExitStack], IO[bytes]],
     if dtype.kind not in "iufb":
         raise ModelError(f"the array '{name}' of {path} holds no numbers", got=str(dtype)[:100])
     own = (tensor.shape, tensor.shape[1:]) if tensor.shape[:1] == (1,) else (tensor.shape,)
-    if not shape or (shape[1:] not in own and not _pixels(dtype, shape[1:], tensor)):
+    if not shape or (shape[1:] not in own and not _pixels(dtype, shape[1:], tensor)
+                     and _turned(shape[1:], tensor) is None):
         raise UsageError(f"the array '{name}' of {path} does not fit the input '{tensor.name}'",
                          want=f"N,{','.join(map(str, own[-1]))}", got=f"{dtype}{list(shape)}"[:200])
     if fortran and len(shape) > 1:
@@ -222,6 +226,18 @@ def _pixels(dtype: np.dtype[Any], shape: tuple[int, ...], tensor: Tensor) -> boo
         channels == 1 and sample == [height, width])
 
 
+def _turned(shape: tuple[int, ...], tensor: Tensor) -> tuple[int, ...] | None:
+    """The order of axes that makes such a picture, channels first or last, the other way round, if that is how the
+    input has it: the same arrays serve a network and what it was converted to."""
+    sample = shape[1:] if len(shape) == 4 and shape[0] == 1 else shape
+    if len(sample) != 3 or len(tensor.shape) != 4 or tensor.shape[0] != 1 or sample == tensor.shape[1:]:
+        return None
+    for order in ((1, 2, 0), (2, 0, 1)):
+        if tuple(sample[i] for i in order) == tensor.shape[1:] and min(sample[0], sample[2]) <= CHANNELS_MAX:
+            return order
+    return None
+
+
 def _fed(x: Array, tensor: Tensor, normalize: str | None, where: str, path: Path) -> Array:
     """A sample as the input stores it."""
     if _pixels(x.dtype, x.shape, tensor):
@@ -235,6 +251,9 @@ def _fed(x: Array, tensor: Tensor, normalize: str | None, where: str, path: Path
     dtype = DType(tensor.dtype).numpy
     if dtype is None:
         raise UsageError(f"the input '{tensor.name}' takes no arrays", got=tensor.dtype)
+    order = _turned(x.shape, tensor)
+    if order is not None:
+        x = x.reshape(x.shape[-3:]).transpose(order)
     x = x.reshape(tensor.shape)
     if x.dtype.kind == "f" and dtype.kind in "iu":
         if not tensor.scale:
