@@ -30,7 +30,7 @@ from npulab.quantization.ranges import METHODS, mse, params_of, percentile, weig
 from npulab.quantization.recipes import RECIPES, parse_recipe
 from npulab.quantization.types import ListedSamples, Params, Scheme
 from npulab.quantizing import quantize
-from npulab.targets.facts.quantization import rules_of
+from npulab.targets.facts.quantization import names, rules_of
 from quantized import detector, samples, small
 
 onnx = pytest.importorskip("onnx", reason="pip install 'npulab[onnx]'")
@@ -360,6 +360,30 @@ def test_limits_of_chips_are_obeyed(limit, scheme):
     assert any("times wider" in n for n in made.notes)
     assert quantized(graph, rules=dataclasses.replace(rules, weight_sum_max=10**9, accumulator_bits=32,
                                                       requantize_below=None)).data == free.data
+
+
+def kinds_of_rules():
+    """A target for each different set of rules."""
+    found = {}
+    for name in names():
+        r = rules_of(name)
+        found.setdefault((r.file, r.activations, r.weights, r.depthwise_weights, r.arithmetic, r.float_islands,
+                          r.weight_sum_max, r.requantize_below, r.same_scale, tuple(sorted(r.fixed.items()))), name)
+    return sorted(found.values())
+
+
+@pytest.mark.parametrize("target", kinds_of_rules())
+def test_no_target_is_given_what_it_rejects(target):
+    """The validator, which shares no code with the quantizer, finds nothing; what the bits cannot say is refused."""
+    pytest.importorskip("ai_edge_litert", reason="pip install 'npulab[litert]'")
+    from npulab.validation import violations
+
+    rules = rules_of(target)
+    for graph in (small(1), detector(1)):
+        for scheme in dict.fromkeys((s.bits, s.per_channel) for s in rules.weights):
+            made = quantized(graph, rules=rules, weights=scheme[0], per_channel=scheme[1])
+            assert not [v for v in violations(made.graph, made.rules) if v.kind == "integers"]
+            assert made.graph.format == rules.file
 
 
 # detectors

@@ -26,6 +26,7 @@ from npulab.quantization.recipes import AUTO, Recipe, parse_recipe
 from npulab.quantization.sampling import taken
 from npulab.quantization.types import Feeds, Rules, Samples
 from npulab.reference.execute import prepare
+from npulab.targets.facts.quantization import entry_of, names
 
 EXAMINED = 4
 """Samples that each tensor is compared on."""
@@ -103,7 +104,7 @@ def quantize(graph: Graph, samples: Samples | None, rules: Rules, options: Optio
     if trained.is_trained(float_graph):
         float_graph, found = trained.as_trained(float_graph)
     net = network(float_graph, rules)
-    notes: list[str] = []
+    notes: list[str] = _own_tools(rules)
     kept = trained.apply(net, found, options.activations, options.weights, options.per_channel) if found else None
     if kept is not None:
         notes += kept.notes
@@ -149,6 +150,17 @@ def quantize(graph: Graph, samples: Samples | None, rules: Rules, options: Optio
         resume.unlink(missing_ok=True)
     return Quantized(made, data, qdq, job.reference, net, rules, job.recipe, samples, stages, tensors, shapes, exact,
                      (*net.notes, *notes))
+
+
+def _own_tools(rules: Rules) -> list[str]:
+    """What a user should know of a target whose tools take floats."""
+    if rules.name not in names():
+        return []
+    entry = entry_of(rules.name)
+    if entry.imports != "no":
+        return []
+    return [f"the tools of {rules.title} quantize floats themselves and take no integers: this file shows what that "
+            f"costs, and runs elsewhere{f' ({entry.note})' if entry.note else ''}"]
 
 
 def _budget(options: Options, net: Network, tell: Tell | None) -> Budget | None:

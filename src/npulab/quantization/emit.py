@@ -86,7 +86,7 @@ class _Writer:
         self.seen: dict[str, str] = {}  # a tensor's name -> the name of what its integers show
         self.names = {v.name for v in net.graph.values} | {n.name for n in self.nodes}
         self.bits = {16 for p in net.points if p.scheme and p.scheme.bits == 16}
-        self.bits |= {layer.scheme.bits for layer in net.layers if layer.scheme and packed}
+        self.bits |= {layer.scheme.bits for layer in net.layers if layer.scheme and (packed or layer.scheme.bits == 16)}
         self.constants: dict[tuple[object, ...], tuple[str, str]] = {}
 
     def model(self) -> bytes:

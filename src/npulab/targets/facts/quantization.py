@@ -58,7 +58,7 @@ GENERIC = {
         "generic-int8", "TFLite, int8 (or int16 data with int8 weights)", "tflite",
         schemes("int8 asymmetric", "int16 symmetric"),
         schemes("int8 symmetric narrow per-channel", "int8 symmetric narrow", "int4 symmetric narrow per-channel",
-                "int4 symmetric narrow"),
+                "int4 symmetric narrow", "int2 symmetric narrow per-channel", "int2 symmetric narrow"),
         "tflite", FIXED_TFLITE, same_scale=SAME_TFLITE,
         sources={**dict.fromkeys(("activations", "weights", "bias_bits", "fixed", "same_scale"), LITERT),
                  **dict.fromkeys(("file", "arithmetic", "accumulator_bits", "float_islands"), KERNELS)}),
@@ -66,7 +66,7 @@ GENERIC = {
         "generic-onnx", "ONNX with QuantizeLinear and DequantizeLinear", "onnx",
         schemes("int8 asymmetric", "uint8 asymmetric", "int16 asymmetric", "uint16 asymmetric"),
         schemes("int8 symmetric per-channel", "int8 symmetric", "uint8 asymmetric", "int4 symmetric per-channel",
-                "int4 symmetric"),
+                "int4 symmetric", "int2 symmetric per-channel", "int2 symmetric"),
         "onnx", sources={**dict.fromkeys(("activations", "weights", "file", "float_islands"), QDQ),
                          **dict.fromkeys(("arithmetic", "bias_bits", "accumulator_bits"), ORT)}),
 }
