@@ -67,7 +67,7 @@ def _divergence(magnitudes: NDArray[np.int64], end: int, levels: int) -> float:
     level = np.minimum(np.searchsorted(edges, np.arange(end) + 0.5) - 1, len(edges) - 2)
     sums, filled = np.bincount(level, inside), np.bincount(level, inside > 0)
     shown = np.where(inside > 0, (sums / np.maximum(filled, 1))[level], 0.0)
-    p, q = reference / reference.sum(), shown / max(shown.sum(), 1e-30)
+    p, q = reference / max(reference.sum(), 1e-30), shown / max(shown.sum(), 1e-30)
     some = p > 0
     return float(np.sum(p[some] * np.log(p[some] / np.maximum(q[some], 1e-12))))
 
