@@ -40,7 +40,7 @@ def test_what_each_format_and_chip_is_known_for():
     assert of("generic-int8") == (
         ["int8 asymmetric per tensor", "int16 symmetric per tensor"],
         ["int8 symmetric per channel", "int8 symmetric per tensor", "int4 symmetric per channel",
-         "int4 symmetric per tensor"], "tflite")
+         "int4 symmetric per tensor", "int2 symmetric per channel", "int2 symmetric per tensor"], "tflite")
     assert of("a311d")[1][0] == "uint8 asymmetric per tensor"  # one multiplier a job
     assert of("esp32s3") == of("esp32_espdl") == (
         ["int8 symmetric per tensor power of two", "int16 symmetric per tensor power of two"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import Counter
 
 from npulab.dialects import layouts
@@ -11,15 +12,18 @@ from npulab.dialects.from_onnx import Converted
 from npulab.dialects.layouts import Order
 from npulab.dialects.onnx_file import QUANTIZED, TYPES, Held, OnnxFile
 from npulab.dialects.tflite_operators import TABLE
-from npulab.errors import ModelError, UnsupportedError
+from npulab.errors import ModelError, UnsupportedError, UsageError
 from npulab.ir import DType, Graph
 
 
 def from_tflite(graph: Graph, keep_layout: bool = False) -> Converted:
     """The ONNX graph that computes the same; pictures come and go channels first unless `keep_layout`.
 
-    Raises: UnsupportedError naming every operator that there is no translation for.
+    Raises: UnsupportedError naming every operator that there is no translation for; UsageError without onnx.
     """
+    if importlib.util.find_spec("onnx") is None:
+        raise UsageError(f"'{graph.name}' becomes an ONNX network on the way, and the package onnx is not installed",
+                         try_="pip install 'npulab[onnx]'")
     _check(graph)
     graph = folded(graph)
     pictures = [] if keep_layout else [v for v in graph.inputs if len(graph.values[v].shape) == 4]
