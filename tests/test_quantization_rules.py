@@ -56,7 +56,7 @@ def test_what_each_format_and_chip_is_known_for():
     assert {q.rules_of(f"ethos_u{n}5").weight_sum_max for n in (5, 6, 8)} == {127 * 65536}
     assert q.rules_of("qualcomm_htp").fixed == {("Sigmoid", "uint16"): (1 / 65536, 0),
                                                 ("Tanh", "uint16"): (1 / 32768, 32768)}
-    assert [s.narrow for s in q.rules_of("generic-int8").weights] == [True] * 4
+    assert [s.narrow for s in q.rules_of("generic-int8").weights] == [True] * 6
 
 
 @pytest.mark.parametrize("name", BOARDS)
