@@ -633,6 +633,18 @@ def test_wrong_usage(files, capsys, monkeypatch, extra, code, text):
     assert not list(files.glob("q.*"))
 
 
+def test_recipes_are_listed(capsys):
+    assert run_arguments(["quantize", "--list"]) == 0
+    text = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert "adaptive rounding" in text
+    assert run_arguments(["quantize", "--list", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["recipes"]) == set(RECIPES)
+    assert run_arguments(["quantize", "m.onnx"]) == 2
+    assert "needs a model and -o OUT" in capsys.readouterr().err
+
+
 def test_a_kill_leaves_nothing_half_written(files):
     """Killed after ever longer times, a run leaves no output and no half file; then it ends with the same bytes."""
     command = [sys.executable, "-m", "npulab", "quantize", "m.onnx", "--data", "d.npz", "-o", "q.onnx", "--target",

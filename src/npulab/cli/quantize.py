@@ -30,16 +30,17 @@ class Ends(enum.StrEnum):
 
 
 def quantize(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", show_default=False, help=(
-        "A float .tflite or .onnx file, or one that was trained with quantization."))],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", show_default=False, help=(
-        "The integer network: its name ends as the target's tools want it, .tflite or .onnx."))],
+    model: Annotated[Path | None, typer.Argument(metavar="MODEL", show_default=False, help=(
+        "A float .tflite or .onnx file, or one that was trained with quantization."))] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="OUT", show_default=False, help=(
+        "The integer network: its name ends as the target's tools want it, .tflite or .onnx."))] = None,
     data: Annotated[Path | None, typer.Option("--data", metavar="FOLDER|ZIP|NPZ", show_default=False, help=(
         "Samples to calibrate with: images, or arrays by input name. Without: made up, and less accurate."))] = None,
     target: Annotated[str, typer.Option("--target", metavar="NAME", help=(
         "A chip or board, generic-int8 (TFLite) or generic-onnx."))] = "generic-int8",
     recipe: Annotated[str | None, typer.Option("--recipe", metavar="NAME", show_default=False, help=(
-        "A recipe, or methods: mse+weights-mse+adaround. --list prints them."))] = None,
+        "A recipe, or methods: mse+weights-mse+adaround. Otherwise auto, a search."))] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List recipes and methods and stop.")] = False,
     time: Annotated[str | None, typer.Option("--time", metavar="60s", show_default=False, help=(
         "Try methods, the quick ones first, and stop after this time with the best network so far."))] = None,
     weights: Annotated[int | None, typer.Option("--weights", metavar="8|4|2", show_default=False,
@@ -65,7 +66,7 @@ def quantize(
     normalize: Annotated[str | None, typer.Option("--normalize", metavar="HOW", show_default=False, help=(
         "How pixels become inputs: raw, 0..1, -1..1, imagenet, or mean,std."))] = None,
     fit: Annotated[str, typer.Option("--fit", metavar="HOW", help=(
-        "How images become the input's size: squash, crop, pad or centre."))] = "squash",
+        "How images become the input's size: squash, crop, pad, centre or letterbox."))] = "squash",
     limit: Annotated[int | None, typer.Option("--limit", metavar="N", show_default=False,
                                               help="At most so many samples, evenly spread.")] = None,
     ends: Annotated[Ends | None, typer.Option("--ends", show_default=False, help=(
@@ -87,6 +88,11 @@ def quantize(
     from npulab.program.files import write_atomically
     from npulab.quantization.job import Options
 
+    if list_:
+        _list(json)
+        return
+    if model is None or output is None:
+        raise UsageError("npulab quantize needs a model and -o OUT", try_="npulab quantize --help")
     if time is not None and recipe not in (None, "auto"):
         raise UsageError("--time is of the search, not of a recipe", try_="one of --time and --recipe")
     options = Options(recipe or "auto", weights, activations, per_channel, tuple(keep or ()), tuple(wide or ()),
@@ -114,6 +120,25 @@ def quantize(
         write_json(found)
     else:
         _print(made, found)
+
+
+def _list(json: bool) -> None:
+    """Recipes and the methods that they are sums of."""
+    from npulab.cli.printing import say, table, write_json
+    from npulab.quantization.ranges import METHODS
+    from npulab.quantization.recipes import RECIPES, STEPS
+
+    ranges = {**{name: "ranges of activations" for name in METHODS}, "weights-mse": "ranges of weights, clipped"}
+    steps = {s.name: {"title": s.title, "when": f"{s.stage} ranges", "paper": s.paper} for s in STEPS.values()}
+    if json:
+        write_json({"recipes": {r.name: r.text for r in RECIPES.values()}, "ranges": ranges, "steps": steps})
+        return
+    table(["recipe", "methods+"], [(r.name, "a search over all of these" if r.name == "auto" else r.text)
+                                   for r in RECIPES.values()])
+    say()
+    table(["method", "when", "what+", "source+"],
+          [*((name, "ranges", what, "") for name, what in ranges.items()),
+           *((name, d["when"], d["title"], d["paper"]) for name, d in steps.items())])
 
 
 def seconds_of(text: str) -> float:
