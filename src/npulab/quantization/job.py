@@ -23,7 +23,7 @@ from npulab.quantization.calibrate import choose_activations, choose_weights, st
 from npulab.quantization.compare import SILENCE, noise
 from npulab.quantization.emit import float_model, integer_model
 from npulab.quantization.gram import Reference, reference
-from npulab.quantization.joints import part_mixed
+from npulab.quantization.joints import part_mixed, parted
 from npulab.quantization.network import Network
 from npulab.quantization.observe import Progress, Statistics, each
 from npulab.quantization.ranges import METHODS, NEEDS_HISTOGRAM
@@ -203,7 +203,11 @@ class Job:
         return step.run(self.net, Context(samples, self.options.seed, self.aim, self._progress(step.title)))
 
     def decibels(self) -> float:
-        """The outputs' mean signal-to-noise ratio on a few samples, against the network as it came."""
+        """The outputs' mean signal-to-noise ratio on a few samples, against the network as it came; of detectors whose
+        heads were parted that of the parts."""
+        ends = [self.net.name(v) for v in parted(self.net)]
+        if ends and ends != self.outputs:
+            self.outputs, self.wanted = ends, []
         if not self.wanted:
             self.wanted = list(each(self.reference, self.outputs, self.check, list))
         total = dict.fromkeys(self.outputs, SILENCE)

@@ -14,6 +14,7 @@ from npulab.ir import Node
 from npulab.quantization.network import MOVES, Network, Point
 from npulab.quantization.observe import Statistics
 
+JOINS = "joins tensors of different ranges"
 LEVELS = 32
 """Of the joint scale's 256, that a tensor keeps at least."""
 
@@ -32,7 +33,7 @@ def part_mixed(net: Network, seen: Mapping[int, Statistics]) -> list[str]:
         wide = next((s for s in net.rules.activations if s.bits == 16), None)
         if tail is not None and net.rules.float_islands:
             for p in tail:
-                _leave(p, f"joins tensors of different ranges: {n.name}")
+                _leave(p, f"{JOINS}: {n.name}")
             left = [p for v in n.inputs if v not in small for p in _computed_from_layers(net, v)]
             for p in left:
                 _leave(p, f"feeds {n.name}, whose numbers are large")
@@ -45,6 +46,16 @@ def part_mixed(net: Network, seen: Mapping[int, Statistics]) -> list[str]:
             notes.append(f"{what}: {len(small)} of them keep fewer than {LEVELS} levels, and {net.rules.title} has "
                          "neither floats nor 16 bits; take the head off: npulab patch --pass cut-head")
     return notes
+
+
+def parted(net: Network) -> list[int]:
+    """The tensors that meet at the parted ends, which say more of a detector than its output, where boxes drown scores;
+    none where nothing was parted."""
+    joins = [n for n in net.graph.nodes if n.op.name == "Concat" and n.outputs[0] in net.of
+             and net.of[n.outputs[0]].why.startswith(JOINS)]
+    results = {v for n in joins for p in (net.of[n.outputs[0]],) for v in p.values}
+    return list(dict.fromkeys(v for n in joins for v in n.inputs
+                              if v not in results and not net.graph.values[v].is_constant))
 
 
 def _range(seen: Mapping[int, Statistics], net: Network, v: int) -> float:
