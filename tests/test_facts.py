@@ -259,9 +259,10 @@ def test_names_of_an_onnx_convolution():
     assert p.get("attr_no_such") is None
 
 
-@pytest.mark.parametrize("auto", ["SAME_UPPER", "SAME_LOWER", "VALID"])
-@pytest.mark.parametrize(("size", "kernel", "stride", "dilation"),
-                         [(20, 3, 2, 1), (21, 4, 3, 1), (7, 5, 1, 1), (9, 2, 1, 3), (19, 1, 4, 1)])
+@pytest.mark.parametrize(("auto", "size", "kernel", "stride", "dilation"), [
+    (auto, *numbers) for auto in ("SAME_UPPER", "SAME_LOWER", "VALID")
+    for numbers in ((20, 3, 2, 1), (21, 4, 3, 1), (7, 5, 1, 1), (9, 2, 1, 3), (19, 1, 4, 1))
+    if auto == "VALID" or numbers[3] == 1])  # ONNX Runtime takes no dilation with SAME
 def test_automatic_pads_are_those_that_onnx_runtime_uses(auto, size, kernel, stride, dilation):
     """The same convolution with our pads, written out, gives the same numbers."""
     ort = pytest.importorskip("onnxruntime")
@@ -270,8 +271,6 @@ def test_automatic_pads_are_those_that_onnx_runtime_uses(auto, size, kernel, str
     rng = np.random.default_rng(1)
     w = {"w": rng.integers(-4, 5, (2, 1, kernel, kernel)).astype(np.float32)}
     plain = {"strides": [stride] * 2, "dilations": [dilation] * 2}
-    if dilation > 1 and auto.startswith("SAME"):
-        pytest.skip("ONNX Runtime takes no dilation with SAME")
     x = rng.integers(-4, 5, (1, 1, size, size + 1)).astype(np.float32)
     ours = onnx_graph([("Conv", ["x", "w"], ["y"], {**plain, "auto_pad": auto})], {"x": ("float32", x.shape)}, w)
     p = properties(ours)
