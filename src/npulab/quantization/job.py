@@ -200,7 +200,9 @@ class Job:
 
     def _apply(self, step: Step) -> list[str]:
         samples = some(self.samples, step.samples)
-        return step.run(self.net, Context(samples, self.options.seed, self.aim, self._progress(step.title)))
+        end = None if self.options.seconds is None else self.begin + self.options.seconds
+        stop = None if end is None else lambda: time.monotonic() > end
+        return step.run(self.net, Context(samples, self.options.seed, self.aim, self._progress(step.title), stop))
 
     def decibels(self) -> float:
         """The outputs' mean signal-to-noise ratio on a few samples, against the network as it came; of detectors whose

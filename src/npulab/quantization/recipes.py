@@ -21,12 +21,14 @@ class Context:
     """What a step may use: samples, a seed for whatever is drawn, someone who waits.
 
     aim  the float network that ranges were chosen for, before biases were corrected; None before there are ranges.
+    stop whether the time to keep is over; None: there is none.
     """
 
     samples: Samples
     seed: int = 0
     aim: Reference | None = None
     progress: Progress | None = None
+    stop: Callable[[], bool] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +128,7 @@ def _adaround_full(net: Network, c: Context) -> list[str]:
 def _distil(net: Network, c: Context) -> list[str]:
     from npulab.quantization.distil import distil
 
-    return distil(net, c.samples, seed=c.seed, aim=c.aim, progress=c.progress)
+    return distil(net, c.samples, seed=c.seed, aim=c.aim, stop=c.stop, progress=c.progress)
 
 
 GROUPS = 6
