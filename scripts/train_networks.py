@@ -33,6 +33,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
+from train_sample import bilinear
 
 from npulab.samples import networks as sample
 from npulab.zoo.builder import Net
@@ -103,19 +104,6 @@ def perturb(digits: U8, rng: np.random.Generator) -> U8:
     noise = rng.normal(0, 1, (n, SIZE, SIZE)) * rng.uniform(0, 0.06, (n, 1, 1))
     out = paper + rng.uniform(0.4, 0.7, (n, 1, 1)) * ink + noise
     return (np.rint(np.clip(out, 0, 1) * 63) * 4).astype(np.uint8)  # 64 levels: a file a third smaller
-
-
-def bilinear(images: F32, xs: NDArray[np.float64], ys: NDArray[np.float64]) -> F32:
-    """Values of `images` at fractional positions, 0 outside."""
-    size = images.shape[1]
-    padded = np.pad(images, ((0, 0), (1, 1), (1, 1)))
-    xs, ys = np.clip(xs + 1, 0, size + 0.999), np.clip(ys + 1, 0, size + 0.999)
-    x0, y0 = xs.astype(np.int64), ys.astype(np.int64)
-    fx, fy = (xs - x0).astype(np.float32), (ys - y0).astype(np.float32)
-    n = np.arange(len(images))[:, None, None]
-    top = padded[n, y0, x0] * (1 - fx) + padded[n, y0, x0 + 1] * fx
-    low = padded[n, y0 + 1, x0] * (1 - fx) + padded[n, y0 + 1, x0 + 1] * fx
-    return np.asarray(top * (1 - fy) + low * fy, np.float32)
 
 
 def stored() -> dict[str, NDArray[Any]]:

@@ -165,9 +165,10 @@ def augment(images: U8, rng: np.random.Generator) -> F32:
 
 
 def bilinear(images: F32, xs: NDArray[np.float64], ys: NDArray[np.float64]) -> F32:
-    """Values of `images` at fractional positions, black outside."""
+    """Values of `images`, squares, at fractional positions, black outside."""
+    size = images.shape[1]
     padded = np.pad(images, ((0, 0), (1, 1), (1, 1)))
-    xs, ys = np.clip(xs + 1, 0, SIZE + 0.999), np.clip(ys + 1, 0, SIZE + 0.999)
+    xs, ys = np.clip(xs + 1, 0, size + 0.999), np.clip(ys + 1, 0, size + 0.999)
     x0, y0 = xs.astype(np.int64), ys.astype(np.int64)
     fx, fy = (xs - x0).astype(np.float32), (ys - y0).astype(np.float32)
     n = np.arange(len(images))[:, None, None]

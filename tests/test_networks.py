@@ -33,12 +33,14 @@ def script():
     spec = importlib.util.spec_from_file_location("train_networks", ROOT / "scripts" / "train_networks.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["train_networks"] = module
+    sys.path.insert(0, str(ROOT / "scripts"))  # as for one that is run: it imports its neighbour
     with pytest.MonkeyPatch.context() as patch:
         for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
             patch.setenv(name, "1")  # the script sets them; put back afterwards
         spec.loader.exec_module(module)
     yield module
     del sys.modules["train_networks"]
+    sys.path.remove(str(ROOT / "scripts"))
 
 
 def answers(model, images):
