@@ -81,7 +81,7 @@ def test_statistics_are_those_of_all_samples_at_once():
 def test_histograms_of_growing_width_lose_no_element(batches):
     s = Statistics(True, False)
     for b in batches:
-        s.add(_Seen(np.array(b, np.float32), True, False))
+        s.add(_Seen.whole(np.array(b, np.float32), 1 << 15, False))
     every = np.concatenate([np.array(b, np.float32) for b in batches])
     assert s.width == max(width_for(float(np.abs(b).max())) for b in (np.array(x, np.float32) for x in batches))
     assert np.array_equal(s.bins, count_bins(every, s.width))
@@ -94,6 +94,45 @@ def test_of_large_tensors_an_even_part_is_counted():
     assert 1 << 14 < s.bins.sum() <= 1 << 16
     share = s.bins[HALF:].sum() / s.bins.sum()
     assert share == pytest.approx(np.mean(x >= 0), abs=0.01)
+
+
+def plain_graph(shape, nodes):
+    from onnx import TensorProto, helper
+
+    graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+                              [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8).SerializeToString()
+
+
+def test_large_tensors_have_the_same_statistics_inside_the_runtime():
+    from onnx import helper
+
+    shape = [1, 4, 200, 200]
+    model = plain_graph(shape, [helper.make_node("Relu", ["x"], ["z"]), helper.make_node("Neg", ["z"], ["y"])])
+    rng = np.random.default_rng(0)
+    data = ListedSamples([{"x": rng.normal(size=shape).astype(np.float32)} for _ in range(3)])
+    names = ["x", "z", "y"]
+    whole, inside = (observe(model, names, data, histograms=True, sizes=sizes)
+                     for sizes in (None, dict.fromkeys(names, 160_000)))
+    for name in names:
+        a, b = whole[name], inside[name]
+        assert (a.low, a.high, a.smooth_low, a.smooth_high, a.count, a.width) == \
+            (b.low, b.high, b.smooth_low, b.smooth_high, b.count, b.width)
+        assert np.array_equal(a.bins, b.bins)
+        assert a.bins.sum() < 3 * 160_000
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_found_inside_the_runtime(bad):
+    from onnx import helper
+
+    shape = [1, 4, 100, 100]
+    model = plain_graph(shape, [helper.make_node("Neg", ["x"], ["y"])])
+    for at in (0, 1, 12_345, 39_999):
+        x = np.random.default_rng(at).normal(size=shape).astype(np.float32)
+        x.reshape(-1)[at] = bad
+        with pytest.raises(ModelError, match="'y' is not finite"):
+            observe(model, ["y"], ListedSamples([{"x": x}]), sizes={"y": 40_000})
 
 
 def test_halving_a_histogram_is_counting_with_twice_the_width():
@@ -168,7 +207,7 @@ def test_codes_are_those_of_quantize_linear():
 
 def seen(x):
     s = Statistics(True, False)
-    s.add(_Seen(np.asarray(x, np.float32), True, False))
+    s.add(_Seen.whole(x, 1 << 15, False))
     return s
 
 
@@ -396,7 +435,7 @@ def test_boxes_and_scores_are_joined_in_floats():
     calibrate(naive, statistics(naive, data))
     made = quantized(graph, data=data)
     reference, plain, ours = (runner(m, ["y"])({"x": next(iter(data))["x"]})[0]
-                              for m in (made.reference, integer_model(naive), made.qdq))
+                              for m in (made.reference(), integer_model(naive), made.qdq))
     assert np.count_nonzero(plain[:, 4:]) == 0 or noise(reference[:, 4:], plain[:, 4:]).decibels < 10
     assert noise(reference[:, 4:], ours[:, 4:]).cosine > 0.999
     assert noise(reference[:, :4], ours[:, :4]).cosine > 0.999

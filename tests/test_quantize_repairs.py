@@ -246,7 +246,7 @@ def test_relu6_by_the_other_ways():
         without_ceiling(net, net.layers[1])
 
 
-def test_heights_below_a_relu6_by_what_cutting_them_costs():
+def test_heights_below_a_relu6_are_the_largest_numbers_of_the_channels():
     b, out = relu6_net()
     net = b.network(out)
     samples = samples_of(net, 40, scale=2.0)
@@ -254,13 +254,6 @@ def test_heights_below_a_relu6_by_what_cutting_them_costs():
     run = runner(float_model(net), [net.name(linear)])
     z = np.concatenate([run(f)[0][0].reshape(16, -1) for f in samples], axis=1)
     np.testing.assert_array_equal(ceilings_met(net, samples)[linear], z.max(axis=1))
-    got = ceilings_met(net, samples, 1e-2)[linear]
-    for u, row in zip(got, z, strict=True):
-        variance = np.clip(row, 0, 6).var()
-        assert u <= row.max()
-        if u < 6 and variance > 0.1:  # beyond, all that counts is that it is; two steps on either side
-            assert np.mean(np.maximum(0, row - u - 0.13) ** 2) <= 1.1e-2 * variance
-            assert np.mean(np.maximum(0, row - u + 0.13) ** 2) >= 0.9e-2 * variance
 
 
 # absorption
@@ -448,6 +441,7 @@ def test_clipping_narrows_ranges_that_outliers_made():
     samples = samples_of(net, 8)
     reference = outputs(net, samples)
     seen = statistics(net, samples)
+    net.layers[1].weight = net.layers[1].weight.copy()
     net.layers[1].weight[:, 0] = 0  # nobody looks at the channel with the outliers
     reference = outputs(net, samples)
     first = net.of[net.layers[0].result]

@@ -75,7 +75,7 @@ def test_the_error_of_second_moments_is_the_error_of_the_results(make):
     rng = np.random.default_rng(1)
     for layer, m in zip(net.layers, found, strict=True):
         was, bias = layer.weight, layer.bias
-        before = outputs(net, aim.model, data, layer).astype(np.float64)
+        before = outputs(net, aim.model(), data, layer).astype(np.float64)
         centred = layer.bias is not None or layer.kind != "matmul"
         problem = Problem.of(grouped(layer).astype(np.float64), *m.covariances(centred))
         layer.weight = (was + 0.1 * rng.normal(size=was.shape)).astype(np.float32)
@@ -84,7 +84,7 @@ def test_the_error_of_second_moments_is_the_error_of_the_results(make):
         if centred:
             layer.bias = ((0 if bias is None else bias) + m.drift(grouped(layer))).astype(np.float32)
         name = net.name(layer.data)
-        run = runner(upto(aim.model, [name]), [name])
+        run = runner(upto(aim.model(), [name]), [name])
         model = float_model(net)
         cut = _reading(model, name)
         made = []
@@ -301,7 +301,7 @@ def test_biases_take_the_mean_error_away():
     x = [shown.seen(f["x"]) for f in data]
     run = runner(upto(_swapped(net), [net.name(layer.linear)]), [net.name(layer.linear)])
     after = np.mean([run({"x": a})[0].mean(axis=(0, 2, 3)) for a in x], axis=0)
-    before = outputs(net, aim.model, data, layer).mean(axis=1)
+    before = outputs(net, aim.model(), data, layer).mean(axis=1)
     np.testing.assert_allclose(after, before, atol=1e-5)
 
 
@@ -329,7 +329,7 @@ def test_the_float_network_that_is_aimed_at_may_be_from_before_biases_changed():
         layer.bias = layer.bias + 5
     adaround(other, data, aim=start)
     assert integer_model(other) == once
-    assert aim.model == start.model
+    assert aim.model() == start.model()
 
 
 def test_what_goes_wrong_is_said():

@@ -60,7 +60,7 @@ def _answers(made: Quantized) -> dict[str, Any] | None:
         return None
     some = FirstSamples(made.samples, ANSWERS)
     logits, other = (np.array(list(each(model, [value.name], some, lambda a: np.asarray(a[0]).reshape(-1))))
-                     for model in (made.reference, made.qdq))
+                     for model in (made.reference(), made.qdq))
     few = slice(None, 8)
     return {"expected": expected_agreement(logits, noise_power(logits[few], other[few])),
             "measured": agreement(logits, other), "samples": len(logits)}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ BARS = 64
 class Quantized:
     """The integer network.
 
-    graph    in the dialect of the target's file; `data` its bytes.
+    graph    in the dialect of the target's file; `data` its bytes.    reference  writes the float network's, in ONNX.
     network  layers and points with what was chosen for them; `qdq` the ONNX form that all simulation in floats uses.
     stages   what was done, and what each brought.
     tensors  noise of each quantized tensor and of the outputs, by name; `shapes` their histograms in the float network.
@@ -49,7 +50,7 @@ class Quantized:
     graph: Graph
     data: bytes
     qdq: bytes
-    reference: bytes
+    reference: Callable[[], bytes]
     network: Network
     rules: Rules
     recipe: Recipe
@@ -128,13 +129,13 @@ def quantize(graph: Graph, samples: Samples | None, rules: Rules, options: Optio
     _fits(net, samples)
     job = Job(net, recipe, options, samples, tell, made_up, kept, _budget(options, net, tell))
     if found is not None and not recipe.steps:
-        job.reference = trained.as_it_was(float_graph, found)
+        job.reference = partial(trained.as_it_was, float_graph, found)
     stages = job.run(resume)
     notes += obey(net)
     few = FirstSamples(job.check, EXAMINED)
     tensors = by_tensor(net, few)
     shapes = observe(float_model(net), [net.name(p.value) for p in net.quantized_points()],
-                     few, histograms=True)
+                     few, histograms=True, sizes={v.name: v.elements for v in net.graph.values})
     ends = options.integer_ends if options.integer_ends is not None else rules.file == "tflite"
     qdq = integer_model(net)
     made = read_onnx(integer_model(net, ends, packed=True), graph.name)
@@ -145,7 +146,7 @@ def quantize(graph: Graph, samples: Samples | None, rules: Rules, options: Optio
         notes += converted.notes
     else:
         data = bytes(made.source)
-    exact = simulated(net, made, orders, job.reference, job.check)
+    exact = simulated(net, made, orders, job.reference(), job.check)
     if resume is not None:
         resume.unlink(missing_ok=True)
     return Quantized(made, data, qdq, job.reference, net, rules, job.recipe, samples, stages, tensors, shapes, exact,

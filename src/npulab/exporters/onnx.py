@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +25,12 @@ def to_onnx(graph: Graph, shapes: bool = True) -> bytes:
 
     Raises: UnsupportedError if the graph did not come from an ONNX file; CapacityError from 2 GiB on.
     """
+    out: bytes = to_proto(graph, shapes).SerializeToString(deterministic=True)
+    return out
+
+
+def to_proto(graph: Graph, shapes: bool = True, without: Collection[int] = ()) -> onnx.ModelProto:
+    """The same as a message, but for the constants `without`, which something else is to take the place of."""
     import onnx
 
     if graph.header is None:
@@ -35,14 +42,15 @@ def to_onnx(graph: Graph, shapes: bool = True) -> bytes:
         raise CapacityError(f"'{graph.name}' does not fit one ONNX file", want="less than 2 GiB of weights")
     proto.graph.name = proto.graph.name or graph.name
     proto.graph.node.extend(_node(graph, n) for n in graph.nodes)
-    proto.graph.initializer.extend(_tensor(v) for v in constants)
-    proto.graph.input.extend(_info(graph, v) for v in graph.header.declared)
+    for v in constants:
+        if v.index not in without:
+            _put_tensor(proto.graph.initializer.add(), v)
+    proto.graph.input.extend(_info(graph, v) for v in graph.header.declared if v not in without)
     proto.graph.output.extend(_info(graph, v) for v in graph.outputs)
     border = {*graph.header.declared, *graph.outputs}
     proto.graph.value_info.extend(_info(graph, v.index) for v in graph.values
                                   if shapes and v.index not in border and not v.is_constant and v.has_shape)
-    out: bytes = proto.SerializeToString(deterministic=True)
-    return out
+    return proto
 
 
 def _node(graph: Graph, node: Node) -> onnx.NodeProto:
@@ -101,12 +109,18 @@ def _bytes(value: str | bytes) -> bytes:
 def _tensor(v: Value) -> onnx.TensorProto:
     import onnx
 
-    made = onnx.TensorProto(name=v.name, data_type=CODES[v.dtype], dims=v.shape)
+    made = onnx.TensorProto()
+    _put_tensor(made, v)
+    return made
+
+
+def _put_tensor(made: onnx.TensorProto, v: Value) -> None:
+    made.name, made.data_type = v.name, CODES[v.dtype]
+    made.dims.extend(v.shape)
     if v.dtype is DType.STRING:
         made.string_data.extend(bytes(v.constant or b"").split(b"\0") if v.elements else [])
     else:
         made.raw_data = bytes(v.constant or b"")
-    return made
 
 
 def _info(graph: Graph, index: int) -> onnx.ValueInfoProto:

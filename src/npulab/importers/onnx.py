@@ -33,6 +33,12 @@ NODES_MAX = 1_000_000
 RANK_MAX = 32
 SMALL = 1024
 """Elements of constants that shape inference gets to see: shapes and axes, not weights."""
+LARGE = 2**14
+"""Bytes of a constant from which it is looked for in the file."""
+NEAR = 2**20
+"""Bytes in which it is looked for."""
+MISSES_MAX = 64
+"""Constants that may lie elsewhere, until none is looked for any more."""
 OUTSIDE_MAX = 2**33
 """Bytes of weights outside the file, each use counted: they are hashed, and copied where a model is written."""
 NAME_MAX = 2**16
@@ -63,7 +69,8 @@ def read_onnx(data: bytes | memoryview, name: str, folder: Path | None = None,
 
     Raises: ModelError for whatever is wrong with the file; UsageError for a name in `dims` that it does not have.
     """
-    proto = parse(data, name)
+    whole = bytes(data)
+    proto = parse(whole, name)
     graph = proto.graph
     if len(graph.node) > NODES_MAX:
         raise ModelError(f"'{name}' has too many nodes", got=len(graph.node), want=f"at most {NODES_MAX}")
@@ -83,7 +90,7 @@ def read_onnx(data: bytes | memoryview, name: str, folder: Path | None = None,
         else:
             nodes.append(n)
     types = _types(proto, nodes, constants, name)
-    values = _Values(name)
+    values = _Values(name, _Places(whole, data))
     declared = []
     for i in graph.input:
         declared.append(values.index(i.name))
@@ -271,8 +278,9 @@ def _elements(t: onnx.TensorProto) -> int:
 class _Values:
     """Values by name, in order of appearance."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, places: _Places) -> None:
         self.model = model
+        self.places = places
         self.infos: dict[int, bytes] = {}
         self._index: dict[str, int] = {}
         self._values: dict[int, Value] = {}
@@ -316,7 +324,8 @@ class _Values:
         if i not in self._values:
             dtype = _dtype(tensor.data_type, name)
             _check_shape(tensor.dims, name)
-            self._values[i] = Value(i, name, tuple(tensor.dims), dtype, constant=_content(tensor, name, dtype, outside))
+            self._values[i] = Value(i, name, tuple(tensor.dims), dtype, constant=_content(tensor, name, dtype, outside,
+                                                                                              self.places))
 
 
 def _dtype(code: int, name: str) -> DType:
@@ -337,7 +346,7 @@ def _check_shape(shape: Iterable[int], name: str) -> None:
                          want=f"at most {RANK_MAX} and {ELEMENTS_MAX}")
 
 
-def _content(t: onnx.TensorProto, name: str, dtype: DType, outside: _Outside) -> memoryview:
+def _content(t: onnx.TensorProto, name: str, dtype: DType, outside: _Outside, places: _Places) -> memoryview:
     """A constant's bytes: little-endian, elements of 4 bits two a byte, of 2 four."""
     from onnx import TensorProto, numpy_helper
 
@@ -347,7 +356,7 @@ def _content(t: onnx.TensorProto, name: str, dtype: DType, outside: _Outside) ->
     if t.data_location == TensorProto.EXTERNAL:
         found = outside.content(t, name, size)
     elif t.HasField("raw_data"):
-        found = memoryview(t.raw_data)
+        found = places.of(t.raw_data)
     elif dtype is DType.STRING:
         return memoryview(b"\0".join(t.string_data))
     elif bits in (2, 4):
@@ -361,6 +370,25 @@ def _content(t: onnx.TensorProto, name: str, dtype: DType, outside: _Outside) ->
         raise ModelError(f"constant {shown(name)} has data of the wrong length", got=f"{len(found)} bytes",
                          want=f"{size} bytes for {dtype.value}{list(t.dims)}")
     return found
+
+
+class _Places:
+    """Where in the file the content of constants lies, so that there is no second copy of the weights in memory."""
+
+    def __init__(self, whole: bytes, data: bytes | memoryview) -> None:
+        self.whole, self.data = whole, memoryview(data).cast("B").toreadonly()
+        self.at = self.misses = 0
+
+    def of(self, content: bytes) -> memoryview:
+        """A view of the file if the content is found behind that of the constant before, else the content."""
+        if len(content) < LARGE or self.misses >= MISSES_MAX:
+            return memoryview(content)
+        found = self.whole.find(content, self.at, self.at + NEAR + len(content))
+        if found < 0:
+            self.misses += 1
+            return memoryview(content)
+        self.at = found + len(content)
+        return self.data[found : self.at]
 
 
 class _Outside:

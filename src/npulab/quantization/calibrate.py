@@ -23,7 +23,8 @@ def statistics(net: Network, samples: Samples, how: str = "min-max", channels: S
     method(how)
     values = list(dict.fromkeys([*(p.value for p in net.quantized_points()), *channels]))
     names = [net.name(v) for v in values]
-    found = observe(float_model(net), names, samples, how in NEEDS_HISTOGRAM, [net.name(v) for v in channels], progress)
+    found = observe(float_model(net), names, samples, how in NEEDS_HISTOGRAM, [net.name(v) for v in channels], progress,
+                    {net.name(v): net.graph.values[v].elements for v in values})
     return {v: found[net.name(v)] for v in values}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -16,6 +16,8 @@ from npulab.quantization.observe import Progress, in_order, runner
 from npulab.quantization.types import Array, Feeds, Samples
 
 CHUNK = 1 << 14
+HELD = 1 << 21
+"""Elements of tensors that are compared in one run."""
 WORKERS = 2
 """Samples side by side."""
 
@@ -77,10 +79,29 @@ class FirstSamples:
         return islice(iter(self.samples), self.count)
 
 
-def noises(reference: bytes, other: bytes, pairs: Mapping[str, str], samples: Samples, progress: Progress | None = None
-           ) -> dict[str, Noise]:
+def in_parts(names: Iterable[str], sizes: Mapping[str, int]) -> list[list[str]]:
+    """The names in parts of HELD elements together at most, or of one."""
+    parts: list[list[str]] = [[]]
+    held = 0
+    for name in names:
+        if parts[-1] and held + sizes.get(name, 0) > HELD:
+            parts.append([])
+            held = 0
+        parts[-1].append(name)
+        held += sizes.get(name, 0)
+    return parts
+
+
+def noises(reference: bytes, other: bytes, pairs: Mapping[str, str], samples: Samples, progress: Progress | None = None,
+           sizes: Mapping[str, int] | None = None) -> dict[str, Noise]:
     """Of tensors of one ONNX model against those of another, by name there -> name here. Tensors of a sample or two are
-    in memory, whatever the number of samples."""
+    in memory, whatever the number of samples.
+
+    sizes  elements of tensors, where they are known: then no more of them are in memory than HELD together.
+    """
+    if sizes and len(parts := in_parts(pairs, sizes)) > 1:
+        found = [noises(reference, other, {name: pairs[name] for name in part}, samples) for part in parts]
+        return {name: n for part in found for name, n in part.items()}
     left, right = runner(reference, list(pairs)), runner(other, list(pairs.values()))
     total = dict.fromkeys(pairs, SILENCE)
 
@@ -103,4 +124,5 @@ def by_tensor(net: Network, samples: Samples, progress: Progress | None = None) 
     model, shown = shown_model(net)
     points = [net.name(p.value) for p in net.quantized_points() if p.params]
     pairs = {name: shown[name] for name in points} | {name: name for name in map(net.name, net.graph.outputs)}
-    return noises(float_model(net), model, pairs, samples, progress)
+    sizes = {v.name: v.elements for v in net.graph.values}
+    return noises(float_model(net), model, pairs, samples, progress, sizes)

@@ -166,7 +166,7 @@ def _data(net: Network, block: Block, samples: Samples, aim: Reference) -> tuple
     count = max(LEAST_SAMPLES, min(len(samples), CACHE_BYTES // max(1, size)))
     names = [net.name(v) for v in (*block.inputs, *block.results)]
     reads = names[: len(block.inputs)]
-    float_run = runner(upto(aim.model, names), names)
+    float_run = runner(upto(aim.model(), names), names)
     ends = set(net.graph.inputs)
     integer_run = None if set(block.inputs) <= ends else runner(upto(integer_model(net), reads), reads, plain=True)
     found: tuple[list[list[Array]], ...] = ([], [], [])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from npulab.errors import UnsupportedError
-from npulab.exporters.onnx import to_onnx
+from npulab.exporters.onnx import to_onnx, to_proto
 from npulab.quantization.network import Layer, Network
 from npulab.quantization.ranges import params_of
 from npulab.quantization.types import Array, Params
@@ -22,15 +22,20 @@ OPSETS = {16: 21, 4: 21, 2: 25}
 
 def float_model(net: Network, changed: bool = True) -> bytes:
     """The ONNX file of the float network, with the layers' weights and biases as they are now."""
-    import onnx
-
-    data = to_onnx(net.graph, shapes=False)
     if not changed:
-        return data
-    model = onnx.ModelProto.FromString(data)
+        return to_onnx(net.graph, shapes=False)
+    model = to_proto(net.graph, shapes=False, without=own_weights(net))
     for layer in net.layers:
         _replace_weights(model, net, layer, layer.weight)
     return bytes(model.SerializeToString(deterministic=True))
+
+
+def own_weights(net: Network) -> set[int]:
+    """Constants that nothing but layers read, as weights: what is written has the layers' own instead."""
+    layers = {layer.node for layer in net.layers}
+    found = {layer.weight_value for layer in net.layers} - set(net.graph.outputs)
+    return {v for v in found if all(n.index in layers and [i for i, u in enumerate(n.inputs) if u == v] == [1]
+                                    for n in net.readers(v))}
 
 
 def _replace_weights(model: onnx.ModelProto, net: Network, layer: Layer, weight: Array) -> None:
@@ -80,7 +85,7 @@ class _Writer:
 
         self.net = net
         self.integer_ends, self.packed = integer_ends, packed
-        self.proto = onnx.ModelProto.FromString(to_onnx(net.graph, shapes=False))
+        self.proto = to_proto(net.graph, shapes=False, without=own_weights(net))
         self.nodes = list(self.proto.graph.node)
         del self.proto.graph.node[:]
         self.seen: dict[str, str] = {}  # a tensor's name -> the name of what its integers show

@@ -7,9 +7,10 @@ summed sample by sample, so memory does not grow with the samples.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -36,18 +37,26 @@ WIDE = 1024
 
 @dataclass(eq=False)
 class Reference:
-    """The float network that roundings aim at: taken before biases are corrected, for those are changed in place.
+    """The float network that roundings aim at: taken before biases are corrected.
 
-    model  ONNX bytes.    biases  of the layers, in their order.
+    net  with the layers as they were then.
     """
 
-    model: bytes
-    biases: list[F32 | None]
+    net: Network
+
+    @property
+    def biases(self) -> list[F32 | None]:
+        """Of the layers, in their order."""
+        return [layer.bias for layer in self.net.layers]
+
+    def model(self) -> bytes:
+        """The ONNX file, written when it is asked for: it is as large as all weights."""
+        return float_model(self.net)
 
 
 def reference(net: Network) -> Reference:
     """The network as its layers' float weights and biases are now."""
-    return Reference(float_model(net), [None if layer.bias is None else layer.bias.copy() for layer in net.layers])
+    return Reference(replace(net, layers=[copy.copy(layer) for layer in net.layers]))
 
 
 @dataclass(eq=False)
@@ -132,7 +141,7 @@ def moments(net: Network, layers: Sequence[Layer], samples: Samples, aim: Refere
         raise UsageError("there are no samples to round with", got=samples.origin)
     names = list(dict.fromkeys(net.name(layer.data) for layer in layers))
     where = [names.index(net.name(layer.data)) for layer in layers]
-    float_run = runner(upto(aim.model, names), names)
+    float_run = runner(upto(aim.model(), names), names)
     integer_run = runner(upto(_partly_rounded(net), names), names, plain=True) if rounded else None
     shown: list[Params | None] = [net.of[layer.data].params if layer.data in net.of else None for layer in layers]
     takes = [Patches(net, layer, len(samples)) for layer in layers]

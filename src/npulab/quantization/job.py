@@ -12,16 +12,18 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from npulab.errors import UsageError
+from npulab.exporters.onnx import to_onnx
 from npulab.program.files import write_atomically
 from npulab.quantization import datafree, precision, state
 from npulab.quantization.calibrate import choose_activations, choose_weights, statistics
 from npulab.quantization.compare import SILENCE, noise
-from npulab.quantization.emit import float_model, integer_model
+from npulab.quantization.emit import integer_model
 from npulab.quantization.gram import Reference, reference
 from npulab.quantization.joints import part_mixed, parted
 from npulab.quantization.network import Network
@@ -105,7 +107,7 @@ class Job:
         self.net, self.options, self.tell, self.made_up = net, options, tell, made_up
         self.recipe = replace(recipe, steps=()) if recipe.name == AUTO.name else recipe
         self.begin = time.monotonic()
-        self.reference = float_model(net, changed=False)
+        self.reference: Callable[[], bytes] = partial(to_onnx, net.graph, shapes=False)
         self.outputs = [net.name(v) for v in net.graph.outputs]
         self.every = samples
         count = len(samples)
@@ -211,7 +213,7 @@ class Job:
         if ends and ends != self.outputs:
             self.outputs, self.wanted = ends, []
         if not self.wanted:
-            self.wanted = list(each(self.reference, self.outputs, self.check, list))
+            self.wanted = list(each(self.reference(), self.outputs, self.check, list))
         total = dict.fromkeys(self.outputs, SILENCE)
         made = each(integer_model(self.net), self.outputs, self.check, list)
         for want, got in zip(self.wanted, made, strict=True):
@@ -276,7 +278,7 @@ class Job:
 
     def _key(self) -> str:
         """What the outcome depends on: the model, the options, the samples (number, origin and some of them)."""
-        h = hashlib.sha256(self.reference)
+        h = hashlib.sha256(self.reference())
         h.update(repr((self.options, self.net.rules, len(self.every), self.every.origin)).encode())
         for feeds in self.check:
             for name in sorted(feeds):

@@ -15,14 +15,11 @@ from npulab.quantization.chains import POOLS, SHAPES, Floats, by_input, channel_
 from npulab.quantization.emit import float_model
 from npulab.quantization.network import Layer, Network, clamp_of
 from npulab.quantization.observe import Progress, each
+from npulab.quantization.probes import Probed
 from npulab.quantization.types import Array, Samples
 
 Moments = tuple[Floats, Floats]
 _erf = np.vectorize(math.erf, otypes=[np.float64])
-
-
-BINS = 96
-"""Steps into which the range up to a ReLU6's limit is divided to see how often channels come near it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,50 +74,22 @@ def seen(net: Network, axes: Mapping[int, int], samples: Samples, progress: Prog
             for v, t in zip(axes, totals, strict=True)}
 
 
-def ceilings_met(net: Network, samples: Samples, share: float = 0.0, progress: Progress | None = None
-                 ) -> dict[int, Floats]:
-    """How high each channel below an upper limit (ReLU6) goes, for layers that have one, by the value before the clamp:
-    the least u with E[max(0, z - u) ** 2] <= share * variance of what the clamp leaves. 0: the largest number seen.
-
-    Channels are counted into BINS steps up to the limit, and up to twice the limit beyond it.
-    """
+def ceilings_met(net: Network, samples: Samples, progress: Progress | None = None) -> dict[int, Floats]:
+    """How high each channel below an upper limit (ReLU6) goes, for layers that have one, by the value before the
+    clamp. Computed inside the runtime: the tensors would be many bytes."""
     layers = [layer for layer in net.layers if np.isfinite(layer.clamp[1]) and layer.clamp[1] > 0]
     if not layers:
         return {}
-
-    def work(arrays: Sequence[Array]) -> list[tuple[Floats, Floats]]:
-        found = []
-        for layer, a in zip(layers, arrays, strict=True):
-            rows = np.moveaxis(a, channel_axis(layer, a.ndim), 0).reshape(layer.channels, -1)
-            step = np.float32(BINS / layer.clamp[1])
-            index = np.clip(rows * step, 0, 2 * BINS - 1).astype(np.int64)
-            index += np.arange(layer.channels)[:, None] * (2 * BINS)
-            found.append((np.bincount(index.ravel(), minlength=layer.channels * 2 * BINS).astype(np.float64),
-                          rows.max(axis=1).astype(np.float64)))
-        return found
-
-    counts: list[Floats] = [np.zeros(layer.channels * 2 * BINS) for layer in layers]
-    highs: list[Floats] = [np.full(layer.channels, -np.inf) for layer in layers]
-    for found in each(float_model(net), [net.name(layer.linear) for layer in layers], samples, work, progress):
-        for i, (count, high) in enumerate(found):
-            counts[i] += count
-            highs[i] = np.maximum(highs[i], high)
-    return {layer.linear: np.minimum(high, _heights(count.reshape(layer.channels, -1), layer.clamp[1], share))
-            if share > 0 else high for layer, count, high in zip(layers, counts, highs, strict=True)}
-
-
-def _heights(counts: Floats, limit: float, share: float) -> Floats:
-    """The u of `ceilings_met` from histograms (channels, 2 * BINS)."""
-    step = limit / BINS
-    centres = (np.arange(2 * BINS) + 0.5) * step
-    centres[0] = 0.0  # negative numbers, most of them
-    p = counts / counts.sum(axis=1, keepdims=True)
-    left = np.minimum(centres, limit)
-    variance = p @ left**2 - (p @ left) ** 2
-    edges = np.arange(1, 2 * BINS + 1) * step
-    beyond = np.maximum(0.0, centres - edges[:, None]) ** 2  # (edges, bins)
-    enough = (p @ beyond.T) <= share * variance[:, None]
-    return np.where(enough.any(axis=1), edges[enough.argmax(axis=1)], np.inf)
+    probed = Probed(net)
+    names = []
+    for layer in layers:
+        rank = len(net.graph.values[layer.linear].shape)
+        axis = channel_axis(layer, rank) % rank
+        names.append(probed.reduce("ReduceMax", net.name(layer.linear), [i for i in range(rank) if i != axis]))
+    found: list[Floats] = [np.array(-np.inf)] * len(layers)
+    for now in each(probed.model(), names, samples, lambda arrays: [np.array(a, np.float64) for a in arrays], progress):
+        found = [np.maximum(high, one.reshape(-1)) for high, one in zip(found, now, strict=True)]
+    return {layer.linear: high for layer, high in zip(layers, found, strict=True)}
 
 
 def input_moments(net: Network) -> dict[int, Moments]:

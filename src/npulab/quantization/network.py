@@ -38,7 +38,8 @@ CLAMPS = ((0.0, np.inf), (0.0, 6.0), (-1.0, 1.0))
 
 @dataclass(eq=False)
 class Layer:
-    """An operator with trained weights, and what goes along with it into one integer operator.
+    """An operator with trained weights, and what goes along with it into one integer operator. Its arrays are not
+    written into: whoever changes it gives it others.
 
     data      the value that it reads.       linear  its result before the clamp.      result  the one behind that.
     weight    float32, in the operator's own order; output channels along `axis`.      bias    (channels,) or None.
@@ -167,13 +168,13 @@ class Network:
 
     def snapshot(self) -> Snapshot:
         """All that repairs change, as it is now."""
-        return Snapshot(self.graph, [copy.deepcopy(layer) for layer in self.layers],
+        return Snapshot(self.graph, [copy.copy(layer) for layer in self.layers],
                         [replace(p, values=list(p.values)) for p in self.points], dict(self.operands),
                         dict(self.moments), list(self.notes))
 
     def restore(self, then: Snapshot) -> None:
         """As it was at the snapshot, which may be taken up again."""
-        self.graph, self.layers = then.graph, [copy.deepcopy(layer) for layer in then.layers]
+        self.graph, self.layers = then.graph, [copy.copy(layer) for layer in then.layers]
         self.points = [replace(p, values=list(p.values)) for p in then.points]
         self.of = {v: p for p in self.points for v in p.values}
         self.operands, self.moments, self.notes = dict(then.operands), dict(then.moments), list(then.notes)
@@ -288,7 +289,7 @@ def _layer(graph: Graph, n: Node, op: OnnxOp) -> Layer | None:
     if bias is not None:
         bias = np.broadcast_to(bias.reshape(-1), (weight.shape[axis],)).copy()
     return Layer(n.index, n.name or f"{op.name}_{n.index}", kind, n.inputs[0], linear, linear, n.inputs[1], bias_value,
-                 weight.copy(), bias, axis, groups, (-np.inf, np.inf), added=added)
+                 np.require(weight, requirements=["C", "A"]), bias, axis, groups, (-np.inf, np.inf), added=added)
 
 
 def _addend(graph: Graph, out: int, channels: int) -> tuple[Node, int] | None:

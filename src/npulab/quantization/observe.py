@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,8 +23,12 @@ if TYPE_CHECKING:
 
 HALF = 2048
 """Bins of a histogram on each side of zero."""
-COUNTED = 1 << 15
-"""Elements of a tensor of one sample that are counted into its histogram, evenly spread; extremes are of all."""
+COUNTED = 1 << 20
+COUNTED_EACH = 1 << 12, 1 << 15
+"""Elements of a tensor that are counted into its histogram, over all samples; of one sample at least and at most so
+many, evenly spread. Extremes are of all."""
+REDUCED = 1 << 14
+"""Elements of a tensor from which its extremes are computed inside the runtime, which then need not give it away."""
 LEAST_WIDTH = 2.0**-100
 """Of a bin: its inverse is a float32, too."""
 MOVING = 0.01
@@ -125,17 +129,23 @@ class _Seen:
 
     __slots__ = ("bins", "channels", "count", "high", "low", "squares", "total", "width")
 
-    def __init__(self, x: Array, histogram: bool, channels: bool) -> None:
-        x = np.asarray(x, np.float32)
-        self.count = x.size
-        self.low, self.high = (float(x.min()), float(x.max())) if x.size else (0.0, 0.0)
+    def __init__(self, count: int, low: float, high: float, some: F32 | None) -> None:
+        """`some`: the elements that are counted; None: without a histogram."""
+        self.count, self.low, self.high = count, low, high
         self.total = self.squares = 0.0
         self.bins: NDArray[np.int64] | None = None
         self.width = 0.0
         self.channels: tuple[Any, ...] | None = None
-        if histogram and np.isfinite(self.low) and np.isfinite(self.high):
-            self.width = width_for(max(-self.low, self.high))
-            self.bins = count_bins(spread(x), self.width)
+        if some is not None and np.isfinite(low) and np.isfinite(high):
+            self.width = width_for(max(-low, high))
+            self.bins = count_bins(some, self.width)
+
+    @classmethod
+    def whole(cls, x: Array, histogram: int, channels: bool) -> _Seen:
+        """`histogram`: elements that are counted at most; 0: none."""
+        x = np.asarray(x, np.float32)
+        low, high = (float(x.min()), float(x.max())) if x.size else (0.0, 0.0)
+        self = cls(x.size, low, high, spread(x, histogram) if histogram else None)
         if channels:
             rows = x.reshape(1, -1) if x.ndim < 2 else np.moveaxis(x, 1 if x.ndim > 2 else -1, 0).reshape(
                 x.shape[1 if x.ndim > 2 else -1], -1)
@@ -143,11 +153,17 @@ class _Seen:
             squares = np.einsum("ij,ij->i", rows, rows, dtype=np.float64)
             self.channels = rows.min(axis=1).astype(np.float64), rows.max(axis=1).astype(np.float64), totals, squares
             self.total, self.squares = float(totals.sum()), float(squares.sum())
+        return self
 
 
-def spread(x: F32) -> F32:
-    """At most COUNTED elements or so, evenly spread; an odd distance, so that not always the same columns are taken."""
-    return x.reshape(-1)[:: (x.size // COUNTED) | 1] if x.size > COUNTED else x
+def spread(x: F32, most: int) -> F32:
+    """At most `most` elements or so, evenly spread."""
+    return x.reshape(-1)[:: distance(x.size, most)]
+
+
+def distance(size: int, most: int) -> int:
+    """Between elements of which `most` or so are taken: odd, so that not always the same columns are."""
+    return (size // most) | 1 if size > most else 1
 
 
 def width_for(largest: float) -> float:
@@ -170,25 +186,63 @@ def count_bins(x: F32, width: float) -> NDArray[np.int64]:
 
 
 def observe(model: bytes, names: Sequence[str], samples: Samples, histograms: bool = False,
-            channels: Sequence[str] = (), progress: Progress | None = None) -> dict[str, Statistics]:
+            channels: Sequence[str] = (), progress: Progress | None = None, sizes: Mapping[str, int] | None = None
+            ) -> dict[str, Statistics]:
     """Statistics of the tensors `names` of an ONNX model over the samples. `channels`: of these, by channel too.
+
+    sizes  elements of tensors where they are known; large ones then never leave the runtime.
 
     Raises: UsageError without samples or without ONNX Runtime; ModelError for a tensor that is not finite;
     UnsupportedError if ONNX Runtime does not run the model.
     """
     by_channel = set(channels)
     found = {name: Statistics(histograms, name in by_channel) for name in names}
+    most = min(max(COUNTED // max(1, len(samples)), COUNTED_EACH[0]), COUNTED_EACH[1]) if histograms else 0
+    large = {name: size for name, size in (sizes or {}).items() if size >= REDUCED and name in found
+             and name not in by_channel}
+    model, outputs = _reduced(model, large, most)
+    asked = [name for n in names for name in outputs.get(n, [n])]
 
     def look(arrays: Sequence[Array]) -> list[_Seen]:
-        return [_Seen(a, histograms, name in by_channel) for name, a in zip(names, arrays, strict=True)]
+        left, seen = iter(arrays), []
+        for name in names:
+            if name not in large:
+                seen.append(_Seen.whole(next(left), most, name in by_channel))
+                continue
+            low, high, total = (float(next(left).reshape(-1)[0]) for _ in range(3))
+            seen.append(_Seen(large[name], low if np.isfinite(total) else total, high, next(left) if most else None))
+        return seen
 
-    for number, seen in enumerate(each(model, names, samples, look, progress)):
+    for number, seen in enumerate(each(model, asked, samples, look, progress)):
         for name, one in zip(names, seen, strict=True):
             if not (np.isfinite(one.low) and np.isfinite(one.high)):
                 raise ModelError(f"'{name}' is not finite", got=f"sample {number + 1} of {samples.origin}",
                                  try_="look for NaN in the data, or for overflow in the network")
             found[name].add(one)
     return found
+
+
+def _reduced(model: bytes, sizes: Mapping[str, int], most: int) -> tuple[bytes, dict[str, list[str]]]:
+    """The model with nodes for the extremes, the sum (which no NaN gets past) and `most` elements of tensors, and the
+    names of those by tensor. Appended to the bytes, for messages of protobuf are merged so: weights are not copied."""
+    from onnx import GraphProto, ModelProto, helper, numpy_helper
+
+    more, outputs = GraphProto(), {}
+    indices: dict[int, str] = {}
+    for name, size in sizes.items():
+        outputs[name] = [f"{name}_{what}_observed" for what in ("low", "high", "sum", "some")[: 4 if most else 3]]
+        for op, out in zip(("ReduceMin", "ReduceMax", "ReduceSum"), outputs[name], strict=False):
+            more.node.append(helper.make_node(op, [name], [out], out, keepdims=0))
+        if most:
+            if size not in indices:
+                indices[size] = f"{name}_indices_observed"
+                where = np.arange(0, size, distance(size, most), dtype=np.int64)
+                more.initializer.append(numpy_helper.from_array(where, indices[size]))
+            flat = f"{name}_flat_observed"
+            more.node.append(helper.make_node("Flatten", [name], [flat], flat, axis=0))
+            more.node.append(helper.make_node("Gather", [flat, indices[size]], [outputs[name][3]], outputs[name][3],
+                                              axis=1))
+    return (model + ModelProto(graph=more).SerializeToString() if sizes else model), outputs
 
 
 def each(model: bytes, names: Sequence[str], samples: Samples, work: Callable[[Sequence[Array]], T],
@@ -273,11 +327,14 @@ def runner(model: bytes, names: Sequence[str], threads: int = 1, plain: bool = F
     if plain:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     asked = [n for n in names if n not in inputs]
+    model = proto.SerializeToString()
+    del proto  # its weights, before the session has its own
     try:
-        session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"],
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"],
                                        disabled_optimizers=["WeightBiasQuantization"])  # of layers in floats, unasked
     except Exception as e:  # the runtime is C++: it raises what it likes
         raise UnsupportedError("ONNX Runtime does not run the network", got=str(e).strip()[:300]) from None
+    del model
 
     def run(feeds: Feeds) -> list[Array]:
         try:

@@ -99,8 +99,15 @@ class Params:
                           * self.scales.reshape(shape), np.float32)
 
     def seen(self, real: Array) -> F32:
-        """`real` as the integers show it."""
-        return self.real(self.codes(real))
+        """`real` as the integers show it: `real(codes(x))`, in place."""
+        shape = self.along(real.ndim)
+        scales, zeros = self.scales.reshape(shape), self.zeros.reshape(shape).astype(np.float32)
+        steps = np.asarray(real / scales)
+        np.rint(steps, out=steps)
+        np.clip(steps, self.scheme.low - zeros, self.scheme.high - zeros, out=steps)
+        steps = steps.astype(np.float32, copy=False)
+        steps *= scales
+        return steps
 
 
 @dataclass(frozen=True, slots=True)
