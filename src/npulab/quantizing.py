@@ -22,7 +22,7 @@ from npulab.quantization.emit import float_model, integer_model
 from npulab.quantization.job import Budget, Job, Measured, Options, Tell
 from npulab.quantization.limits import obey
 from npulab.quantization.network import Layer, Network, Point, network
-from npulab.quantization.observe import Statistics, observe, runner
+from npulab.quantization.observe import Statistics, give_back, observe, runner
 from npulab.quantization.recipes import AUTO, Recipe, parse_recipe
 from npulab.quantization.sampling import taken
 from npulab.quantization.types import Feeds, Rules, Samples
@@ -192,16 +192,19 @@ def simulated(net: Network, made: Graph, orders: dict[str, tuple[int, ...]], ref
         converted = from_onnx(made)
         made, orders = converted.graph, converted.inputs | converted.outputs
         ends = {v.name: v for v in (made.values[i] for i in (*made.inputs, *made.outputs))}
-    machine = prepare(made, net.rules.arithmetic)
     run = runner(reference, names)
-    for feeds in samples:
+    wanted = [run(feeds) for feeds in samples]
+    del run, reference  # before the exact arithmetic takes its own room
+    give_back()
+    machine = prepare(made, net.rules.arithmetic)
+    for feeds, floats in zip(samples, wanted, strict=True):
         stored = {}
         for name, x in feeds.items():
             p = params.get(name)
             whole = p.codes(x) if p is not None and ends[name].dtype.value != "float32" else np.asarray(x)
             stored[name] = np.ascontiguousarray(whole.transpose(orders[name])) if name in orders else whole
         found = machine.run(stored)
-        for name, want in zip(names, run(feeds), strict=True):
+        for name, want in zip(names, floats, strict=True):
             y, p = found[name], params.get(name)
             y = y.transpose(np.argsort(orders[name])) if name in orders else y
             total[name] += noise(want, p.real(y) if p is not None and ends[name].dtype.value != "float32" else y)

@@ -11,8 +11,10 @@ from npulab.quantization.emit import float_model
 from npulab.quantization.network import Layer, Network, Point, clamp_of
 from npulab.quantization.observe import Progress, Statistics, observe
 from npulab.quantization.ranges import NEEDS_HISTOGRAM, fixed, method, params_of, weight_params
-from npulab.quantization.types import Params, Samples
+from npulab.quantization.types import Params, Samples, Scheme
 
+Known = dict[tuple[str, int, str, Scheme], Params]
+"""Params of tensors and weights: what, its value or node, the method, the scheme."""
 BIAS_ROOM = 2.0**30
 """Biases stay below this many steps of their sums, so that these have room for products."""
 
@@ -34,13 +36,18 @@ def calibrate(net: Network, seen: Mapping[int, Statistics], how: str = "min-max"
     choose_weights(net, clip)
 
 
-def choose_activations(net: Network, seen: Mapping[int, Statistics], how: str = "min-max") -> None:
-    """Params of the points: what the format prescribes, else by the method from the statistics."""
-    choose = method(how)
+def choose_activations(net: Network, seen: Mapping[int, Statistics], how: str = "min-max", known: Known | None = None
+                       ) -> None:
+    """Params of the points: what the format prescribes, else by the method from the statistics. `known`: what was
+    chosen from these before; it is added to."""
+    choose, known = method(how), {} if known is None else known
     for p in net.quantized_points():
         assert p.scheme is not None
-        prescribed = _prescribed(net, p)
-        p.params = prescribed if prescribed is not None else params_of(choose(seen[p.value], p.scheme), p.scheme)
+        p.params, key = _prescribed(net, p), ("tensor", p.value, how, p.scheme)
+        if p.params is None:
+            if key not in known:
+                known[key] = params_of(choose(seen[p.value], p.scheme), p.scheme)
+            p.params = known[key]
     _share_with_concat(net)
 
 
@@ -68,18 +75,16 @@ def _share_with_concat(net: Network) -> None:
                 p.params = result.params
 
 
-def choose_weights(net: Network, clip: str = "min-max", known: dict[tuple[int, str], Params] | None = None) -> None:
-    """Params of the weights of all layers in integers; codes of earlier roundings are gone.
-
-    known  what was chosen for the same weights and schemes before, by layer and `clip`; it is added to.
-    """
+def choose_weights(net: Network, clip: str = "min-max", known: Known | None = None) -> None:
+    """Params of the weights of all layers in integers; codes of earlier roundings are gone. `known`: what was chosen for
+    the same weights before; it is added to."""
     known = {} if known is None else known
     for layer in net.layers:
         layer.codes = None
         if layer.scheme is None:
             layer.params = None
             continue
-        key = (layer.node, clip)
+        key = "weights", layer.node, clip, layer.scheme
         if key not in known:
             known[key] = weight_params(layer.rows(), layer.scheme, layer.axis, clip)
         layer.params = roomy(net, layer, known[key])

@@ -21,7 +21,7 @@ from npulab.errors import UsageError
 from npulab.exporters.onnx import to_onnx
 from npulab.program.files import write_atomically
 from npulab.quantization import datafree, precision, state
-from npulab.quantization.calibrate import choose_activations, choose_weights, statistics
+from npulab.quantization.calibrate import Known, choose_activations, choose_weights, statistics
 from npulab.quantization.compare import SILENCE, noise
 from npulab.quantization.emit import integer_model
 from npulab.quantization.gram import Reference, reference
@@ -32,14 +32,14 @@ from npulab.quantization.ranges import METHODS, NEEDS_HISTOGRAM
 from npulab.quantization.recipes import AUTO, STEPS, Context, Recipe, Step
 from npulab.quantization.sampling import held, some, taken
 from npulab.quantization.trained import Kept
-from npulab.quantization.types import Array, Params, Samples
+from npulab.quantization.types import Array, Samples
 
 CHECKED = 8
 """Samples that each stage is measured on."""
 SPARE = 24
 """From so many samples on, those take no part in the calibration."""
-GAIN = 0.05
-"""Decibels that a repair must bring to be kept."""
+TRIED = 32
+"""Samples for ranges behind a repair that is tried; all of them once it is kept."""
 CLIPS = ("min-max", "mse")
 Budget = Callable[[Network, Samples, Mapping[int, Statistics], str, str], list[str]]
 """Gives a network the bits that keep a budget, by its statistics and two methods for ranges, and says which."""
@@ -179,6 +179,10 @@ class Job:
             lines = self._best_ranges()
             return Measured(name, "ranges", "", lines, time.perf_counter() - start, self.best)
         step, before, recipe, aim = STEPS[name], self.net.snapshot(), self.recipe, self.aim
+        spared = [s for s in recipe.steps if s in step.spared_by]
+        if spared and not self.options.seconds:
+            return Measured(name, step.title, step.paper, [f"left out: {STEPS[spared[0]].title} sees to that"], 0.0,
+                            self.best, False)
         try:
             lines = self._apply(step)
         except UsageError as e:  # too few samples for it, or a package that is not installed
@@ -188,11 +192,14 @@ class Job:
             seconds = time.perf_counter() - start
             return Measured(name, step.title, step.paper, ["nothing to do"], seconds, self.best, False)
         self.recipe = replace(self.recipe, steps=(*self.recipe.steps, name))
-        if step.stage == "before":
-            lines += self._ranges()
+        said = self._ranges(some(self.samples, TRIED)) if step.stage == "before" else []
         now = self.decibels()
+        if step.stage == "before" and now >= self.best + step.gain and len(self.samples) > TRIED:
+            said = self._ranges()
+            now = self.decibels()
+        lines += said
         seconds = time.perf_counter() - start
-        if now < self.best + GAIN:
+        if now < self.best + step.gain:
             self.net.restore(before)
             self.recipe, self.aim = recipe, aim
             lines = [f"left out: {now:.1f} dB with it", *lines]
@@ -221,51 +228,52 @@ class Job:
                 total[name] += noise(x, y)
         return float(np.mean([n.decibels for n in total.values()]))
 
-    def _ranges(self) -> list[str]:
-        """Statistics, and ranges as the recipe has them."""
+    def _ranges(self, samples: Samples | None = None) -> list[str]:
+        """Statistics, of some samples or all, and ranges as the recipe has them."""
+        samples = self.samples if samples is None else samples
         if self.trained is not None and self.trained.is_complete(self.net) and not self.options.wide:
             return ["as trained", *precision.leave_float(self.net, precision.matching(self.net, self.options.keep))]
-        seen, lines = self._seen(self.recipe.activations)
+        seen, lines = self._seen(self.recipe.activations, samples)
         lines += self._choose(seen, self.recipe.activations, self.recipe.weights)
-        return [f"activations by {self.recipe.activations}, weights by {self.recipe.weights}, from {len(self.samples)} "
+        return [f"activations by {self.recipe.activations}, weights by {self.recipe.weights}, from {len(samples)} "
                 "samples", *lines]
 
     def _best_ranges(self) -> list[str]:
         """Statistics once, and of all ways to choose ranges the best."""
-        seen, lines = self._seen(next(iter(NEEDS_HISTOGRAM)))
+        seen, lines = self._seen(next(iter(NEEDS_HISTOGRAM)), self.samples)
         found: dict[tuple[str, str], float] = {}
-        known: dict[tuple[int, str], Params] = {}
+        known: Known = {}
         for clip in CLIPS:
             for how in METHODS if clip == CLIPS[0] else [max(found, key=lambda k: found[k])[0]]:
                 self._choose(seen, how, clip, known)
                 found[how, clip] = self.decibels()
         how, clip = max(found, key=lambda k: found[k])
         self.recipe = replace(self.recipe, activations=how, weights=clip)
-        lines += self._choose(seen, how, clip)
+        lines += self._choose(seen, how, clip, None if self.budget else known)
         self.best = self.decibels() if self.budget else found[how, clip]
         tried = ", ".join(f"{a} {db:.1f}" for (a, c), db in found.items() if c == CLIPS[0])
         return [f"activations by {how}, weights by {clip}, from {len(self.samples)} samples", f"dB tried: {tried}",
                 *lines]
 
     def _choose(self, seen: Mapping[int, Statistics], how: str, clip: str,
-                known: dict[tuple[int, str], Params] | None = None) -> list[str]:
-        """Params of everything, within the budget unless this is one of several tries, which share what they know of
-        the weights; what was trained keeps its own."""
+                known: Known | None = None) -> list[str]:
+        """Params of everything, within the budget unless this is one of several tries, which share what they know;
+        what was trained keeps its own."""
         lines = self.budget(self.net, self.samples, seen, how, clip) if known is None and self.budget else []
         if not lines:
-            choose_activations(self.net, seen, how)
+            choose_activations(self.net, seen, how, known)
             choose_weights(self.net, clip, known)
         if self.trained is not None:
             self.trained.put_back(self.net)
         return lines
 
-    def _seen(self, how: str) -> tuple[Mapping[int, Statistics], list[str]]:
+    def _seen(self, how: str, samples: Samples) -> tuple[Mapping[int, Statistics], list[str]]:
         """Statistics of the tensors that are to be integers, once it is settled which ones are."""
         net = self.net
         self.aim = reference(net)
         lines = precision.leave_float(net, precision.matching(net, self.options.keep))
         lines += precision.make_wide(net, precision.matching(net, self.options.wide))
-        seen = statistics(net, self.samples, how, progress=self._progress("ranges"))
+        seen = statistics(net, samples, how, progress=self._progress("ranges"))
         lines += datafree.remember(net, seen) if self.made_up else []
         lines += part_mixed(net, seen) if self.trained is None else []
         return seen, lines

@@ -14,6 +14,7 @@ from npulab.quantization.ranges import METHODS
 from npulab.quantization.types import Samples
 
 Stage = Literal["before", "after"]
+GAIN = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,8 @@ class Step:
     cost  time that it takes, in that of the search for ranges, about.    slow  a search leaves it out unless it has
     time to keep; where weights have few bits or one scale a tensor, it tries the ones that help there all the same.
     samples  that it is given at most, evenly spread: what it measures settles long before a calibration set ends.
+    gain  decibels that it must bring for a search to keep it.
+    spared_by  repairs that do what it does: behind one of those a search tries it only if it has time to keep.
     run   changes the network, gives lines on what was done; none: there was nothing to do.
     """
 
@@ -49,6 +52,8 @@ class Step:
     run: Callable[[Network, Context], list[str]]
     slow: bool = False
     samples: int = 128
+    gain: float = GAIN
+    spared_by: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,13 +143,15 @@ ADAROUND = "Nagel et al. 2020, arXiv:2004.10568"
 STEPS: Mapping[str, Step] = {s.name: s for s in (
     Step("smooth", "before", "migration of scales to weights", "Xiao et al. 2022, arXiv:2211.10438", 1.2, _smooth,
          samples=32),
-    Step("equalize", "before", "cross-layer equalization", DFQ, 1.2, _equalize, slow=True),
+    Step("equalize", "before", "cross-layer equalization", DFQ, 1.2, _equalize, slow=True, samples=64,
+         gain=1.0),
     Step("absorb", "before", "bias absorption", DFQ, 1.2, _absorb),
     Step("clip", "after", "clipping of activations", "", 2, _clip, slow=True, samples=64),
     Step("adaround", "after", "adaptive rounding", ADAROUND, 4, _adaround, slow=True),
     Step("adaround-full", "after", "adaptive rounding, in groups", ADAROUND, 15, _adaround_full, slow=True),
-    Step("correct", "after", "bias correction", DFQ, 1.5, _correct, samples=64),
-    Step("correct-full", "after", "bias correction, layer by layer", DFQ, 4, _correct_full, slow=True),
+    Step("correct", "after", "bias correction", DFQ, 1.5, _correct, samples=64, spared_by=("adaround",)),
+    Step("correct-full", "after", "bias correction, layer by layer", DFQ, 4, _correct_full, slow=True,
+         spared_by=("adaround",)),
     Step("distil", "after", "distillation, block by block", "BRECQ: Li et al. 2021, arXiv:2102.05426", 60, _distil,
          slow=True, samples=256),
 )}
