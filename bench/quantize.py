@@ -256,50 +256,76 @@ HELD = 100
 """Images for ONNX Runtime's percentile calibration, which holds every tensor of every image."""
 
 
-def side(python: str, shared: Path, count: int = 300) -> None:
-    """The same network, images and threads (2); peak memory of the process beside that of loading the images."""
-    case = of_files("EfficientNet-Lite0", shared / "models/float/efficientnet_lite0_imagenet_float.onnx",
-                    shared / "images/imagenet-500", "127,128", "centre", 500)
-    full = reference(case)
-    (name,) = (case.graph.values[v].name for v in case.graph.inputs)
+def side(python: str, shared: Path, count: int = 500) -> None:
+    """The same network, images and threads (2), each quantizer in a process of its own; then memory by itself, with every
+    calibration on a network that is small enough for all of them."""
     model = shared / "models/float/efficientnet_lite0_imagenet_float.onnx"
-    print(f"EfficientNet-Lite0, float {full.mean():.4f}; {count} images calibrate, 500 measure; 2 threads")
+    case = of_files("EfficientNet-Lite0", model, shared / "images/imagenet-500", "127,128", "centre", count)
+    full = reference(case)
+    print(f"EfficientNet-Lite0, float {full.mean():.4f}; {count} images calibrate, {len(full)} measure; 2 threads")
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "images.npy"
-        np.save(path, np.concatenate([f[name] for f in case.test])[:, :])
-        for who, code, runs_in in (("npulab min-max", NPULAB, sys.executable), ("npulab auto", NPULAB, sys.executable),
-                                   ("ONNX Runtime", ORT, sys.executable), ("NNCF", NNCF, python),
-                                   ("ONNX Runtime Percentile", ORT, sys.executable)):
-            for granularity in ("per-tensor", "per-channel")[who.endswith("Percentile"):]:
-                out = Path(folder) / "out.onnx"
-                some = min(count, HELD) if who.endswith("Percentile") else count
-                argument = [who, str(model), str(path), str(some), str(out), granularity, name]
-                done = subprocess.run([runs_in, "-c", code, *argument], capture_output=True, text=True,
-                                      env={**os.environ, "OMP_NUM_THREADS": "2"})
-                if done.returncode:
-                    why = (done.stderr.strip().splitlines() or [f"ended by signal {-done.returncode}"])[-1][:90]
-                    print(f"  {who:24} {granularity:12} {some} images: {why}", flush=True)
+        for who, runs_in, some in (("npulab min-max", sys.executable, count), ("npulab auto", sys.executable, count),
+                                   ("ONNX Runtime MinMax", sys.executable, count), ("NNCF", python, count),
+                                   ("npulab percentile", sys.executable, HELD),
+                                   ("ONNX Runtime Percentile", sys.executable, HELD)):
+            for granularity in ("per-tensor", "per-channel")[some < count:]:
+                said = _aside(who, runs_in, model, case, some, granularity, Path(folder))
+                if said is None:
                     continue
-                said = json.loads(done.stdout.strip().splitlines()[-1])
+                out = Path(folder) / "out.onnx"
                 graph = npulab.load(out)
                 right = case.right(out.read_bytes(), graph.values[graph.outputs[0]].name)
-                print(f"  {who:24} {granularity:12} {some} images: top-1 {right.mean():.4f} "
-                      f"({points(right, full):+.1f})  CPU {said['cpu']:6.1f} s  wall {said['wall']:6.1f} s  peak "
-                      f"{said['peak'] / 1024:6.0f} MiB "
-                      f"({said['before'] / 1024:.0f} before)", flush=True)
+                print(f"  {who:24} {granularity:12} {some} images: top-1 {right.mean():.4f} ({points(right, full):+.1f})"
+                      f"  CPU {said['cpu']:6.1f} s  wall {said['wall']:6.1f} s  peak {said['peak'] / 1024:6.0f} MiB",
+                      flush=True)
+        case = of_files("CIFAR ResNet", shared / "models/float/pretrainedResnet.tflite",
+                        shared / "images/cifar10-5000.zip", "raw", measure=count)
+        model = Path(folder) / "cifar.onnx"
+        model.write_bytes(from_tflite(case.graph).graph.source)
+        print(f"CIFAR ResNet, {count} images calibrate: peak memory")
+        for who in ("npulab min-max", "npulab percentile", "npulab entropy", "npulab auto", "ONNX Runtime MinMax",
+                    "ONNX Runtime Percentile", "ONNX Runtime Entropy"):
+            said = _aside(who, sys.executable, model, case, count, "per-channel", Path(folder))
+            if said is not None:
+                print(f"  {who:24} {said['peak'] / 1024:6.0f} MiB ({said['before'] / 1024:.0f} when loaded)", flush=True)
+
+
+def _aside(who: str, runs_in: str, model: Path, case: Case, count: int, granularity: str, folder: Path
+           ) -> dict[str, float] | None:
+    """What a quantizer in a process of its own says of itself; None if it failed, which is said."""
+    (name,) = next(iter(case.test))
+    path, out = folder / f"{case.name}.npy", folder / "out.onnx"
+    if not path.exists():
+        np.save(path, np.concatenate([f[name] for f in case.test]))
+    code = NNCF if who == "NNCF" else ORT if who.startswith("ONNX") else NPULAB
+    done = subprocess.run([runs_in, "-c", code, who, str(model), str(path), str(count), str(out), granularity, name],
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or [f"ended by signal {-done.returncode}"])[-1][:90]
+        print(f"  {who:24} {granularity:12} {count} images: {why}", flush=True)
+        return None
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
 COMMON = """
 import json, resource, sys, time, logging
 import numpy as np
 who, model, path, count, out, granularity, name = sys.argv[1:8]
-data = np.load(path, mmap_mode="r")
+class Images:  # read when they are asked for: pages of a mapped file would count as memory
+    def __init__(self):
+        data = np.load(path, mmap_mode="r")
+        self.shape, self.first = data.shape, data.offset
+        self.bytes = int(np.prod(data.shape[1:])) * 4
+    def __len__(self): return int(count)
+    def __getitem__(self, i):
+        at = int(i * self.shape[0] / int(count))
+        return np.fromfile(path, np.float32, self.bytes // 4, offset=self.first + at * self.bytes
+                           ).reshape(1, *self.shape[1:])
+data = Images()
 class Stream:
     origin = "images"
     def __len__(self): return int(count)
-    def __iter__(self):
-        step = len(data) / int(count)
-        return ({name: np.array(data[int(i * step)])[None]} for i in range(int(count)))
+    def __iter__(self): return ({name: data[i]} for i in range(int(count)))
 def memory(): return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])  # KiB, of this program
 """
 DONE = """
@@ -328,7 +354,7 @@ logging.disable(logging.WARNING)
 before, cpu, wall = memory(), time.process_time(), time.perf_counter()
 quantize_static(model, out, Reader(), quant_format=QuantFormat.QDQ, activation_type=QuantType.QInt8,
                 weight_type=QuantType.QInt8, per_channel=granularity == "per-channel",
-                calibrate_method=CalibrationMethod.Percentile if "Percentile" in who else CalibrationMethod.MinMax)
+                calibrate_method=getattr(CalibrationMethod, who.split()[-1]))
 """ + DONE
 NNCF = COMMON + """
 import nncf, onnx, onnxruntime
@@ -337,7 +363,7 @@ advanced = AdvancedQuantizationParameters(weights_quantization_params=Quantizati
     per_channel=granularity == "per-channel"))
 before, cpu, wall = memory(), time.process_time(), time.perf_counter()
 made = nncf.quantize(onnx.load(model), nncf.Dataset(list(range(int(count))), lambda i: {
-    name: np.array(data[int(i * len(data) / int(count))])[None]}), subset_size=int(count), advanced_parameters=advanced)
+    name: data[i]}), subset_size=int(count), advanced_parameters=advanced)
 onnx.save(made, out)
 """ + DONE
 

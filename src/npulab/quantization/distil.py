@@ -21,9 +21,10 @@ from npulab.quantization.emit import integer_model
 from npulab.quantization.gram import Reference, reference, upto
 from npulab.quantization.network import FUSING, Layer, Network, Point
 from npulab.quantization.observe import Progress, in_order, runner
+from npulab.quantization.ranges import weight_params
 from npulab.quantization.torch_block import Block, Student
 from npulab.quantization.torch_ops import pytorch, supported
-from npulab.quantization.types import Array, Samples
+from npulab.quantization.types import Array, Params, Samples
 
 HELD_OUT = 0.2
 """Of the samples, the last ones."""
@@ -198,17 +199,14 @@ def _learn(net: Network, block: Block, data: tuple[list[Array], list[Array], lis
            drop: float, batch: int, rate: float, seed: int, stop: Callable[[], bool] | None,
            progress: Callable[[int], None] | None) -> str:
     torch = pytorch()
-    student = Student(net, block, rate)
     shown, floats, results = ([torch.from_numpy(np.ascontiguousarray(a)) for a in part] for part in data)
     total = len(results[0])
     held = max(1, int(total * HELD_OUT))
     train = total - held
     powers = [max(float(r[:train].square().mean()), 1e-30) for r in results]
     rng = np.random.default_rng(seed)
-    optimizer = torch.optim.Adam(student.groups(), betas=(0.9, 0.99))
-    starts = [g["lr"] for g in optimizer.param_groups]
 
-    def error() -> float:
+    def error(student: Student) -> float:
         with torch.no_grad():
             sums = [0.0] * len(results)
             for at in range(train, total, batch):
@@ -228,8 +226,18 @@ def _learn(net: Network, block: Block, data: tuple[list[Array], list[Array], lis
         loss = sum((m - r[at]).square().mean() / p for m, r, p in zip(made, results, powers, strict=True))
         return torch.autograd.grad(loss * (len(part) / size), student.free, allow_unused=True)
 
-    before = least = error()
+    student = Student(net, block, rate)
+    before = least = error(student)
+    own = _clip_weights(net, block)
+    clipped = Student(net, block, rate)
+    if own and (now := error(clipped)) < before:
+        student, least = clipped, now
+    else:
+        _put_back(own)
+        own = []
     best = student.state()
+    optimizer = torch.optim.Adam(student.groups(), betas=(0.9, 0.99))
+    starts = [g["lr"] for g in optimizer.param_groups]
     check = max(1, iterations // CHECKS)
     with ThreadPoolExecutor(HALVES) as pool:
         for i in range(iterations):
@@ -246,7 +254,7 @@ def _learn(net: Network, block: Block, data: tuple[list[Array], list[Array], lis
             optimizer.step()
             ends = i + 1 == iterations or bool(stop and stop())
             if (i + 1) % check == 0 or ends:
-                now = error()
+                now = error(student)
                 if now < least:
                     least, best = now, student.state()
             if progress:
@@ -257,12 +265,29 @@ def _learn(net: Network, block: Block, data: tuple[list[Array], list[Array], lis
     name = f"{first} .. {last} ({len(block.layers)} layers)" if first != last else first
     shown_error = f"held-out noise {_db(before)}"
     if not np.isfinite(least) or least >= before:
+        _put_back(own)
         return f"{name}: {shown_error} dB stays: learning did not lessen it"
     student.restore(best)
     if not _write(net, block, student):
+        _put_back(own)
         return f"{name}: {shown_error} dB stays: biases would not fit their integers"
     few = f", on {total} samples for memory" if total < count else ""
     return f"{name}: {shown_error} -> {_db(least)} dB{few}"
+
+
+def _clip_weights(net: Network, block: Block) -> list[tuple[Layer, Params | None]]:
+    """The weights' ranges of least squared error instead of those that they have, where no repair chose the integers: in
+    few bits a better start. Gives those that they had."""
+    before = [(layer, layer.params) for layer in block.layers if layer.codes is None]
+    for layer, _ in before:
+        assert layer.scheme is not None
+        layer.params = roomy(net, layer, weight_params(layer.rows(), layer.scheme, layer.axis, "mse"))
+    return before
+
+
+def _put_back(before: Sequence[tuple[Layer, Params | None]]) -> None:
+    for layer, params in before:
+        layer.params = params
 
 
 def _db(ratio: float) -> str:

@@ -215,7 +215,9 @@ def observe(model: bytes, names: Sequence[str], samples: Samples, histograms: bo
             seen.append(_Seen(large[name], low if np.isfinite(total) else total, high, next(left) if most else None))
         return seen
 
-    for number, seen in enumerate(each(model, asked, samples, look, progress)):
+    looked = each(model, asked, samples, look, progress)
+    del model  # the session has the weights of its own
+    for number, seen in enumerate(looked):
         for name, one in zip(names, seen, strict=True):
             if not (np.isfinite(one.low) and np.isfinite(one.high)):
                 raise ModelError(f"'{name}' is not finite", got=f"sample {number + 1} of {samples.origin}",
@@ -253,6 +255,7 @@ def each(model: bytes, names: Sequence[str], samples: Samples, work: Callable[[S
     if not len(samples):
         raise UsageError("there are no samples to calibrate with", got=samples.origin)
     run = runner(model, names)
+    del model
     workers = max(1, min(8, os.cpu_count() or 1))
 
     def job(feeds: Feeds) -> T:
