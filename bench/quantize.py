@@ -257,8 +257,8 @@ HELD = 100
 
 
 def side(python: str, shared: Path, count: int = 500) -> None:
-    """The same network, images and threads (2), each quantizer in a process of its own; then memory by itself, with every
-    calibration on a network that is small enough for all of them."""
+    """The same network, images and threads (2), each quantizer in a process of its own; then memory by itself, with
+    every calibration on a network that is small enough for all of them."""
     model = shared / "models/float/efficientnet_lite0_imagenet_float.onnx"
     case = of_files("EfficientNet-Lite0", model, shared / "images/imagenet-500", "127,128", "centre", count)
     full = reference(case)
@@ -275,9 +275,9 @@ def side(python: str, shared: Path, count: int = 500) -> None:
                 out = Path(folder) / "out.onnx"
                 graph = npulab.load(out)
                 right = case.right(out.read_bytes(), graph.values[graph.outputs[0]].name)
-                print(f"  {who:24} {granularity:12} {some} images: top-1 {right.mean():.4f} ({points(right, full):+.1f})"
-                      f"  CPU {said['cpu']:6.1f} s  wall {said['wall']:6.1f} s  peak {said['peak'] / 1024:6.0f} MiB",
-                      flush=True)
+                print(f"  {who:24} {granularity:12} {some} images: top-1 {right.mean():.4f} "
+                      f"({points(right, full):+.1f})  CPU {said['cpu']:6.1f} s  wall {said['wall']:6.1f} s  "
+                      f"peak {said['peak'] / 1024:6.0f} MiB", flush=True)
         case = of_files("CIFAR ResNet", shared / "models/float/pretrainedResnet.tflite",
                         shared / "images/cifar10-5000.zip", "raw", measure=count)
         model = Path(folder) / "cifar.onnx"
@@ -287,7 +287,8 @@ def side(python: str, shared: Path, count: int = 500) -> None:
                     "ONNX Runtime Percentile", "ONNX Runtime Entropy"):
             said = _aside(who, sys.executable, model, case, count, "per-channel", Path(folder))
             if said is not None:
-                print(f"  {who:24} {said['peak'] / 1024:6.0f} MiB ({said['before'] / 1024:.0f} when loaded)", flush=True)
+                print(f"  {who:24} {said['peak'] / 1024:6.0f} MiB ({said['before'] / 1024:.0f} when loaded)",
+                      flush=True)
 
 
 def _aside(who: str, runs_in: str, model: Path, case: Case, count: int, granularity: str, folder: Path

@@ -1,10 +1,8 @@
 """Samples from files, and how well networks do on them: figures that are known, files that are not what they say."""
 
-import importlib.util
 import io
 import json
 import os
-import sys
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -27,6 +25,7 @@ from npulab.runtime import array_samples, datasets
 from npulab.runtime.answers import Labels
 from npulab.runtime.datasets import open_samples
 from npulab.runtime.images import parse_normalization
+from scripts import loaded
 from shared import MODELS, SHARED, needs_shared
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,15 +43,8 @@ def digits():
     """Held-out digits of the sample network: images N,32,32,3 and labels."""
     pytest.importorskip("sklearn", reason="needs scikit-learn for the digits: pip install 'npulab[sample]'")
     pytest.importorskip("ai_edge_litert", reason="needs LiteRT: pip install 'npulab[litert]'")
-    spec = importlib.util.spec_from_file_location("train_sample_", ROOT / "scripts" / "train_sample.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_sample_"] = module
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
-            patch.setenv(name, "1")  # the script sets them; put back afterwards
-        spec.loader.exec_module(module)
-    yield module.held_out()
-    del sys.modules["train_sample_"]
+    with loaded("scripts/train_sample.py") as script:
+        return script.held_out()
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +15,7 @@ from npulab.targets.vivante.machine import VirtualNPU, convolve, requantize
 from npulab.targets.vivante.nn import NNDescriptor
 from npulab.targets.vivante.replay import _Case, _submits
 from npulab.targets.vivante.tp import TPDescriptor
+from scripts import loaded
 from shared import SHARED, needs_shared
 
 INPUT, OUTPUT, COEFFICIENTS, DESCRIPTOR, TABLE = 0x10000000, 0x20000000, 0x30000000, 0x40000000, 0x50000000
@@ -421,12 +420,8 @@ def test_recorded_jobs_read_nothing_unwritten_except_where_the_driver_is_wrong()
 @needs_shared
 def test_damaged_cases_are_refused_or_fault():
     """A sample of bench/fuzz_replay.py."""
-    path = Path(__file__).resolve().parents[1] / "bench" / "fuzz_replay.py"
-    spec = importlib.util.spec_from_file_location("fuzz_replay", path)
-    fuzz = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(fuzz)
-
-    found, bad = fuzz.run(fuzz.FOLDER, 600, 7)
+    with loaded("bench/fuzz_replay.py") as fuzz:
+        found, bad = fuzz.run(fuzz.FOLDER, 600, 7)
 
     assert bad == []
     assert {"ran", "refused (ModelError)", "fault: unmapped access", "fault: undecodable stream"} <= set(found)

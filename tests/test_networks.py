@@ -1,8 +1,6 @@
 """The small trained networks that low-bit quantization is measured on: files, figures, images."""
 
 import hashlib
-import importlib.util
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 from npulab.errors import UsageError
 from npulab.importers import load
 from npulab.samples import networks
+from scripts import loaded
 
 onnx = pytest.importorskip("onnx", reason="needs ONNX: pip install 'npulab[onnx]'")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs ONNX Runtime: pip install 'npulab[onnx]'")
@@ -30,17 +29,8 @@ def script():
     """scripts/train_networks.py as a module."""
     pytest.importorskip("torch", reason="needs PyTorch: pip install 'npulab[quantize]'")
     pytest.importorskip("sklearn", reason="needs scikit-learn for the digits: pip install 'npulab[sample]'")
-    spec = importlib.util.spec_from_file_location("train_networks", ROOT / "scripts" / "train_networks.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_networks"] = module
-    sys.path.insert(0, str(ROOT / "scripts"))  # as for one that is run: it imports its neighbour
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
-            patch.setenv(name, "1")  # the script sets them; put back afterwards
-        spec.loader.exec_module(module)
-    yield module
-    del sys.modules["train_networks"]
-    sys.path.remove(str(ROOT / "scripts"))
+    with loaded("scripts/train_networks.py") as module:
+        yield module
 
 
 def answers(model, images):

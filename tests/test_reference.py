@@ -1,7 +1,5 @@
 """Exact integer arithmetic against LiteRT's reference kernels, ONNX Runtime, the virtual NPU and exact fractions."""
 
-import importlib.util
-import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from npulab.reference.requantize import (
     tflite,
 )
 from npulab.reference.types import Stored, codes
+from scripts import loaded
 from shared import MODELS, needs_shared
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,12 +34,8 @@ U8, S8, S16 = (np.dtype(t) for t in ("uint8", "int8", "int16"))
 @pytest.fixture(scope="module")
 def bench():
     """bench/integer_layers.py as a module: the generator of random layers, and their witnesses."""
-    spec = importlib.util.spec_from_file_location("integer_layers", ROOT / "bench" / "integer_layers.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["integer_layers"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["integer_layers"]
+    with loaded("bench/integer_layers.py") as module:
+        yield module
 
 
 def rows_of(bench, name, seed, count):

@@ -1,9 +1,7 @@
 """The sample network that the project ships: its files, its figures, and what an NPU driver may expect of it."""
 
 import hashlib
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +9,7 @@ import pytest
 from PIL import Image
 
 import npulab
+from scripts import loaded
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = ROOT / "src" / "npulab" / "samples"
@@ -23,15 +22,8 @@ def script():
     """scripts/train_sample.py as a module; its `evaluate` runs LiteRT's reference kernels."""
     pytest.importorskip("ai_edge_litert", reason="needs LiteRT: pip install 'npulab[litert]'")
     pytest.importorskip("sklearn", reason="needs scikit-learn for the digits: pip install 'npulab[sample]'")
-    spec = importlib.util.spec_from_file_location("train_sample", ROOT / "scripts" / "train_sample.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_sample"] = module
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
-            patch.setenv(name, "1")  # the script sets them; put back afterwards
-        spec.loader.exec_module(module)
-    yield module
-    del sys.modules["train_sample"]
+    with loaded("scripts/train_sample.py") as module:
+        yield module
 
 
 def picture() -> np.ndarray:

@@ -22,6 +22,7 @@ from npulab.targets.vivante.chips import A311D, LIMITS
 from npulab.targets.vivante.machine import VirtualNPU
 from npulab.targets.vivante.nn import NNDescriptor
 from npulab.targets.vivante.options import FEATURES
+from scripts import loaded
 from shared import MODELS, model_files, needs_shared
 
 pytest.importorskip("ai_edge_litert", reason="host steps run in LiteRT: pip install 'npulab[litert]'")
@@ -594,13 +595,10 @@ def test_other_rows_are_not_predicted():
 
 @needs_shared
 def test_recorded_counts_are_those_of_the_models():
-    from importlib.util import module_from_spec, spec_from_file_location
-
-    spec = spec_from_file_location("calibrate", Path(__file__).parents[1] / "scripts" / "calibrate.py")
-    calibrate = module_from_spec(spec)
-    spec.loader.exec_module(calibrate)
+    with loaded("scripts/calibrate.py") as calibrate:
+        ladder = calibrate.LADDER
     speeds = timing.Speeds.of(A311D)
-    for row, (model, options, published) in calibrate.LADDER.items():
+    for row, (model, options, published) in ladder.items():
         assert published == PUBLISHED[row]
         p = api.profile(MODELS / "quantized" / f"{model}.tflite", plan="reference", options=options)
         assert p.total_ns / 1e6 == timing.predict(row, speeds).ms

@@ -35,7 +35,7 @@ def to_proto(graph: Graph, shapes: bool = True, without: Collection[int] = ()) -
 
     if graph.header is None:
         raise UnsupportedError(f"'{graph.name}' did not come from an ONNX file", got=graph.format, want="onnx")
-    proto = onnx.ModelProto.FromString(graph.header.shell)
+    proto: onnx.ModelProto = onnx.ModelProto.FromString(graph.header.shell)
     proto.ir_version = max(proto.ir_version, IR_WITH_FREE_CONSTANTS)
     constants = [v for v in graph.values if v.is_constant]
     if sum(len(v.constant or b"") for v in constants) > SIZE_MAX:

@@ -278,9 +278,9 @@ def _elements(t: onnx.TensorProto) -> int:
 class _Values:
     """Values by name, in order of appearance."""
 
-    def __init__(self, model: str, places: _Places) -> None:
+    def __init__(self, model: str, places: _Places | None = None) -> None:
         self.model = model
-        self.places = places
+        self.places = places or _Places(b"", b"")
         self.infos: dict[int, bytes] = {}
         self._index: dict[str, int] = {}
         self._values: dict[int, Value] = {}

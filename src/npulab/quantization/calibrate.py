@@ -76,8 +76,8 @@ def _share_with_concat(net: Network) -> None:
 
 
 def choose_weights(net: Network, clip: str = "min-max", known: Known | None = None) -> None:
-    """Params of the weights of all layers in integers; codes of earlier roundings are gone. `known`: what was chosen for
-    the same weights before; it is added to."""
+    """Params of the weights of all layers in integers; codes of earlier roundings are gone. `known`: what was chosen
+    for the same weights before; it is added to."""
     known = {} if known is None else known
     for layer in net.layers:
         layer.codes = None

@@ -100,8 +100,8 @@ def noises(reference: bytes, other: bytes, pairs: Mapping[str, str], samples: Sa
     sizes  elements of tensors, where they are known: then no more of them are in memory than HELD together.
     """
     if sizes and len(parts := in_parts(pairs, sizes)) > 1:
-        found = [noises(reference, other, {name: pairs[name] for name in part}, samples) for part in parts]
-        return {name: n for part in found for name, n in part.items()}
+        by_part = [noises(reference, other, {name: pairs[name] for name in part}, samples) for part in parts]
+        return {name: n for part in by_part for name, n in part.items()}
     left, right = runner(reference, list(pairs)), runner(other, list(pairs.values()))
     total = dict.fromkeys(pairs, SILENCE)
 

@@ -276,8 +276,8 @@ def _learn(net: Network, block: Block, data: tuple[list[Array], list[Array], lis
 
 
 def _clip_weights(net: Network, block: Block) -> list[tuple[Layer, Params | None]]:
-    """The weights' ranges of least squared error instead of those that they have, where no repair chose the integers: in
-    few bits a better start. Gives those that they had."""
+    """The weights' ranges of least squared error instead of those that they have, where no repair chose the integers:
+    in few bits a better start. Gives those that they had."""
     before = [(layer, layer.params) for layer in block.layers if layer.codes is None]
     for layer, _ in before:
         assert layer.scheme is not None

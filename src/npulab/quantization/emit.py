@@ -81,8 +81,6 @@ def shown_model(net: Network) -> tuple[bytes, dict[str, str]]:
 
 class _Writer:
     def __init__(self, net: Network, integer_ends: bool, packed: bool) -> None:
-        import onnx
-
         self.net = net
         self.integer_ends, self.packed = integer_ends, packed
         self.proto = to_proto(net.graph, shapes=False, without=own_weights(net))

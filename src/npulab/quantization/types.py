@@ -105,9 +105,9 @@ class Params:
         steps = np.asarray(real / scales)
         np.rint(steps, out=steps)
         np.clip(steps, self.scheme.low - zeros, self.scheme.high - zeros, out=steps)
-        steps = steps.astype(np.float32, copy=False)
-        steps *= scales
-        return steps
+        shown: F32 = steps.astype(np.float32, copy=False)
+        shown *= scales
+        return shown
 
 
 @dataclass(frozen=True, slots=True)
