@@ -136,7 +136,7 @@ METHODS: Sequence[tuple[str, str, str, dict[str, Any]]] = (
 )
 
 
-DISTILLED = 1 << 20
+DISTILLED = 1 << 26
 """Bytes of the largest network that is distilled here: blocks of pictures of 224 pixels take hours."""
 
 

@@ -167,6 +167,13 @@ def test_memory_does_not_grow_with_the_samples():
     assert peaks[2] < peaks[1] * 1.5 + 100_000, peaks
 
 
+@pytest.mark.parametrize("recipe", ["min-max", "min-max+adaround", "equalize+correct"])
+def test_tensors_are_compared_with_the_float_network(recipe):
+    """Not with one that has the integers' biases."""
+    made = quantized(recipe=recipe, data=samples(small(), 4), weights=4)
+    assert made.tensors["y"].decibels == pytest.approx(made.stages[-1].decibels, abs=0.01)
+
+
 # ranges
 
 

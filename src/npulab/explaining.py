@@ -33,10 +33,11 @@ def explained(made: Quantized, progress: Progress | None = None) -> dict[str, An
     """
     net, few = made.network, FirstSamples(made.samples, SAMPLES)
     how = made.recipe.activations
-    seen = statistics(net, few, how)
     bits = sorted({layer.scheme.bits for layer in net.layers if layer.scheme})
     widths = sorted({p.scheme.bits for p in net.points if p.scheme})
-    rows = sensitivities(net, few, seen, how, made.recipe.weights, bits, widths, count=SAMPLES, progress=progress)
+    with made.aim.biases_in(net):  # those of the integers would be wrong with float weights
+        seen = statistics(net, few, how)
+        rows = sensitivities(net, few, seen, how, made.recipe.weights, bits, widths, count=SAMPLES, progress=progress)
     own = {("weights", i): layer.scheme.bits for i, layer in enumerate(net.layers) if layer.scheme}
     own |= {("tensor", i): p.scheme.bits for i, p in enumerate(net.points) if p.scheme}
     rows = [r for r in rows if own.get((r.kind, r.index)) == r.bits]

@@ -19,6 +19,7 @@ from npulab.ir import Graph
 from npulab.quantization import datafree, precision, trained
 from npulab.quantization.compare import SILENCE, FirstSamples, Noise, by_tensor, noise
 from npulab.quantization.emit import float_model, integer_model
+from npulab.quantization.gram import Reference, reference
 from npulab.quantization.job import Budget, Job, Measured, Options, Tell
 from npulab.quantization.limits import obey
 from npulab.quantization.network import Layer, Network, Point, network
@@ -41,6 +42,7 @@ class Quantized:
 
     graph    in the dialect of the target's file; `data` its bytes.    reference  writes the float network's, in ONNX.
     network  layers and points with what was chosen for them; `qdq` the ONNX form that all simulation in floats uses.
+    aim      the float network that ranges were chosen for: with what repairs made of weights and biases before that.
     stages   what was done, and what each brought.
     tensors  noise of each quantized tensor and of the outputs, by name; `shapes` their histograms in the float network.
     exact    noise of the outputs as the target's own integer arithmetic computes them; None: how it rounds is not
@@ -52,6 +54,7 @@ class Quantized:
     qdq: bytes
     reference: Callable[[], bytes]
     network: Network
+    aim: Reference
     rules: Rules
     recipe: Recipe
     samples: Samples
@@ -133,10 +136,12 @@ def quantize(graph: Graph, samples: Samples | None, rules: Rules, options: Optio
     stages = job.run(resume)
     notes += obey(net)
     few = FirstSamples(job.check, EXAMINED)
-    tensors = by_tensor(net, few)
-    shapes = observe(float_model(net), [net.name(p.value) for p in net.quantized_points()],
+    floats = job.aim.model() if job.aim else float_model(net)
+    tensors = by_tensor(net, few, floats)
+    shapes = observe(floats, [net.name(p.value) for p in net.quantized_points()],
                      few, histograms=True, sizes={v.name: v.elements for v in net.graph.values})
     ends = options.integer_ends if options.integer_ends is not None else rules.file == "tflite"
+    del floats
     qdq = integer_model(net)
     made = read_onnx(integer_model(net, ends, packed=True), graph.name)
     orders: dict[str, tuple[int, ...]] = {}
@@ -149,8 +154,8 @@ def quantize(graph: Graph, samples: Samples | None, rules: Rules, options: Optio
     exact = simulated(net, made, orders, job.reference(), job.check)
     if resume is not None:
         resume.unlink(missing_ok=True)
-    return Quantized(made, data, qdq, job.reference, net, rules, job.recipe, samples, stages, tensors, shapes, exact,
-                     (*net.notes, *notes))
+    return Quantized(made, data, qdq, job.reference, net, job.aim or reference(net), rules, job.recipe, samples, stages,
+                     tensors, shapes, exact, (*net.notes, *notes))
 
 
 def _own_tools(rules: Rules) -> list[str]:

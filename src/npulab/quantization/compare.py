@@ -115,14 +115,14 @@ def noises(reference: bytes, other: bytes, pairs: Mapping[str, str], samples: Sa
     return total
 
 
-def by_tensor(net: Network, samples: Samples, progress: Progress | None = None) -> dict[str, Noise]:
+def by_tensor(net: Network, samples: Samples, floats: bytes | None = None, progress: Progress | None = None
+              ) -> dict[str, Noise]:
     """Of each point as later operators see it, and of the outputs, by name.
 
-    The float network is the one with the weights as they are now: compare with the source's for repairs that change
-    them.
+    floats  the float network's file; None: the network with the weights and biases as they are now.
     """
     model, shown = shown_model(net)
     points = [net.name(p.value) for p in net.quantized_points() if p.params]
     pairs = {name: shown[name] for name in points} | {name: name for name in map(net.name, net.graph.outputs)}
     sizes = {v.name: v.elements for v in net.graph.values}
-    return noises(float_model(net), model, pairs, samples, progress, sizes)
+    return noises(floats or float_model(net), model, pairs, samples, progress, sizes)

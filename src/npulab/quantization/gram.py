@@ -8,8 +8,9 @@ summed sample by sample, so memory does not grow with the samples.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -56,6 +57,18 @@ class Reference:
     def model(self) -> bytes:
         """The ONNX file, written when it is asked for: it is as large as all weights."""
         return float_model(self.net)
+
+    @contextmanager
+    def biases_in(self, net: Network) -> Iterator[None]:
+        """The biases as they were then, in the network that came of it."""
+        now = [layer.bias for layer in net.layers]
+        for layer, bias in zip(net.layers, self.biases, strict=True):
+            layer.bias = bias
+        try:
+            yield
+        finally:
+            for layer, bias in zip(net.layers, now, strict=True):
+                layer.bias = bias
 
 
 def reference(net: Network) -> Reference:

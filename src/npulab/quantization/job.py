@@ -301,11 +301,8 @@ class Job:
         self.net.restore(state.restored(data, self.net.rules).snapshot())
         biases = state.aimed_at(data, self.net)
         if biases is not None:
-            now = [layer.bias for layer in self.net.layers]
-            for layer, bias in zip(self.net.layers, biases, strict=True):
-                layer.bias = bias
             self.aim = reference(self.net)
-            for layer, bias in zip(self.net.layers, now, strict=True):
+            for layer, bias in zip(self.aim.net.layers, biases, strict=True):
                 layer.bias = bias
         r = about["recipe"]
         self.recipe = Recipe(r["name"], r["activations"], r["weights"], tuple(r["steps"]))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from npulab.errors import UsageError
-from npulab.quantization.gram import Reference
+from npulab.quantization.gram import Reference, reference
 from npulab.quantization.network import Network
 from npulab.quantization.observe import Progress
 from npulab.quantization.ranges import METHODS
@@ -107,14 +107,8 @@ def _correct(net: Network, c: Context) -> list[str]:
 def _correct_full(net: Network, c: Context) -> list[str]:
     from npulab.quantization.correct import full, linear_means
 
-    now = [layer.bias for layer in net.layers]
-    for layer, bias in zip(net.layers, c.aim.biases if c.aim else now, strict=True):
-        layer.bias = bias  # the means to reach are the float network's
-    try:
+    with (c.aim or reference(net)).biases_in(net):  # the means to reach are the float network's
         means = linear_means(net, c.samples, c.progress)
-    finally:
-        for layer, bias in zip(net.layers, now, strict=True):
-            layer.bias = bias
     return full(net, c.samples, means, c.progress)
 
 
