@@ -1,0 +1,132 @@
+"""Nouns of measuring a GPU: experiments that a device does, the times that they took, and what was concluded.
+
+A Bench does experiments, a real device through OpenCL or a simulated one. Conclusions (`npulab.gpu.analysis`) see
+nothing but Timings: what a simulated GPU hides must be found the same way as what a real one hides.
+
+GB/s are 10^9 bytes a second. Sizes are bytes, times seconds, rates per second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+Element = Literal["float32", "float16", "int32", "int8x4"]
+"""What is computed on; int8x4: a dot product of four pairs of bytes, added to an int32."""
+Operation = Literal["fma", "mul", "add", "special"]
+"""A dependent step of a chain: a * b + c, a * b, a + b, 1 / sqrt(a). Of int8x4 only "fma"."""
+Way = Literal["read", "write", "copy"]
+Status = Literal["measured", "refused"]
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who was measured. `api`: "opencl" or "simulated"; versions as the device states them."""
+
+    api: str
+    platform: str
+    name: str
+    vendor: str
+    driver: str
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the device says that it takes. Experiments stay within; conclusions do not repeat it as a finding.
+
+    compute_units  cores.      group_max  threads of a work group.     local_bytes  of local memory a group.
+    buffer_max     bytes of one buffer.       elements  what it computes on.      clock_hz  as stated, 0: not.
+    """
+
+    compute_units: int
+    group_max: int
+    local_bytes: int
+    buffer_max: int
+    elements: frozenset[Element]
+    clock_hz: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One experiment, repeated.
+
+    seconds  of each repetition, in their order, by the device's own clock where it has one.
+    work     of one repetition, counted in the compiled code: "operations", "bytes", "loads".
+    wrong    why this is not to be believed (a wrong result, less work than asked for); "" if nothing is known against
+             it.
+    """
+
+    seconds: tuple[float, ...]
+    work: Mapping[str, float] = field(default_factory=dict)
+    wrong: str = ""
+
+
+class Bench(Protocol):
+    """A device that does experiments. Each does the same work however often it is asked.
+
+    Raises: DeviceError if the device is lost, hangs or does not compile; UnsupportedError for what it has not.
+    """
+
+    @property
+    def identity(self) -> Identity: ...
+
+    @property
+    def limits(self) -> Limits: ...
+
+    def chase(self, footprint: int, stride: int) -> Timing:
+        """One thread follows pointers through `footprint` bytes of global memory, places `stride` bytes apart in a
+        random order, all of them once before the clock starts. work: "loads"."""
+        ...
+
+    def stream(self, footprint: int, stride: int, width: int, way: Way) -> Timing:
+        """All threads go through `footprint` bytes of global memory again and again, `width` bytes a load (4..16),
+        neighbours `stride` loads apart (1: side by side). work: "bytes", as far as they are asked for."""
+        ...
+
+    def chain(self, operation: Operation, element: Element, width: int, chains: int, threads: int) -> Timing:
+        """Each thread does `chains` independent chains of dependent operations on vectors of `width` elements.
+        work: "operations", of scalars: a fused multiply-add is one."""
+        ...
+
+    def diverge(self, period: int) -> Timing:
+        """Threads of a group take one of two ways of equal length, turns every `period` threads. work: "operations"."""
+        ...
+
+    def hold(self, registers: int, threads: int) -> Timing:
+        """`threads` threads on the whole device wait for memory or for each step of a chain, each with `registers` live
+        32-bit registers; only what fits at once runs side by side. work: "operations"."""
+        ...
+
+    def local(self, stride: int) -> Timing:
+        """A group's threads load words of local memory, neighbours `stride` words apart. work: "loads"."""
+        ...
+
+    def launch(self) -> Timing:
+        """A kernel that does nothing, from the call to its end."""
+        ...
+
+    def barrier(self) -> Timing:
+        """A full group meets at a barrier. work: "barriers"."""
+        ...
+
+    def transfer(self, size: int, to_device: bool) -> Timing:
+        """`size` bytes between host and device. work: "bytes"."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Quantity:
+    """A finding.
+
+    interval  95 %, of what is measured; None where it is exact, or refused.     value  None if it is refused.
+    why       what it rests on; of what is refused, what speaks against it.
+    """
+
+    name: str
+    value: float | None
+    unit: str
+    interval: tuple[float, float] | None = None
+    status: Status = "measured"
+    why: str = ""
