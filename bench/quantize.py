@@ -137,7 +137,7 @@ METHODS: Sequence[tuple[str, str, str, dict[str, Any]]] = (
 
 
 DISTILLED = 1 << 20
-"""Bytes of the largest network that is distilled here: a block of EfficientNet-Lite0 takes 20 minutes, and it has a dozen."""
+"""Bytes of the largest network that is distilled here: one of EfficientNet-Lite0's dozen blocks takes 20 minutes."""
 
 
 def matrix(shared: Path) -> None:

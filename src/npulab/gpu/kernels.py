@@ -1,0 +1,196 @@
+"""Experiments as OpenCL C: made from parameters, with results that no compiler can know and a host can compute.
+
+Every kernel takes its counts as arguments, so that nothing can be unrolled away, and writes what it computed.
+Chains are exact in their element type (whole floats below 2**24, products of 2 and 1/2, integers modulo 2**32).
+Integers have multiply-adds only: products and sums of whole numbers may be put together, and compilers do it (16
+multiplications by two numbers in turn became one by their product).
+"""
+
+from __future__ import annotations
+
+from npulab.errors import UnsupportedError
+from npulab.gpu.types import Element, Operation
+
+STEPS = 16
+"""Of a chain in one turn of its loop: what the loop itself costs is little beside."""
+EXTENSIONS: dict[Element, str] = {"float16": "cl_khr_fp16"}
+"""That a device must have to compute on these (OpenCL 3.0 extension specification)."""
+
+CHASE = """
+__kernel void chase(__global const uint *next, __global uint *out, uint turns) {
+    uint p = out[0];
+    for (uint i = 0; i < turns; i++) {
+        p = next[p]; p = next[p]; p = next[p]; p = next[p];
+        p = next[p]; p = next[p]; p = next[p]; p = next[p];
+    }
+    out[0] = p;
+}
+"""
+CHASED = 8
+"""Loads of a turn of CHASE."""
+
+LAUNCH = "__kernel void launch(__global uint *out, uint turns) { if (turns) out[0] = turns; }"
+
+BARRIER = """
+__kernel void meet(__global uint *out, uint turns) {
+    __local uint last[1];
+    uint x = 0;
+    for (uint i = 0; i < turns; i++) {
+        if (get_local_id(0) == i % get_local_size(0)) last[0] = i + x;
+        barrier(CLK_LOCAL_MEM_FENCE);
+        x = last[0] - i;
+        barrier(CLK_LOCAL_MEM_FENCE);
+    }
+    out[get_global_id(0)] = x;
+}
+"""
+MET = 2
+"""Barriers of a turn of BARRIER."""
+
+LOCAL = """
+#define WORDS {words}
+__kernel void local_loads(__global uint *out, uint turns, uint stride) {{
+    __local uint cells[WORDS];
+    uint lid = get_local_id(0), at = lid * stride, x = 0;
+    for (uint i = lid; i < WORDS; i += get_local_size(0)) cells[i] = i * 2654435761u;
+    barrier(CLK_LOCAL_MEM_FENCE);
+    for (uint i = 0; i < turns; i++) {{
+        x += cells[at & (WORDS - 1)]; x += cells[(at + 1) & (WORDS - 1)];
+        x += cells[(at + 2) & (WORDS - 1)]; x += cells[(at + 3) & (WORDS - 1)];
+        at += 4 + (x & turns & 0x80000000u);
+    }}
+    out[get_global_id(0)] = x;
+}}
+"""
+LOADED = 4
+"""Loads of a turn of LOCAL."""
+
+DIVERGE = """
+__kernel void diverge(__global uint *out, uint turns, uint period, uint a, uint b) {
+    uint x = get_global_id(0), lid = get_local_id(0);
+    if ((lid / period) & 1) {
+        for (uint i = 0; i < turns; i++) { x = x * a + b; x = x * a + b; x = x * a + b; x = x * a + b; }
+    } else {
+        for (uint i = 0; i < turns; i++) { x = x * b + a; x = x * b + a; x = x * b + a; x = x * b + a; }
+    }
+    out[get_global_id(0)] = x;
+}
+"""
+DIVERGED = 4
+"""Multiply-adds of a turn of DIVERGE."""
+
+STREAM = """
+typedef {type} T;
+__kernel void read(__global const T *data, __global uint *out, uint size, uint offset, uint stride, uint turns) {{
+    uint ls = get_local_size(0), step = ls * stride % size;
+    uint at = (uint)(((ulong)get_group_id(0) * offset + (ulong)get_local_id(0) * stride) % size);
+    T x = (T)(0);
+    for (uint i = 0; i < turns; i++) {{
+        x += data[at]; at += step; at -= at >= size ? size : 0;
+        x += data[at]; at += step; at -= at >= size ? size : 0;
+        x += data[at]; at += step; at -= at >= size ? size : 0;
+        x += data[at]; at += step; at -= at >= size ? size : 0;
+    }}
+    out[get_global_id(0)] = {sum};
+}}
+__kernel void write(__global T *data, __global uint *out, uint size, uint offset, uint stride, uint turns) {{
+    uint ls = get_local_size(0), step = ls * stride % size;
+    uint at = (uint)(((ulong)get_group_id(0) * offset + (ulong)get_local_id(0) * stride) % size);
+    T x = (T)(7);
+    for (uint i = 0; i < turns; i++) {{
+        data[at] = x; at += step; at -= at >= size ? size : 0;
+        data[at] = x; at += step; at -= at >= size ? size : 0;
+        data[at] = x; at += step; at -= at >= size ? size : 0;
+        data[at] = x; at += step; at -= at >= size ? size : 0;
+    }}
+    out[get_global_id(0)] = at;
+}}
+__kernel void copy(__global T *data, __global uint *out, uint size, uint offset, uint stride, uint turns) {{
+    uint ls = get_local_size(0), step = ls * stride % size;
+    uint at = (uint)(((ulong)get_group_id(0) * offset + (ulong)get_local_id(0) * stride) % size);
+    for (uint i = 0; i < turns; i++) {{
+        data[at + size] = data[at]; at += step; at -= at >= size ? size : 0;
+        data[at + size] = data[at]; at += step; at -= at >= size ? size : 0;
+    }}
+    out[get_global_id(0)] = at;
+}}
+"""
+STREAMED = {"read": 4, "write": 4, "copy": 2}
+"""Vectors of a turn of STREAM."""
+
+
+def stream(width: int) -> str:
+    """The three kernels for vectors of `width` bytes: 4, 8, 16."""
+    lanes = width // 4
+    return STREAM.format(type="uint" if lanes == 1 else f"uint{lanes}",
+                         sum="x" if lanes == 1 else " + ".join(f"x.s{i:x}" for i in range(lanes)))
+
+
+def local(words: int) -> str:
+    """`words`: a power of two."""
+    return LOCAL.format(words=words)
+
+
+def chain(operation: Operation, element: Element, width: int, chains: int) -> str:
+    """A kernel `chain(out, turns, a, b, c)`; products and roots begin with c. Results by `npulab.gpu.exact.chained`.
+
+    Raises: UnsupportedError for a step that an element type has not.
+    """
+    scalar = {"float32": "float", "float16": "half", "int32": "uint"}.get(element, "")
+    step = _step(operation, element)
+    vector = scalar if width == 1 else f"{scalar}{width}"
+    names = [f"x{c}" for c in range(chains)]
+    turn = "\n        ".join(" ".join(step[s % len(step)].format(x=x) for x in names) for s in range(STEPS))
+    start = " ".join(f"V {x} = (V)((S)(get_local_id(0) & 7)) + (V)((S){c + 1});" for c, x in enumerate(names))
+    if operation in ("mul", "special"):
+        start = " ".join(f"V {x} = (V)(c);" for x in names)
+    total = " + ".join(names)
+    parts = total if width == 1 else " + ".join(f"total.s{i:x}" for i in range(width))
+    pragma = f"#pragma OPENCL EXTENSION {EXTENSIONS[element]} : enable\n" if element in EXTENSIONS else ""
+    return f"""{pragma}typedef {scalar} S;
+typedef {vector} V;
+__kernel void chain(__global {"float" if "float" in element else "uint"} *out, uint turns, {_argument(element)} a0,
+                    {_argument(element)} b0, {_argument(element)} c0) {{
+    S a = (S)a0, b = (S)b0, c = (S)c0;
+    {start}
+    for (uint i = 0; i < turns; i++) {{
+        {turn}
+    }}
+    V total = {total};
+    out[get_global_id(0)] = {parts if width > 1 else "total"};
+}}
+"""
+
+
+def _argument(element: Element) -> str:
+    return "float" if "float" in element else "uint"
+
+
+def _step(operation: Operation, element: Element) -> tuple[str, ...]:
+    """Statements of steps, taken in turn."""
+    found: dict[tuple[bool, Operation], tuple[str, ...]] = {
+        (True, "fma"): ("{x} = fma({x}, (V)(a), (V)(b));",),
+        (True, "mul"): ("{x} = {x} * a;", "{x} = {x} * b;"),
+        (True, "add"): ("{x} = {x} + a;", "{x} = {x} + b;"),
+        (True, "special"): ("{x} = rsqrt({x});",),
+        (False, "fma"): ("{x} = {x} * a + b;",),
+    }
+    if (key := (element.startswith("float"), operation)) not in found or element == "int8x4":
+        raise UnsupportedError(f"there is no chain of {operation} on {element}")
+    return found[key]
+
+
+def hold(registers: int) -> str:
+    """A kernel `hold(out, turns, a, b)` whose loop keeps `registers` numbers alive, each made of the next: with a = b =
+    1/2 all of them go to 1."""
+    names = [f"r{i}" for i in range(registers)]
+    start = " ".join(f"float {x} = a * {i + 1}.0f;" for i, x in enumerate(names))
+    turn = "\n        ".join(f"{x} = fma({y}, a, b);" for x, y in zip(names, [*names[1:], names[0]], strict=True))
+    return f"""__kernel void hold(__global float *out, uint turns, float a, float b) {{
+    {start}
+    for (uint i = 0; i < turns; i++) {{
+        {turn}
+    }}
+    out[get_global_id(0)] = {" + ".join(names)};
+}}
+"""

@@ -1,0 +1,338 @@
+"""Experiments on an OpenCL device, by pyopencl. Each result is compared with what a host computes; a kernel that takes
+no longer for twice the work is not believed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from npulab.errors import CapacityError, DeviceError, UnsupportedError, UsageError
+from npulab.gpu import kernels
+from npulab.gpu.exact import chained, congruential, operands
+from npulab.gpu.types import Element, Identity, Limits, Operation, Timing, Way
+
+ENOUGH = 2e-3
+"""Seconds of a repetition: a thousand ticks of a clock of microseconds, and little to wait for."""
+LONGEST = 0.5
+"""Seconds after which turns are not added any more."""
+REPEATS = 7
+TURNS_MAX = 1 << 20
+SCALES = 1.5
+"""Twice the turns must take this many times as long at least."""
+GROUP = 256
+GROUPS_A_UNIT = 8
+"""Work groups for each core in what is to fill the device."""
+SPOT_CHECKS = 32
+"""Threads whose sums are computed again by the host."""
+HELD_GROUP = 64
+WORDS_MAX = 4096
+"""Of local memory in `local`."""
+
+
+def devices() -> list[Identity]:
+    """All OpenCL devices, in the order of their numbers. Raises: UsageError without pyopencl."""
+    return [_identity(d) for d in _devices()]
+
+
+def _devices() -> list[Any]:
+    try:
+        import pyopencl as cl
+    except ImportError:
+        raise UsageError("GPUs are measured through OpenCL, and the package pyopencl is not installed",
+                         try_="pip install 'npulab[gpu]'") from None
+    try:
+        return [d for p in cl.get_platforms() for d in p.get_devices()]
+    except cl.Error:  # a loader without a driver
+        return []
+
+
+def _identity(d: Any) -> Identity:
+    return Identity("opencl", str(d.platform.version).strip(), str(d.name).strip(), str(d.vendor).strip(),
+                    str(d.driver_version).strip(), str(d.version).strip())
+
+
+def open_device(number: int = 0) -> OpenCL:
+    """Device `number` of `devices()`. Raises: DeviceError if there is none; UsageError without pyopencl."""
+    found = _devices()
+    if not 0 <= number < len(found):
+        have = "; ".join(f"{i}: {str(d.name).strip()}" for i, d in enumerate(found)) or "none"
+        raise DeviceError(f"there is no OpenCL device {number}", got=have,
+                          try_="install a driver: pocl-opencl-icd (the CPU), mesa-opencl-icd, the vendor's"
+                          if not found else "one of these")
+    return OpenCL(found[number])
+
+
+class OpenCL:
+    """A Bench. See npulab.gpu.types."""
+
+    def __init__(self, device: Any) -> None:
+        import pyopencl as cl
+
+        self.cl, self.device = cl, device
+        self.context = cl.Context([device])
+        self.queue = cl.CommandQueue(self.context, properties=cl.command_queue_properties.PROFILING_ENABLE)
+        names = set(str(device.extensions).split())
+        more: set[Element] = {e for e, x in kernels.EXTENSIONS.items() if x in names}
+        self.identity = _identity(device)
+        self.limits = Limits(int(device.max_compute_units), int(device.max_work_group_size),
+                             int(device.local_mem_size), int(device.max_mem_alloc_size),
+                             frozenset(("float32", "int32", *more)), float(device.max_clock_frequency) * 1e6)
+        self._kernel = lru_cache(maxsize=64)(self._compiled)
+
+    # experiments
+
+    def chase(self, footprint: int, stride: int) -> Timing:
+        places = max(2, footprint // stride)
+        order = np.random.default_rng(places).permutation(places).astype(np.uint32) * np.uint32(stride // 4)
+        cells = np.zeros(places * (stride // 4), np.uint32)
+        cells[order] = np.roll(order, -1)
+        at = {int(x): i for i, x in enumerate(order[:1])}
+        kernel = self._kernel(kernels.CHASE, "chase")
+        data, out = self._buffer(cells), self._buffer(order[:1])
+        del cells
+        self._time(kernel, (1,), (1,), data, out, np.uint32(-(-places // kernels.CHASED)))  # all of it once
+        done = -(-places // kernels.CHASED) * kernels.CHASED + at[int(order[0])]
+
+        def run(turns: int) -> tuple[float, str]:
+            nonlocal done
+            seconds = self._time(kernel, (1,), (1,), data, out, np.uint32(turns))
+            done += turns * kernels.CHASED
+            found = int(self._read(out, 1)[0])
+            return seconds, "" if found == int(order[done % places]) else "the chase ended at another place"
+
+        return self._measured(run, lambda turns: {"loads": turns * kernels.CHASED})
+
+    def stream(self, footprint: int, stride: int, width: int, way: Way) -> Timing:
+        size = footprint // width
+        group = min(GROUP, self.limits.group_max)
+        if size < 1 or width not in (4, 8, 16):
+            raise UnsupportedError("a stream has no room", got=f"{footprint} bytes in vectors of {width}")
+        groups = self.limits.compute_units * GROUPS_A_UNIT
+        data = (np.arange(footprint // 4, dtype=np.uint32) * np.uint32(2654435761)) >> np.uint32(7)
+        buffer = self._buffer(data if way != "copy" else np.concatenate([data, np.zeros_like(data)]))
+        out = self._buffer(np.zeros(groups * group, np.uint32))
+        kernel = self._kernel(kernels.stream(width), way)
+        offset = max(1, size // groups)
+        step = group * stride % size
+        lanes = width // 4
+        sums = data.reshape(size, lanes).sum(axis=1, dtype=np.uint32)
+        spots = np.random.default_rng(0).integers(0, groups * group, SPOT_CHECKS)
+
+        def run(turns: int) -> tuple[float, str]:
+            seconds = self._time(kernel, (groups * group,), (group,), buffer, out, np.uint32(size), np.uint32(offset),
+                                 np.uint32(stride), np.uint32(turns))
+            return seconds, self._checked(way, out, sums, spots, group, offset, stride, step, turns)
+
+        count = kernels.STREAMED[way]
+        return self._measured(run, lambda turns: {"bytes": float(turns * count * width * groups * group)
+                                                  * (2 if way == "copy" else 1)})
+
+    def _checked(self, way: Way, out: Any, sums: Any, spots: Any, group: int, offset: int, stride: int, step: int,
+                 turns: int) -> str:
+        """Whether some threads found what they were to read, or ended where they were to."""
+        size, found = len(sums), self._read(out, int(spots.max()) + 1)
+        many = turns * kernels.STREAMED[way]
+        for spot in map(int, spots if way == "read" else spots[:4]):
+            first = (spot // group * offset + spot % group * stride) % size
+            if way != "read":
+                if int(found[spot]) != (first + many * step) % size:
+                    return f"thread {spot} did not go where it was to"
+                continue
+            period = size // np.gcd(size, step) if step else 1  # the places repeat
+            whole, rest = divmod(many, period)
+            places = (first + np.arange(min(many, period), dtype=np.int64) * step) % size
+            read = sums[places]
+            total = (int(read.sum(dtype=np.uint64)) * whole if whole else 0) + int(read[:rest].sum(dtype=np.uint64))
+            if int(found[spot]) != total % (1 << 32):
+                return f"thread {spot} did not read what is there"
+        return ""
+
+    def chain(self, operation: Operation, element: Element, width: int, chains: int, threads: int) -> Timing:
+        if element not in self.limits.elements:
+            raise UnsupportedError(f"the device does not compute on {element}")
+        kernel = self._kernel(kernels.chain(operation, element, width, chains), "chain")
+        kind = np.float32 if element.startswith("float") else np.uint32
+        a, b = (kind(v) for v in operands(operation, element))
+        one = kind(1)
+        group = min(threads, GROUP, self.limits.group_max)
+        threads = max(group, threads // group * group)
+        out = self._buffer(np.zeros(threads, kind))
+        lids = [0] if group == 1 else [0, group // 2, threads - 1]
+
+        def run(turns: int) -> tuple[float, str]:
+            seconds = self._time(kernel, (threads,), (group,), out, np.uint32(turns), a, b, one)
+            found = self._read(out, threads, kind)
+            for i in lids:
+                starts = [(i % group & 7) + c + 1 for c in range(chains)]
+                ends = [chained(operation, element, s, turns) for s in starts]
+                want = sum(ends) * width
+                if element == "int32":
+                    right = int(found[i]) == int(want) % (1 << 32)
+                else:
+                    right = bool(np.isclose(float(found[i]), want, rtol=2e-2 if element == "float16" else 1e-6))
+                if not right:
+                    return seconds, f"thread {i} ended with {found[i]}, not {want}"
+            return seconds, ""
+
+        most = (1 << 24) // kernels.STEPS - 64 if element == "float32" else TURNS_MAX
+        return self._measured(run, lambda turns: {
+            "operations": float(turns) * kernels.STEPS * chains * width * threads}, most)
+
+    def diverge(self, period: int) -> Timing:
+        kernel = self._kernel(kernels.DIVERGE, "diverge")
+        group = min(GROUP, self.limits.group_max)
+        threads = group * self.limits.compute_units * GROUPS_A_UNIT
+        out = self._buffer(np.zeros(threads, np.uint32))
+        a, b = 1664525, 1013904223
+
+        def run(turns: int) -> tuple[float, str]:
+            seconds = self._time(kernel, (threads,), (group,), out, np.uint32(turns), np.uint32(period), np.uint32(a),
+                                 np.uint32(b))
+            found = self._read(out, threads)
+            for i in (0, group - 1, threads // 2 + 1):
+                first = (i % group // period) & 1
+                want = congruential(*((a, b) if first else (b, a)), i, turns * kernels.DIVERGED)
+                if int(found[i]) != want:
+                    return seconds, f"thread {i} ended with {found[i]}, not {want}"
+            return seconds, ""
+
+        return self._measured(run, lambda turns: {"operations": float(turns) * kernels.DIVERGED * threads})
+
+    def hold(self, registers: int, threads: int) -> Timing:
+        kernel = self._kernel(kernels.hold(registers), "hold")
+        group = min(HELD_GROUP, self.limits.group_max, threads)
+        threads = max(group, threads // group * group)
+        out = self._buffer(np.zeros(threads, np.float32))
+
+        def run(turns: int) -> tuple[float, str]:
+            seconds = self._time(kernel, (threads,), (group,), out, np.uint32(turns), np.float32(0.5),
+                                 np.float32(0.5))
+            found = self._read(out, threads, np.float32)
+            return seconds, "" if (found == found[0]).all() else "threads disagree"
+
+        return self._measured(run, lambda turns: {"operations": float(turns) * registers * threads})
+
+    def local(self, stride: int) -> Timing:
+        words = 1 << (min(WORDS_MAX, self.limits.local_bytes // 4).bit_length() - 1)
+        kernel = self._kernel(kernels.local(words), "local_loads")
+        group = min(GROUP, self.limits.group_max)
+        threads = group * self.limits.compute_units * GROUPS_A_UNIT
+        out = self._buffer(np.zeros(threads, np.uint32))
+        cells = (np.arange(words, dtype=np.uint64) * 2654435761) % (1 << 32)
+
+        def run(turns: int) -> tuple[float, str]:
+            seconds = self._time(kernel, (threads,), (group,), out, np.uint32(turns), np.uint32(stride))
+            found = self._read(out, threads)
+            for i in (0, group - 1):
+                at = (i * stride + np.arange(turns * kernels.LOADED, dtype=np.uint64)) % words
+                want = int(cells[at].sum(dtype=np.uint64)) % (1 << 32)
+                if int(found[i]) != want:
+                    return seconds, f"thread {i} read {found[i]}, not {want}"
+            return seconds, ""
+
+        return self._measured(run, lambda turns: {"loads": float(turns) * kernels.LOADED * threads}, 1 << 18)
+
+    def launch(self) -> Timing:
+        kernel = self._kernel(kernels.LAUNCH, "launch")
+        out = self._buffer(np.zeros(1, np.uint32))
+        found = []
+        for _ in range(8 * REPEATS):
+            start = time.perf_counter()
+            self._time(kernel, (1,), (1,), out, np.uint32(0))
+            found.append(time.perf_counter() - start)
+        return Timing(tuple(found[REPEATS:]), {"launches": 1})
+
+    def barrier(self) -> Timing:
+        kernel = self._kernel(kernels.BARRIER, "meet")
+        group = min(GROUP, self.limits.group_max)
+        out = self._buffer(np.zeros(group, np.uint32))
+
+        def run(turns: int) -> tuple[float, str]:
+            seconds = self._time(kernel, (group,), (group,), out, np.uint32(turns))
+            found = self._read(out, group)
+            return seconds, "" if (found == found[0]).all() else "threads did not wait for each other"
+
+        return self._measured(run, lambda turns: {"barriers": turns * kernels.MET})
+
+    def transfer(self, size: int, to_device: bool) -> Timing:
+        host = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+        buffer = self._buffer(host)
+        back = np.zeros_like(host)
+        found = []
+        for _ in range(REPEATS + 1):
+            start = time.perf_counter()
+            if to_device:
+                self._do(lambda: self.cl.enqueue_copy(self.queue, buffer, host).wait())
+            else:
+                self._do(lambda: self.cl.enqueue_copy(self.queue, back, buffer).wait())
+            found.append(time.perf_counter() - start)
+        self._do(lambda: self.cl.enqueue_copy(self.queue, back, buffer).wait())
+        return Timing(tuple(found[1:]), {"bytes": float(size)}, "" if (back == host).all() else "bytes were lost")
+
+    # how they are done
+
+    def _measured(self, run: Callable[[int], tuple[float, str]], work: Callable[[int], Mapping[str, float]],
+                  most: int = TURNS_MAX) -> Timing:
+        """Repetitions of so many turns that one takes long enough; then once with half of them, which must be
+        quicker."""
+        turns = 1
+        seconds, wrong = run(turns)  # compiles
+        while turns < most:
+            seconds, wrong = run(turns)
+            if wrong or seconds >= ENOUGH:
+                break
+            turns = min(most, turns * (2 if seconds > ENOUGH / 8 or seconds <= 0 else 4))
+        found = []
+        for _ in range(REPEATS):
+            seconds, fault = run(turns)
+            wrong = wrong or fault
+            found.append(seconds)
+            if sum(found) > LONGEST * REPEATS:
+                break
+        if not wrong and turns >= 8 and min(found) < SCALES * min(run(turns // 2)[0] for _ in range(REPEATS)):
+            wrong = "twice the turns of the loop do not take longer in proportion"
+        return Timing(tuple(found), dict(work(turns)), wrong)
+
+    def _compiled(self, source: str, name: str) -> Any:
+        def build() -> Any:
+            return getattr(self.cl.Program(self.context, source).build(), name)
+
+        try:
+            return build()
+        except self.cl.Error as e:
+            raise DeviceError(f"{self.identity.name} does not compile the kernel '{name}'",
+                              got=str(e).strip()[:300]) from None
+
+    def _do(self, what: Callable[[], Any]) -> Any:
+        try:
+            return what()
+        except self.cl.MemoryError as e:
+            raise CapacityError(f"{self.identity.name} has no room for an experiment", got=str(e)[:200]) from None
+        except self.cl.Error as e:
+            raise DeviceError(f"{self.identity.name} failed in an experiment", got=str(e).strip()[:300],
+                              try_="update the driver; run the others with this one left out") from None
+
+    def _buffer(self, content: Any) -> Any:
+        flags = self.cl.mem_flags
+        if content.nbytes > self.limits.buffer_max:
+            raise CapacityError(f"{self.identity.name} has no buffers of this size", got=f"{content.nbytes} bytes",
+                                want=f"at most {self.limits.buffer_max}")
+        return self._do(lambda: self.cl.Buffer(self.context, flags.READ_WRITE | flags.COPY_HOST_PTR, hostbuf=content))
+
+    def _read(self, buffer: Any, count: int, kind: Any = np.uint32) -> Any:
+        found = np.empty(count, kind)
+        self._do(lambda: self.cl.enqueue_copy(self.queue, found, buffer).wait())
+        return found
+
+    def _time(self, kernel: Any, size: tuple[int, ...], group: tuple[int, ...], *arguments: Any) -> float:
+        """Seconds of one run by the device's clock."""
+        def run() -> float:
+            event = kernel(self.queue, size, group, *arguments)
+            event.wait()
+            return float(event.profile.end - event.profile.start) * 1e-9
+
+        return float(self._do(run))

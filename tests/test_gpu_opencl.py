@@ -1,0 +1,162 @@
+"""Experiments on an OpenCL device: PoCL, which computes on the CPU, or whatever device is number 0."""
+
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from npulab.errors import CapacityError, DeviceError, UnsupportedError, UsageError
+from npulab.gpu import kernels, opencl
+from npulab.gpu.exact import chained, congruential, operands
+
+
+@pytest.fixture(scope="module")
+def bench():
+    pytest.importorskip("pyopencl", reason="needs OpenCL: pip install 'npulab[gpu]'")
+    if not opencl.devices():
+        pytest.skip("needs an OpenCL device: apt install pocl-opencl-icd")
+    return opencl.open_device(0)
+
+
+@pytest.fixture
+def unhurried(monkeypatch):
+    """A busy machine is not to decide: times are not compared."""
+    monkeypatch.setattr(opencl, "SCALES", 0.0)
+    monkeypatch.setattr(opencl, "REPEATS", 2)
+
+
+# what chains compute
+
+
+@pytest.mark.parametrize("operation", ["fma", "mul", "add"])
+@pytest.mark.parametrize("element", ["float32", "float16"])
+def test_chains_of_floats_are_exact(operation, element):
+    """The oracle goes through all steps in the element type."""
+    kind = np.dtype(element).type
+    a, b = (kind(v) for v in operands(operation, element))
+    for start, turns in ((1, 3), (5, 300)):
+        x = kind(1 if operation == "mul" else start)
+        for s in range(turns * kernels.STEPS):
+            if operation == "fma":
+                x = kind(x * a + b)
+            elif operation == "mul":
+                x = kind(x * (b if s % 2 else a))
+            else:
+                x = kind(x + (b if s % 2 else a))
+        assert chained(operation, element, start, turns) == float(x)
+
+
+@pytest.mark.parametrize("times", [0, 1, 2, 15, 16, 1000])
+def test_congruential_steps_are_taken_at_once(times):
+    x = 12345
+    for _ in range(times):
+        x = (1664525 * x + 1013904223) % (1 << 32)
+    assert congruential(1664525, 1013904223, 12345, times) == x
+
+
+# experiments
+
+
+def experiments(bench):
+    yield "chase", lambda: bench.chase(1 << 16, 64)
+    for way in ("read", "write", "copy"):
+        for width in (4, 16):
+            yield f"{way} {width}", lambda way=way, width=width: bench.stream(1 << 18, 1, width, way)
+    yield "strided", lambda: bench.stream(1 << 20, 16, 4, "read")
+    yield "odd size", lambda: bench.stream(100_000, 3, 8, "read")
+    for element in sorted(bench.limits.elements):
+        for operation in ("fma", "mul", "add", "special"):
+            if element == "int32" and operation != "fma":
+                continue
+            for width, chains, threads in ((1, 1, 1), (4, 2, 512)):
+                yield (f"{operation} {element} {width}", lambda o=operation, e=element, w=width, c=chains, t=threads:
+                       bench.chain(o, e, w, c, t))
+    yield "diverge 1", lambda: bench.diverge(1)
+    yield "diverge 32", lambda: bench.diverge(32)
+    yield "hold", lambda: bench.hold(24, 1024)
+    yield "local 1", lambda: bench.local(1)
+    yield "local 32", lambda: bench.local(32)
+    yield "launch", bench.launch
+    yield "barrier", bench.barrier
+    yield "up", lambda: bench.transfer(1 << 20, True)
+    yield "down", lambda: bench.transfer(1 << 20, False)
+
+
+def test_every_experiment_computes_what_it_is_to(bench, unhurried):
+    for name, run in experiments(bench):
+        t = run()
+        assert t.wrong == "", name
+        assert len(t.seconds) >= 2, name
+        assert all(s > 0 for s in t.seconds), name
+        assert all(v > 0 for v in t.work.values()), name
+
+
+SABOTAGED = {
+    "chase, half the loads": ("CHASE", "p = next[p]; p = next[p]; p = next[p]; p = next[p];\n        p = next[p]; p",
+                              "p = next[p]; p = next[p]; p = next[p];\n        p = next[p]; p",
+                              lambda b: b.chase(1 << 16, 64)),
+    "chase, one place": ("CHASE", "out[0] = p", "out[0] = next[0]", lambda b: b.chase(1 << 16, 64)),
+    "read, always the first": ("STREAM", "x += data[at]; at += step", "x += data[0]; at += step",
+                               lambda b: b.stream(1 << 18, 1, 4, "read")),
+    "read, once": ("STREAM", "i < turns; i++) {{\n        x +=", "i < 1; i++) {{\n        x +=",
+                   lambda b: b.stream(1 << 18, 1, 4, "read")),
+    "write, one of four": ("STREAM", "data[at] = x; at += step; at -= at >= size ? size : 0;\n        data[at] = x;",
+                           "data[at] = x;\n        data[at] = x;", lambda b: b.stream(1 << 18, 1, 4, "write")),
+    "diverge, one way": ("DIVERGE", "(lid / period) & 1", "0", lambda b: b.diverge(1)),
+    "diverge, fewer steps": ("DIVERGE", "x = x * b + a; x = x * b + a; }", "x = x * b + a; }", lambda b: b.diverge(4)),
+    "local, from registers": ("LOCAL", "x += cells[at & (WORDS - 1)];", "x += at;", lambda b: b.local(1)),
+    "local, another stride": ("LOCAL", "lid * stride", "lid", lambda b: b.local(4)),
+}
+
+
+@pytest.mark.parametrize("name", SABOTAGED)
+def test_sabotaged_kernels_are_not_believed(bench, unhurried, monkeypatch, name):
+    what, old, new, run = SABOTAGED[name]
+    source = getattr(kernels, what)
+    assert source.count(old) >= 1
+    monkeypatch.setattr(kernels, what, source.replace(old, new))
+    assert run(bench).wrong != ""
+
+
+@pytest.mark.parametrize(("operation", "element"), [("fma", "float32"), ("add", "float32"), ("fma", "int32")])
+def test_a_chain_with_steps_missing_is_not_believed(bench, unhurried, monkeypatch, operation, element):
+    monkeypatch.setattr(kernels, "chain", lambda *a, real=kernels.chain: real(*a).replace("i < turns", "i < turns / 2"))
+    assert "ended with" in bench.chain(operation, element, 1, 1, 64).wrong
+
+
+def test_work_that_takes_no_time_is_not_believed(bench, monkeypatch):
+    """Roots of a constant 1, which a compiler knows."""
+    monkeypatch.setattr(kernels, "chain", lambda *a, real=kernels.chain: real(*a).replace("(V)(c);", "(V)((S)1);"))
+    assert "do not take longer in proportion" in bench.chain("special", "float32", 1, 1, 64).wrong
+
+
+# what goes wrong
+
+
+def test_without_pyopencl_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyopencl", None)
+    with pytest.raises(UsageError, match="pyopencl is not installed") as e:
+        opencl.devices()
+    assert e.value.facts["try"] == "pip install 'npulab[gpu]'"
+
+
+def test_a_device_that_is_not_there(bench):
+    with pytest.raises(DeviceError, match="there is no OpenCL device 99") as e:
+        opencl.open_device(99)
+    assert bench.identity.name in e.value.facts["got"]
+    with pytest.raises(DeviceError):
+        opencl.open_device(-1)
+
+
+def test_a_kernel_that_does_not_compile(bench, monkeypatch):
+    monkeypatch.setattr(kernels, "BARRIER", "__kernel void meet(int) { nonsense }")
+    with pytest.raises(DeviceError, match="does not compile the kernel 'meet'"):
+        bench.barrier()
+
+
+def test_what_a_device_has_not(bench):
+    with pytest.raises(UnsupportedError, match="does not compute on int8x4"):
+        bench.chain("fma", "int8x4", 1, 1, 1)
+    with pytest.raises(CapacityError, match="has no buffers of this size"):
+        bench._buffer(SimpleNamespace(nbytes=1 << 62))
