@@ -15,10 +15,11 @@ ROWS = (
     ("errors", "units", "bits", "_kernels"),
     ("ir", "plan.types", "program.types", "profiling.types", "runtime.device", "targets.target"),
     ("dialects", "formats", "importers", "exporters", "reference", "passes", "postprocess", "quantization", "plan",
-     "program", "runtime", "profiling"),
+     "program", "runtime", "profiling", "gpu"),
     ("targets",),
-    ("api", "atlas", "cliffs", "doors", "evaluation", "explaining", "patching", "quantizing", "quantizing_budget",
-     "report", "samples", "sweep", "teardown", "validation", "zoo", "cli", "__init__", "__main__", ""),
+    ("api", "atlas", "cliffs", "doors", "evaluation", "explaining", "patching", "probing", "quantizing",
+     "quantizing_budget", "report", "roofline", "samples", "sweep", "teardown", "validation", "zoo", "cli", "__init__",
+     "__main__", ""),
 )
 
 

@@ -7,6 +7,7 @@
     quantize     float Graph, samples   -> Quantized: the network in integers for a target
     compile      Graph (or model file)   -> Program
     profile      Program (or model)      -> Profile: where the time goes
+    roofline     Graph, device           -> Roofline: how fast each layer can be at most, and what decides it
     open_session Program, Device         -> Session; its `run` gives the outputs
 """
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any, Literal
 
+    from npulab.gpu.ceilings import Ceilings, Numbers
     from npulab.ir import Graph
     from npulab.patching import Patched
     from npulab.plan.types import Verdict
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from npulab.quantization.job import Tell
     from npulab.quantization.types import Rules, Samples
     from npulab.quantizing import Quantized
+    from npulab.roofline import Roofline
     from npulab.runtime.device import Device
     from npulab.runtime.images import Fit
     from npulab.runtime.session import Session
@@ -198,6 +201,19 @@ def profile(model: Program | Graph | str | os.PathLike[str], target: str = "a311
 
         timing = with_measured_host(program, timing)
     return join(program, chip.title, timing, settings)
+
+
+def roofline(model: Graph | str | os.PathLike[str], device: Ceilings | str | os.PathLike[str],
+             numbers: Numbers | None = None, everything: bool = False) -> Roofline:
+    """The network's layers under a device's ceilings: operations, least bytes, floor times, what bounds them.
+
+    `device`: a file of `npulab probe --json`, or a name that `npulab targets` lists. See `roofline.roofline`.
+
+    Raises: UsageError for an unknown device; ModelError for a damaged file; UnsupportedError without any ceiling.
+    """
+    from npulab.roofline import roofline
+
+    return roofline(load(model) if isinstance(model, str | os.PathLike) else model, device, numbers, everything)
 
 
 def read_program(path: str | os.PathLike[str] | bytes) -> Program:

@@ -113,6 +113,11 @@ def totals(rows: Iterable[Row], kind: Kind | None = None) -> Totals:
         kb(sum(r.repeat * r.layer.weight_bits for r in rows)), sum(r.repeat * r.layer.macs for r in rows) / 1e6)
 
 
+def bits(graph: Graph, value: Value, numbers: Numbers | None = None) -> int:
+    """Bits of a tensor as a layer reads it: of integers that are only dequantized before use, the integers'."""
+    return _Reader(graph, numbers).bits(value)
+
+
 def kb(bits: int) -> float:
     """kB of 1024 bytes."""
     return bits / 8192
@@ -203,8 +208,8 @@ class _Reader:
         label = f"{what} {_by(kernel)}"
         if any(s > 1 for s in stride):
             label += f"/{stride[0]}" if len(set(stride)) == 1 else f"/{_by(stride)}"
-        return Layer(label, n.op.name, "convolution", sides, channels, outputs, kernel, self._bits(data),
-                     self._bits(weights), macs, self._name(n))
+        return Layer(label, n.op.name, "convolution", sides, channels, outputs, kernel, self.bits(data),
+                     self.bits(weights), macs, self._name(n))
 
     # products of matrices
 
@@ -212,8 +217,8 @@ class _Reader:
         data, weights = self._known(n, 0, 1), self._known(n, 1, 2)
         inputs, outputs = weights.shape[-1], prod(weights.shape[:-1])
         rows = data.elements // max(inputs, 1)
-        return Layer("fc", n.op.name, "fully connected", (1, rows), inputs, outputs, (), self._bits(data),
-                     self._bits(weights), rows * inputs * outputs, self._name(n))
+        return Layer("fc", n.op.name, "fully connected", (1, rows), inputs, outputs, (), self.bits(data),
+                     self.bits(weights), rows * inputs * outputs, self._name(n))
 
     def _product(self, n: Node, at: int, flip_a: bool, flip_b: bool) -> Layer:
         """A product: of data with weights from either side, else of two data, which makes it an other operator."""
@@ -226,10 +231,10 @@ class _Reader:
         rows = out.elements // max(outputs, 1)
         gemm = "Gemm" in n.op.name or rows == 1
         if not any(fixed):
-            return Layer("matmul", n.op.name, "other", (1, rows), inner, outputs, (), self._bits(a) + self._bits(b), 0,
+            return Layer("matmul", n.op.name, "other", (1, rows), inner, outputs, (), self.bits(a) + self.bits(b), 0,
                          macs, self._name(n))
         return Layer("fc" if gemm else "matmul", n.op.name, "fully connected", (1, rows), inner, outputs, (),
-                     self._bits(data), self._bits(weights), macs, self._name(n))
+                     self.bits(data), self.bits(weights), macs, self._name(n))
 
     # the rest
 
@@ -245,7 +250,7 @@ class _Reader:
         outputs = made[-1 if channels_last else 1] if len(made) > 1 else 1
         sides = (1, *sides) if len(sides) == 1 else sides
         return Layer(n.op.name.lower(), n.op.name, "other", sides, channels, outputs, (),
-                     sum(self._bits(v) for v in data), sum(self._bits(v) for v in read if v.is_constant),
+                     sum(self.bits(v) for v in data), sum(self.bits(v) for v in read if v.is_constant),
                      _recurrent_macs(n, read, self.graph), self._name(n))
 
     def _name(self, n: Node) -> str:
@@ -276,7 +281,7 @@ class _Reader:
     def _who(self, n: Node) -> str:
         return f"{n} '{n.name}'" if n.name else str(n)
 
-    def _bits(self, value: Value) -> int:
+    def bits(self, value: Value) -> int:
         dtype = self._stored(value)
         if self.numbers is not None and dtype in _DATA:
             return value.elements * BITS[self.numbers]

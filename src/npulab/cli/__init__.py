@@ -30,6 +30,7 @@ from npulab.cli.patch import patch
 from npulab.cli.profile import profile
 from npulab.cli.quantize import quantize
 from npulab.cli.replay import replay
+from npulab.cli.roofline import roofline
 from npulab.cli.run import run
 from npulab.cli.sweep import sweep
 from npulab.cli.targets import targets
@@ -42,7 +43,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for verb in (run, evaluate, check, patch, quantize, convert, export, compile, profile, compare, cliffs, sweep, teardown,
-             atlas, disasm, replay, targets):
+             roofline, atlas, disasm, replay, targets):
     app.command(no_args_is_help=verb not in (atlas, targets))(verb)
 app.add_typer(zoo, name="zoo")
 
