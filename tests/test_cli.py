@@ -46,7 +46,7 @@ def test_help_is_instant_and_names_every_verb():
 
     assert done.returncode == 0
     for verb in ("run", "check", "patch", "compile", "profile", "compare", "cliffs", "sweep", "teardown", "zoo",
-                 "atlas", "disasm", "replay", "targets"):
+                 "roofline", "probe", "atlas", "disasm", "replay", "targets"):
         assert re.search(rf"^  {verb}  ", done.stdout, re.M)
     assert min(times) < 0.6  # 0.3 is asked for, on a machine that does nothing else
 

@@ -27,6 +27,7 @@ from npulab.cli.disasm import disasm
 from npulab.cli.evaluate import evaluate
 from npulab.cli.export import export
 from npulab.cli.patch import patch
+from npulab.cli.probe import probe
 from npulab.cli.profile import profile
 from npulab.cli.quantize import quantize
 from npulab.cli.replay import replay
@@ -43,8 +44,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for verb in (run, evaluate, check, patch, quantize, convert, export, compile, profile, compare, cliffs, sweep, teardown,
-             roofline, atlas, disasm, replay, targets):
-    app.command(no_args_is_help=verb not in (atlas, targets))(verb)
+             roofline, probe, atlas, disasm, replay, targets):
+    app.command(no_args_is_help=verb not in (atlas, targets, probe))(verb)
 app.add_typer(zoo, name="zoo")
 
 

@@ -28,7 +28,7 @@ GROUPS_A_UNIT = 8
 """Work groups for each core in what is to fill the device."""
 SPOT_CHECKS = 32
 """Threads whose sums are computed again by the host."""
-HELD_GROUP = 64
+HELD_GROUP = 32
 WORDS_MAX = 4096
 """Of local memory in `local`."""
 

@@ -1,0 +1,93 @@
+"""npulab probe: what a GPU is made of, measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def probe(
+    device: Annotated[int, typer.Option("--device", metavar="N", help="Of the list that --list gives.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer repetitions, smaller buffers: minutes less.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="List the devices.")] = False,
+    json: Annotated[Path | None, typer.Option(
+        "--json", metavar="FILE", show_default=False,
+        help="Write the findings here, one by one: a run that was stopped goes on from them. - for stdout.")] = None,
+) -> None:
+    """Measure an OpenCL device: rates, latencies, bandwidths, caches, registers.
+
+    Every result is checked; what speaks against a number is said, and the number refused.
+    """
+    from dataclasses import asdict
+
+    import msgspec
+
+    from npulab import probing
+    from npulab.cli.printing import progress, say, table, write_json
+    from npulab.gpu.opencl import devices
+    from npulab.program.files import write_atomically
+
+    if list_:
+        found = devices()
+        if json is not None:
+            write_json([asdict(d) for d in found])
+        elif found:
+            table([">device", "name+", "driver+"], [(i, d.name, f"{d.platform}, {d.driver}")
+                                                    for i, d in enumerate(found)])
+        else:
+            say("No OpenCL device. Drivers: pocl-opencl-icd (the CPU), mesa-opencl-icd, the vendor's.")
+        return
+    save = None if json is None or str(json) == "-" else json.with_name(f"{json.name}.part")
+    result = probing.probe(device, quick, lambda name, share: progress(f"{share:4.0%}  {name}"), save)
+    if str(json) == "-":
+        write_json(result)
+        return
+    if json is not None and save is not None:
+        write_atomically(json, msgspec.json.format(msgspec.json.encode(result), indent=1))
+        save.unlink(missing_ok=True)
+    show(result)
+    if json is not None:
+        say(f"Wrote {json}")
+
+
+def show(result: Mapping[str, Any]) -> None:
+    from npulab.cli.printing import say, table
+
+    who = result["identity"]
+    say(f"{who['name']} ({who['platform']}, driver {who['driver']})")
+    say()
+    table(["measured", ">value", ">95 %"],
+          [(q["name"], *_shown(q)) for q in result["quantities"] if q["status"] == "measured"])
+    refused = [q for q in result["quantities"] if q["status"] == "refused"]
+    if refused:
+        say()
+        table(["refused", "why+"], [(q["name"], q["why"]) for q in refused])
+
+
+def _shown(q: Mapping[str, Any]) -> tuple[str, str]:
+    """Value and half of the interval, with prefixes."""
+    value = scaled(q["value"], q["unit"])
+    if not q["interval"] or not q["value"]:
+        return value, ""
+    half = (q["interval"][1] - q["interval"][0]) / 2 / abs(q["value"])
+    return value, f"+- {half:.1%}"
+
+
+def scaled(value: float, unit: str) -> str:
+    """With the prefix that a person reads: seconds as ns, us, ms; bytes as KiB, MiB; rates as G, T."""
+    if unit == "s":
+        steps: tuple[tuple[float, str], ...] = ((1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
+    elif unit.startswith("bytes"):
+        rest = unit.removeprefix("bytes")
+        steps = ((2.0**20, f"MiB{rest}"), (2.0**10, f"KiB{rest}"), (1.0, unit))
+    elif unit.endswith("/s") and unit != "GB/s":
+        steps = ((1e12, f"T {unit}"), (1e9, f"G {unit}"), (1e6, f"M {unit}"))
+    else:
+        steps = ((0.0, unit),)
+    size, name = next((s for s in steps if abs(value) >= s[0]), steps[-1])
+    return f"{value / size if size else value:.4g} {name}"

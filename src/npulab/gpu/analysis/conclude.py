@@ -1,0 +1,110 @@
+"""All that is concluded of a device, each finding for itself: what one is refused for does not touch the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from npulab.errors import NpulabError
+from npulab.gpu.analysis import caches, drift, groups, local, rates, registers
+from npulab.gpu.analysis.meter import Meter, Refused, reason
+from npulab.gpu.types import Bench, Quantity
+
+Progress = Callable[[str, float], None]
+Keep = Callable[[list[Quantity]], None]
+
+
+def conclude(bench: Bench, progress: Progress | None = None, quick: bool = False, known: Sequence[Quantity] = (),
+             keep: Keep | None = None) -> list[Quantity]:
+    """What a device is made of, from experiments alone.
+
+    progress  called with what is measured next and the share that is done, 0..1.
+    quick     fewer repetitions and operations, no footprint of a chase beyond 64 MiB.
+    known     findings of an earlier run on the device, which are not measured again.
+    keep      called with findings as they come.
+
+    Bounded: 5000 experiments or 15 minutes (quick: 1500, 2), and no task takes more than half of what is left of them;
+    what is not measured until then is refused. Never raises what a bench raises on purpose (NpulabError).
+    """
+    meter = Meter(bench, quick)
+    found, done = list(known), {q.name for q in known}
+    hierarchy: list[caches.Hierarchy] = []
+
+    def width() -> list[Quantity]:
+        return [groups.warp_width(meter)]
+
+    def held() -> list[Quantity]:
+        warp = next((q.value for q in found if q.name == "warp width" and q.value is not None), None)
+        if warp is None:
+            raise Refused("needs the warp width, which was refused")
+        return registers.registers(meter, int(warp))
+
+    def levels() -> list[Quantity]:
+        hierarchy.append(caches.hierarchy(meter))
+        return _of(hierarchy[0])
+
+    tasks: list[tuple[str, str, Callable[[], list[Quantity]]]] = [
+        ("warp width", "threads", width),
+        ("register file", "bytes a core", held),
+        ("local memory banks", "words", lambda: [local.banks(meter)]),
+        ("local memory bandwidth", "GB/s", lambda: [local.bandwidth(meter)]),
+        ("launch cost", "s", lambda: [rates.launch(meter)]),
+        ("barrier cost", "s", lambda: [rates.barrier(meter)]),
+        ("transfer to device bandwidth", "GB/s", lambda: rates.transfers(meter, True)),
+        ("transfer from device bandwidth", "GB/s", lambda: rates.transfers(meter, False)),
+        ("L1 size", "bytes", levels),
+        ("memory bandwidth", "GB/s", lambda: [rates.memory_bandwidth(meter, _one(hierarchy), "read")]),
+        ("memory write bandwidth", "GB/s", lambda: [rates.memory_bandwidth(meter, _one(hierarchy), "write")]),
+        ("memory copy bandwidth", "GB/s", lambda: [rates.memory_bandwidth(meter, _one(hierarchy), "copy")]),
+        *((f"{o} {e} rate", "operations/s", lambda o=o, e=e: [rates.rate(meter, o, e)])
+          for o, e in rates.wanted(meter)),
+        *((f"{o} {e} latency", "s", lambda o=o, e=e: [rates.latency(meter, o, e)]) for o, e in rates.wanted(meter)),
+    ]
+
+    def do(name: str, unit: str, task: Callable[[], list[Quantity]], share: float) -> None:
+        if name in done:
+            return
+        if progress:
+            progress(name, share)
+        made = _tried(meter, name, unit, task)
+        found.extend(made)
+        if keep:
+            keep(made)
+
+    for i, (name, unit, task) in enumerate(tasks):
+        do(name, unit, task, i / len(tasks))
+    if not hierarchy and any(q.name == "L1 size" and q.status == "measured" for q in known):
+        _tried(meter, "L1 size", "bytes", levels)  # what was known of it is not all that follows needs
+    for i in range(len(hierarchy[0].levels) if hierarchy else 0):
+        do(f"L{i + 1} bandwidth", "GB/s",
+           lambda i=i: [rates.level_bandwidth(meter, hierarchy[0], i)], 1.0)  # type: ignore[misc]
+    do("lowest clock", "of the first", lambda: [drift.drift(meter)], 1.0)
+    if progress:
+        progress("done", 1.0)
+    return found
+
+
+def _tried(meter: Meter, name: str, unit: str, task: Callable[[], list[Quantity]]) -> list[Quantity]:
+    meter.begin()
+    try:
+        return task()
+    except (Refused, NpulabError) as e:
+        return [Quantity(name, None, unit, None, "refused", reason(e))]
+
+
+def _one(hierarchy: list[caches.Hierarchy]) -> caches.Hierarchy | None:
+    return hierarchy[0] if hierarchy else None
+
+
+def _of(found: caches.Hierarchy) -> list[Quantity]:
+    out = []
+    for i, level in enumerate(found.levels, 1):
+        out += [Quantity(f"L{i} size", level.size, "bytes", level.interval, "measured", level.why),
+                Quantity(f"L{i} line", level.line, "bytes", None, "measured",
+                         "the shortest distance of loads at which none helps another"),
+                Quantity(f"L{i} latency", level.latency.value, "s", (level.latency.low, level.latency.high), "measured",
+                         "random chase through half of it, one thread")]
+    if found.memory:
+        m = found.memory
+        return [*out, Quantity("memory latency", m.value, "s", (m.low, m.high), "measured",
+                               "random chase through much more than the caches hold, one thread")]
+    return [*out, Quantity("memory latency", None, "s", None, "refused", found.fault)]

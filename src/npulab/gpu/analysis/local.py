@@ -1,0 +1,37 @@
+"""Local memory: banks by the strides that make threads meet at one, and what goes through without conflicts."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from npulab.gpu.analysis.meter import Meter, Refused
+from npulab.gpu.types import Quantity
+
+STRIDES = tuple(1 << i for i in range(9))
+
+
+def bandwidth(meter: Meter) -> Quantity:
+    took = meter.seconds(lambda: meter.bench.local(1), "loads", spread=0.005)
+    return Quantity("local memory bandwidth", 4 / took.value / 1e9, "GB/s",
+                    (4 / took.high / 1e9, 4 / took.low / 1e9), "measured",
+                    "words side by side, in all the groups that the experiment starts")
+
+
+def banks(meter: Meter) -> Quantity:
+    """The stride from which on conflicts do not get worse; one word more than it must have none."""
+    times = [meter.seconds(partial(meter.bench.local, s), "loads", calls=2).value for s in STRIDES]
+    one, most = times[0], max(times)
+    seen = ", ".join(f"{s}: {t / one:.2f}" for s, t in zip(STRIDES, times, strict=True))
+    if most < 1.5 * one:
+        raise Refused(f"no conflicts: time at strides of words {seen}")
+    at = next(i for i, t in enumerate(times) if t > 0.85 * most)
+    if min(times[at:]) < 0.85 * most:
+        raise Refused(f"time is not worst from one stride on: {seen}")
+    if at == len(STRIDES) - 1:
+        raise Refused(f"conflicts still get worse at the largest stride: {seen}")
+    count = STRIDES[at]
+    odd = meter.seconds(lambda: meter.bench.local(count + 1), "loads", calls=2).value
+    if odd > 1.15 * one:
+        raise Refused(f"a stride of {count + 1} words takes {odd / one:.2f} times as long as 1; no banks explain that")
+    return Quantity("local memory banks", count, "words", None, "measured",
+                    f"a stride of {count} words takes {most / one:.3g} times as long as 1, {count + 1} as long")

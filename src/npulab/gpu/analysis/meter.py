@@ -1,0 +1,155 @@
+"""Experiments asked for with their times checked, the clock's drift taken out of them, within bounds."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Literal
+
+from npulab.errors import NpulabError
+from npulab.gpu.analysis.statistics import Estimate, estimate
+from npulab.gpu.types import Bench, Timing
+
+Kind = Literal["core", "memory", "host"]
+ATTEMPTS = 3
+MOVED = 0.03  # a reference that differs by more between before and after has the experiment done again
+POOLED = 6  # references without a move that are taken together
+STILL = 0.01  # a clock within this of its first pace is taken for unmoved
+MEMORY_FOOTPRINT = 256 << 20  # bytes, a quarter of it where it must be quick
+
+
+class Refused(Exception):  # noqa: N818 - not an error: an answer
+    """What was measured is not to be believed; the message says why."""
+
+
+class Objection(Refused):
+    """The bench itself says that an experiment is not to be believed."""
+
+
+class Meter:
+    """Does experiments on a bench. A reference between them tells how fast the clock still is: a chain for what the
+    cores do, a stream through memory for what DRAM does.
+
+    paces  of each kind of reference, how much slower than at first, one entry an experiment.
+    """
+
+    def __init__(self, bench: Bench, quick: bool = False) -> None:
+        self.bench, self.quick = bench, quick
+        self.limits = bench.limits
+        self.experiments, self.most = 0, 1500 if quick else 5000
+        self.until = time.monotonic() + (120 if quick else 900)
+        self._task_most, self._task_until = self.most, self.until
+        self.paces: dict[Kind, list[float]] = {"core": [], "memory": []}
+        self.faults: dict[Kind, str] = {}
+        self._first: dict[Kind, float] = {}
+        self._recent: dict[Kind, list[float]] = {}
+        for kind in ("core", "memory"):
+            try:
+                found = [self._reference(kind) for _ in range(4)]
+                self._first[kind] = sum(found) / len(found)
+                self._recent[kind] = found
+            except (Refused, NpulabError) as e:
+                self.faults[kind] = reason(e)
+
+    def begin(self) -> None:
+        """A new task: it may take half of what is left of experiments and time, so that something is left for others.
+        """
+        self._task_most = self.experiments + (self.most - self.experiments) // 2
+        self._task_until = (time.monotonic() + self.until) / 2
+
+    def seconds(self, ask: Callable[[], Timing], of: str = "", kind: Kind = "core", calls: int = 1,
+                spread: float = 0.0, through: float = 0.0) -> Estimate:
+        """Seconds of an experiment, or of one unit of its work `of`, as they are at the clock's first pace.
+
+        through: of kind "memory", the seconds of a unit of work that pass at the pace of the cores all the same.
+        calls: asked at least so often (quick: at most 2); more, up to 12 times (quick: 2), until the interval's half is
+        within `spread`.
+        Raises: Refused, and what the bench raises.
+        """
+        values: list[float] = []
+        asked, most = 0, 2 if self.quick else 12
+        while True:
+            values += self._once(ask, of, kind, through)
+            asked += 1
+            found = estimate(values, 0.002 if self._first.get(kind) else 0.0)
+            if asked >= most or (asked >= calls and (not spread or found.spread <= spread)):
+                return found
+
+    def _once(self, ask: Callable[[], Timing], of: str, kind: Kind, through: float) -> list[float]:
+        for attempt in range(4):
+            before = self._pace(kind)
+            values = self._asked(ask, of)
+            after = self._look(kind)
+            if abs(after - before) <= MOVED * before or attempt == 3:
+                break
+        pace = (before + after) / 2 if abs(after - before) > MOVED * before else self._pace(kind)
+        if through:
+            self._look("core")
+            core = self._pace("core")
+            values = [max((v - through * core) / pace, 0.0) + through for v in values]
+            return values
+        return [v / pace for v in values]
+
+    def _asked(self, ask: Callable[[], Timing], of: str) -> list[float]:
+        """What was objected to is asked for again: on a busy machine a check of times fails now and then. What is wrong
+        each time is refused."""
+        for _ in range(ATTEMPTS - 1):
+            try:
+                return self._checked(ask(), of)
+            except Objection:
+                pass
+        return self._checked(ask(), of)
+
+    def _checked(self, timing: Timing, of: str) -> list[float]:
+        self.experiments += 1
+        if self.experiments > self._task_most or time.monotonic() > self._task_until:
+            raise Refused(f"measuring takes too long: {self.experiments} experiments until here")
+        if timing.wrong:
+            raise Objection(timing.wrong)
+        work = float(timing.work.get(of, math.nan)) if of else 1.0
+        if not (math.isfinite(work) and work > 0):
+            raise Refused(f"the experiment did not say how many {of} it did")
+        values = [float(s) for s in timing.seconds]
+        if not values or not all(math.isfinite(v) and v > 0 for v in values):
+            # a timer of coarse ticks may give 0 now and then; not mostly
+            if not values or not all(math.isfinite(v) and v >= 0 for v in values) or sum(v > 0 for v in values) < 5:
+                raise Refused("the experiment's times are not times: " + ", ".join(f"{v:g}" for v in values[:3]))
+            values = [v for v in values if v > 0]
+        return [v / work for v in values]
+
+    def _reference(self, kind: Kind) -> float:
+        if kind == "core":
+            threads = self.limits.compute_units * self.limits.group_max
+            return estimate(self._asked(lambda: self.bench.chain("fma", "float32", 1, 4, threads), "operations")).value
+        footprint = min(MEMORY_FOOTPRINT // (4 if self.quick else 1), self.limits.buffer_max // 2)
+        return estimate(self._asked(lambda: self.bench.stream(footprint, 1, 16, "read"), "bytes")).value
+
+    def pace(self) -> float:
+        """Of the cores, now."""
+        return self._pace("core")
+
+    def _pace(self, kind: Kind) -> float:
+        """How much slower than at first."""
+        if not self._first.get(kind):
+            return 1.0
+        recent = self._recent[kind]
+        pace = sum(recent) / len(recent) / self._first[kind]
+        return 1.0 if abs(pace - 1) < STILL else pace
+
+    def _look(self, kind: Kind) -> float:
+        """The pace by one more reference; those before a move are forgotten."""
+        if not self._first.get(kind):
+            return 1.0
+        now, recent = self._reference(kind), self._recent[kind]
+        if abs(now / recent[-1] - 1) > 0.02 or abs(now * len(recent) / sum(recent) - 1) > 0.015:
+            recent.clear()
+        recent.append(now)
+        del recent[:-POOLED]
+        self.paces[kind].append(now / self._first[kind])
+        return now / self._first[kind]
+
+
+def reason(error: Exception) -> str:
+    """In one line."""
+    return str(error.message if isinstance(error, NpulabError) else error)

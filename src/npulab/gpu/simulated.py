@@ -1,0 +1,319 @@
+"""A GPU of known parts that does the experiments of a Bench: ground truth for the analysis.
+
+`Hidden` says what it is made of, `Simulated` times experiments on it, `random_hidden` draws one. The times follow from
+the parts (hit rates of a random chase, waves of resident threads, the slowest of latency and issue, bank conflicts);
+then the clock falls as the device heats, repetitions scatter, some are disturbed, and the timer ticks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from npulab.errors import UnsupportedError
+from npulab.gpu.types import Element, Identity, Limits, Operation, Timing, Way
+
+REPETITIONS = 9
+CHASE_LOADS = 1 << 14
+STEPS = 4096  # of a chain
+ENOUGH = 2e-3  # seconds: a kernel's loop turns until it takes so long
+KERNEL_START = 1.5e-6  # seconds between a kernel's first and last moment that are not its work
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """One level, fully associative. size, line: bytes. latency: cycles of the core. bandwidth: bytes a cycle, of the
+    whole device: of a level that each core has for itself, of all together."""
+
+    size: int
+    line: int
+    latency: float
+    bandwidth: float
+    replacement: Literal["lru", "random"] = "lru"
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """What a simulated GPU is made of.
+
+    register_file, register_grain  bytes a core; registers a thread are given in multiples of the grain.
+    rates       scalar operations a cycle and core; float16 reaches it with vectors of two, alone half of it.
+    latencies   cycles from an operation to the next of its chain.
+    local_banks words (4 bytes) a cycle of a core's local memory.
+    memory_*    DRAM: seconds of a load, the way through the caches (their last latency) with it, bytes a second; writes
+                reach `write_share` of the reads' bandwidth.
+    launch, barrier, transfer_*  seconds; transfers take transfer_start and then bytes a second.
+    tick        of the timer, seconds. jitter: relative, standard deviation. outliers: share of disturbed repetitions.
+    throttle_*  busy seconds until the clock begins to fall, how long it falls, and the share of it that remains.
+    memory_throttles  whether DRAM slows with the cores.
+    """
+
+    warp: int
+    cores: int
+    max_threads: int
+    register_file: int
+    register_grain: int
+    caches: tuple[Cache, ...]
+    clock: float
+    rates: Mapping[tuple[Operation, Element], float]
+    latencies: Mapping[tuple[Operation, Element], float]
+    local_banks: int
+    memory_latency: float
+    memory_bandwidth: float
+    write_share: float
+    launch: float
+    barrier: float
+    transfer_start: float
+    transfer_bandwidth: float
+    group_max: int = 256
+    buffer_max: int = 1 << 30
+    tick: float = 1e-9
+    jitter: float = 0.0
+    outliers: float = 0.0
+    throttle_after: float = math.inf
+    throttle_over: float = 0.5
+    throttle_to: float = 1.0
+    memory_throttles: bool = False
+
+
+def hit_rate(lines: float, capacity: float, places: int, replacement: str) -> float:
+    """Hits of a steady chase through `lines` cache lines, `places` pointers in each, all in one random cycle, in a
+    fully associative cache of `capacity` lines.
+
+    A place's line was last touched a share u of the cycle ago, P(u > v) = (1 - v)^(places - 1). LRU still has it if
+    fewer than `capacity` other lines were touched since, each one with probability 1 - (1 - u)^places. Random
+    replacement still has it if none of the misses since threw it out, each one with probability 1 / capacity.
+    """
+    if lines <= capacity:
+        return 1.0
+    if replacement == "lru":
+        return float(1 - (1 - capacity / lines) ** ((places - 1) / places))
+    low, high = 0.0, 1.0  # of the miss rate m = 1 - survival(m); m = 0 is the other solution
+    for _ in range(60):
+        m = (low + high) / 2
+        low, high = (m, high) if 1 - _survival(places * lines / capacity * m, places) > m else (low, m)
+    return 1 - (low + high) / 2
+
+
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(48)
+
+
+def _survival(evictions: float, places: int) -> float:
+    """E[exp(-evictions u)] over the share u of a cycle since the line's last touch."""
+    if places == 1:
+        return math.exp(-evictions)
+    # with v = (1 - u)^(places - 1), uniform in 0..1
+    u = 1 - ((_NODES + 1) / 2) ** (1 / (places - 1))
+    return float((_WEIGHTS / 2 * np.exp(-evictions * u)).sum())
+
+
+class Simulated:
+    """A Bench on a machine that is known. The same seed and the same calls give the same times."""
+
+    def __init__(self, hidden: Hidden, seed: int = 0) -> None:
+        self._h = hidden
+        self._random = np.random.default_rng(seed)
+        self._busy = 0.0
+
+    @property
+    def identity(self) -> Identity:
+        return Identity("simulated", "npulab", "simulated GPU", "npulab", "1", "1")
+
+    @property
+    def limits(self) -> Limits:
+        h = self._h
+        return Limits(h.cores, h.group_max, h.local_banks * 1024, h.buffer_max, frozenset(e for _, e in h.rates))
+
+    def chase(self, footprint: int, stride: int) -> Timing:
+        h, n = self._h, max(1, footprint // stride)
+        known, cycles = 0.0, 0.0
+        for c in h.caches:
+            hits = max(known, hit_rate(math.ceil(n / max(1, c.line // stride)), c.size // c.line,
+                                       max(1, c.line // stride), c.replacement))
+            cycles += (hits - known) * c.latency
+            known = hits
+        through = h.caches[-1].latency / h.clock  # a load on its way to DRAM and back passes the caches
+        core, memory = cycles / h.clock + (1 - known) * through, (1 - known) * (h.memory_latency - through)
+        self._busy += n * (core + memory)  # all places once before the clock starts
+        return self._timing(core * CHASE_LOADS, {"loads": CHASE_LOADS}, memory=memory * CHASE_LOADS)
+
+    def stream(self, footprint: int, stride: int, width: int, way: Way) -> Timing:
+        h = self._h
+        size = 1 << 22
+        read = {"read": 1.0, "write": 0.0, "copy": 0.5}[way]
+        cost = read + (1 - read) / h.write_share
+        missed, core = 1.0, 0.0
+        for c in h.caches:
+            waste = max(1.0, min(stride, c.line / width))
+            narrow = 16 / width if c is h.caches[0] else 1.0  # a narrow load takes its place in the queue all the same
+            core = max(core, missed * size * waste * narrow * cost / c.bandwidth / h.clock)
+            lines = footprint / c.line
+            missed = min(missed, 1 - hit_rate(lines, c.size / c.line, 1, c.replacement))  # each group reads all of it
+        waste = max(1.0, min(stride, h.caches[-1].line / width))
+        memory = missed * size * waste * cost / h.memory_bandwidth
+        return self._timing(core, {"bytes": size}, least=memory)
+
+    def chain(self, operation: Operation, element: Element, width: int, chains: int, threads: int) -> Timing:
+        h, what = self._h, (operation, element)
+        if what not in h.rates:
+            raise UnsupportedError(f"The device has no {operation} of {element}")
+        each = chains * width * (4 if element == "int8x4" else 1)
+        rate = h.rates[what] / (2 if element == "float16" and width == 1 else 1)
+        warps = math.ceil(math.ceil(threads / h.warp) / h.cores)
+        cycles, most = 0.0, h.max_threads // h.warp
+        while warps > 0:
+            cycles += STEPS * max(h.latencies[what], min(warps, most) * h.warp * each / rate)
+            warps -= most
+        return self._timing(cycles / h.clock, {"operations": STEPS * each * threads})
+
+    def diverge(self, period: int) -> Timing:
+        h = self._h
+        both = 1 if period % h.warp == 0 else 2 if h.warp % period == 0 else 1 + math.gcd(period, h.warp) / h.warp
+        warps = h.group_max / h.warp
+        cycles = STEPS * both * max(h.latencies["fma", "float32"],
+                                    warps * h.warp / h.rates["fma", "float32"])
+        return self._timing(cycles / h.clock, {"operations": STEPS * h.group_max * h.cores})
+
+    def hold(self, registers: int, threads: int) -> Timing:
+        h = self._h
+        given = math.ceil(registers / h.register_grain) * h.register_grain * 4 * h.warp
+        most = min(h.max_threads // h.warp, h.register_file // given)
+        if not most:
+            raise UnsupportedError(f"The device has no {registers} registers for a thread")
+        waves = math.ceil(math.ceil(math.ceil(threads / h.warp) / h.cores) / most)
+        return self._timing(0.0, {"operations": 2048.0 * threads}, memory=2048 * waves * h.memory_latency)
+
+    def local(self, stride: int) -> Timing:
+        h = self._h
+        at_once = min(h.warp, h.local_banks)
+        conflicts = max(1, at_once * math.gcd(stride, h.local_banks) / h.local_banks)
+        cycles = STEPS * h.group_max / at_once * conflicts
+        return self._timing(cycles / h.clock, {"loads": STEPS * h.group_max})
+
+    def launch(self) -> Timing:
+        return self._timing(0.0, {}, host=self._h.launch)
+
+    def barrier(self) -> Timing:
+        return self._timing(STEPS * self._h.barrier, {"barriers": STEPS})
+
+    def transfer(self, size: int, to_device: bool) -> Timing:
+        h = self._h
+        return self._timing(0.0, {"bytes": size}, host=h.transfer_start + size / h.transfer_bandwidth)
+
+    def _timing(self, core: float, work: dict[str, float], memory: float = 0.0, least: float = 0.0,
+                host: float = 0.0) -> Timing:
+        """Repetitions of `core` seconds at full clock, then `memory` seconds; `least`: DRAM's seconds beside the
+        core's, the longer counts; `host`: seconds that no clock of the device changes."""
+        h, seconds = self._h, []
+        turns = 1 if host else math.ceil(ENOUGH / max(core + memory, least))
+        core, memory, least = core * turns, memory * turns, least * turns
+        for _ in range(REPETITIONS):
+            fallen = min(1.0, max(0.0, (self._busy - h.throttle_after) / h.throttle_over))
+            slow = 1 / (1 - fallen * (1 - h.throttle_to))
+            slow_memory = slow if h.memory_throttles else 1.0
+            took = host or max(core * slow + memory * slow_memory, least * slow_memory) + KERNEL_START
+            took *= math.exp(h.jitter * self._random.standard_normal())
+            if self._random.random() < h.outliers:
+                took *= 1.1 + self._random.exponential(0.7)
+            self._busy += took
+            phase = self._random.random()
+            seconds.append((math.floor(phase + took / h.tick) - math.floor(phase)) * h.tick)
+        return Timing(tuple(seconds), {name: count * turns for name, count in work.items()} if not host else work)
+
+
+def random_hidden(seed: int) -> Hidden:
+    """A plausible GPU, from a phone's to a data centre's.
+
+    A level is at least four times the one before, eight times if that replaces at random: otherwise no footprint misses
+    the one and hits the other.
+    """
+    r = np.random.default_rng(seed)
+
+    def pick(*of: Any) -> Any:
+        return of[int(r.integers(len(of)))]
+
+    def between(low: float, high: float) -> float:
+        return float(math.exp(r.uniform(math.log(low), math.log(high))))
+
+    scale = pick("phone", "desktop", "centre")
+    cores = {"phone": pick(1, 2, 3, 4, 6, 8, 10, 16), "desktop": pick(8, 10, 16, 20, 28, 40, 46, 64),
+             "centre": pick(56, 80, 108, 110, 132)}[scale]
+    warp = pick(8, 16, 32, 64, 128)
+    clock = between(0.5e9, 1.2e9) if scale == "phone" else between(1e9, 2.6e9)
+    lanes = max(pick(8, 16, 32, 64, 128), warp // 8)
+    rates: dict[tuple[Operation, Element], float] = {}
+    simple: tuple[Operation, ...] = ("fma", "mul", "add")
+    for o in simple:
+        rates[o, "float32"] = lanes
+        rates[o, "int32"] = lanes * (pick(0.25, 0.5, 1.0) if o != "add" else 1.0)
+    rates["special", "float32"] = lanes * pick(0.125, 0.25)
+    if r.random() < 0.8:
+        for o in simple:
+            rates[o, "float16"] = 2 * lanes
+        rates["special", "float16"] = rates["special", "float32"]
+    if r.random() < 0.6:
+        rates["fma", "int8x4"] = 4 * lanes * pick(0.5, 1.0)
+    latencies = {}  # a step of a chain is never shorter than its warp's issue
+    for what, rate in rates.items():
+        each = 4 if what[1] == "int8x4" else 1
+        latencies[what] = max(float(r.integers(3, 9)) * (3 if what[0] == "special" else 1),
+                              warp * each / rate * (2 if what[1] == "float16" else 1))
+    line = pick(32, 64, 64, 128)
+    size = {"phone": pick(4, 8, 16, 24, 32, 64), "desktop": pick(16, 24, 32, 48, 64, 96, 128),
+            "centre": pick(16, 24, 32, 64, 128, 192)}[scale] << 10
+    latency = between(20, 120)
+    ladder = [k << n for n in range(16, 27) for k in (4, 5, 6, 7)]  # 256 KiB, 320 KiB, 384 KiB, 448 KiB, 512 KiB...
+    top = {"phone": 4 << 20, "desktop": 32 << 20, "centre": 96 << 20}[scale]
+    levels = [Cache(size, line, latency, cores * pick(32, 64, 128))]
+    for _ in range(int(r.integers(0, 3))):
+        last = levels[-1]
+        sizes = [s for s in ladder if 4 * last.size <= s <= top]
+        if not sizes:
+            break
+        levels.append(Cache(int(r.choice(sizes)), min(256, last.line * pick(1, 1, 2)),
+                            last.latency * between(1.5, 3.5), last.bandwidth * between(0.25, 0.6)))
+    for i, c in enumerate(levels):
+        if r.random() < 0.4 and (i + 1 == len(levels) or levels[i + 1].size >= 8 * c.size):
+            levels[i] = replace(c, replacement="random")
+    last = levels[-1]
+    throttles = r.random() < 0.4
+    thread_bytes = pick(64, 128, 256)  # of registers, when the core is full
+    max_threads = warp * pick(8, 12, 16, 24, 32) if warp > 16 else warp * pick(16, 24, 32, 48, 64)
+    return Hidden(
+        warp=warp, cores=cores, max_threads=max_threads, register_file=max_threads * thread_bytes,
+        register_grain=pick(1, 2, 4, 8, 16), caches=tuple(levels), clock=clock, rates=rates, latencies=latencies,
+        local_banks=pick(16, 32, 64), memory_latency=last.latency / clock * between(1.5, 3.5),
+        memory_bandwidth=last.bandwidth * clock * between(0.15, 0.6), write_share=between(0.5, 1),
+        launch=between(4e-6, 120e-6), barrier=between(20, 200) / clock, transfer_start=between(5e-6, 60e-6),
+        transfer_bandwidth=between(2e9, 50e9), group_max=pick(256, 512, 1024), buffer_max=1 << 30,
+        tick=pick(1e-9, 32e-9, 52e-9, 1e-6), jitter=between(0.002, 0.02), outliers=float(r.uniform(0, 0.06)),
+        throttle_after=between(0.5, 40) if throttles else math.inf, throttle_over=pick(0.01, 0.5, 5.0),
+        throttle_to=float(r.uniform(0.5, 0.95)), memory_throttles=bool(r.random() < 0.5))
+
+
+def truth(h: Hidden) -> dict[str, float]:
+    """What the analysis must say of it, in its names and units."""
+    known: dict[str, float] = {
+        "warp width": h.warp, "register file": h.register_file, "resident threads": h.max_threads,
+        "local memory banks": h.local_banks,
+        "local memory bandwidth": 4 * min(h.warp, h.local_banks) * h.clock / 1e9,
+        "launch cost": h.launch, "barrier cost": h.barrier,
+        "memory latency": h.memory_latency, "memory bandwidth": h.memory_bandwidth / 1e9,
+        "memory write bandwidth": h.memory_bandwidth * h.write_share / 1e9,
+        "memory copy bandwidth": h.memory_bandwidth / (0.5 + 0.5 / h.write_share) / 1e9,
+        "lowest clock": h.throttle_to,
+    }
+    for way in ("to", "from"):
+        known[f"transfer {way} device cost"] = h.transfer_start
+        known[f"transfer {way} device bandwidth"] = h.transfer_bandwidth / 1e9
+    for (operation, element), rate in h.rates.items():
+        known[f"{operation} {element} rate"] = rate * h.cores * h.clock
+        known[f"{operation} {element} latency"] = h.latencies[operation, element] / h.clock
+    for i, c in enumerate(h.caches, 1):
+        known[f"L{i} size"], known[f"L{i} line"] = c.size, c.line
+        known[f"L{i} latency"], known[f"L{i} bandwidth"] = c.latency / h.clock, c.bandwidth * h.clock / 1e9
+    return known

@@ -1,0 +1,136 @@
+"""A device measured from a process of its own: one that hangs, or dies with its driver, costs a finding and not all."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+import npulab
+from npulab.errors import DeviceError, ModelError, NpulabError
+from npulab.gpu.types import Identity, Limits, Quantity
+from npulab.program.files import read_bounded, write_atomically
+
+PATIENCE = 240.0
+"""Seconds that one finding may take; those of a quick run take QUICK_PATIENCE."""
+QUICK_PATIENCE = 60.0
+STARTED = "starting"
+RESULT_MAX = 1 << 24
+Tell = Callable[[str, float], None]
+"""Called with what is measured and the share that is done."""
+
+
+def probe(number: int = 0, quick: bool = False, tell: Tell | None = None, save: Path | None = None,
+          patience: float | None = None, work: Callable[[Connection, int, bool, list[Quantity]], None] | None = None
+          ) -> dict[str, Any]:
+    """What device `number` is made of: plain data, as `npulab probe --json` writes it.
+
+    save      a file that the findings go to, one by one, and that an interrupted run on the same device goes on from.
+    patience  seconds for a finding.      work  what the process does; for tests.
+
+    Raises: DeviceError without that device; UsageError without pyopencl.
+    """
+    from npulab.gpu.opencl import devices, open_device
+
+    have = devices()
+    if not 0 <= number < len(have):
+        open_device(number)  # says which there are
+    patience = patience or (QUICK_PATIENCE if quick else PATIENCE)
+    result: dict[str, Any] = {"npulab": npulab.__version__, "quick": quick, "identity": asdict(have[number]),
+                              "limits": None, "quantities": []}
+    found = known(save, result) if save is not None else []
+    context = multiprocessing.get_context("spawn")  # a driver does not survive a fork
+    failures = 0
+    while True:
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=work or _work, args=(theirs, number, quick, found), daemon=True)
+        process.start()
+        theirs.close()
+        ended = _listen(ours, patience, found, result, tell, save)
+        process.kill()
+        process.join()
+        if ended is None:
+            break
+        now, why = ended
+        failures += now == STARTED
+        if failures > 2 or len(found) > 1000:
+            raise DeviceError(f"{have[number].name} fails before anything is measured", got=why,
+                              try_="restart the device or its driver")
+        if now != STARTED:
+            found.append(Quantity(now, None, "", None, "refused", why))
+            _save(save, result, found)
+    result["quantities"] = [asdict(q) for q in found]
+    return result
+
+
+def _listen(ours: Connection, patience: float, found: list[Quantity], result: dict[str, Any], tell: Tell | None,
+            save: Path | None) -> tuple[str, str] | None:
+    """Findings until the process is done: None; or what it was at when it went silent or died, and how."""
+    now = STARTED
+    while True:
+        try:
+            if not ours.poll(patience):
+                return now, f"the device did not answer for {patience:g} s"
+            kind, content = ours.recv()
+        except (EOFError, OSError):
+            return now, "the process that measured died: the driver, as a rule"
+        if kind == "limits":
+            result["limits"] = content
+        elif kind == "now":
+            now, share = content
+            if tell:
+                tell(now, share)
+        elif kind == "found":
+            found.extend(Quantity(**q) for q in content)
+            _save(save, result, found)
+        elif kind == "failed":
+            message, facts = content
+            raise DeviceError(message, **facts)
+        else:
+            return None
+
+
+def _save(save: Path | None, result: Mapping[str, Any], found: Sequence[Quantity]) -> None:
+    if save is not None:
+        write_atomically(save, msgspec.json.encode({**result, "quantities": [asdict(q) for q in found]}))
+
+
+def known(path: Path, result: Mapping[str, Any]) -> list[Quantity]:
+    """Findings of an interrupted run on the same device with the same version of npulab; none if there is no such."""
+    if not path.exists():
+        return []
+    try:
+        data = msgspec.json.decode(read_bounded(path, "the findings of an earlier run", RESULT_MAX))
+        same = all(data[key] == result[key] for key in ("npulab", "quick", "identity"))
+        return [Quantity(**{**q, "interval": tuple(q["interval"]) if q["interval"] else None})
+                for q in data["quantities"]] if same else []
+    except (ValueError, KeyError, TypeError, ModelError):
+        return []
+
+
+def _work(pipe: Connection, number: int, quick: bool, known: list[Quantity]) -> None:
+    """In the process of its own."""
+    from npulab.gpu.analysis.conclude import conclude
+    from npulab.gpu.opencl import open_device
+
+    try:
+        bench = open_device(number)
+        pipe.send(("limits", plain(bench.limits)))
+        conclude(bench, lambda name, share: pipe.send(("now", (name, share))), quick, known,
+                 lambda found: pipe.send(("found", [asdict(q) for q in found])))
+        pipe.send(("done", None))
+    except NpulabError as e:
+        pipe.send(("failed", (e.message, e.facts)))
+
+
+def plain(limits: Limits) -> dict[str, Any]:
+    return {**asdict(limits), "elements": sorted(limits.elements)}
+
+
+def identity(result: Mapping[str, Any]) -> Identity:
+    return Identity(**result["identity"])

@@ -1,0 +1,291 @@
+"""The analysis finds what simulated GPUs hide, from their times alone, and says so where it cannot."""
+
+import ast
+import math
+from collections import OrderedDict
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from npulab.errors import DeviceError, UnsupportedError
+from npulab.gpu import analysis
+from npulab.gpu.analysis import conclude
+from npulab.gpu.analysis.caches import missed, round_sizes
+from npulab.gpu.analysis.meter import Meter, Refused
+from npulab.gpu.analysis.registers import explain
+from npulab.gpu.analysis.statistics import estimate, jump
+from npulab.gpu.simulated import Cache, Hidden, Simulated, hit_rate, random_hidden
+from npulab.gpu.types import Timing
+from scripts import loaded
+
+QUIET = Hidden(
+    warp=32, cores=4, max_threads=1024, register_file=128 << 10, register_grain=8,
+    caches=(Cache(24 << 10, 64, 30, 512), Cache(3 << 19, 64, 90, 150, "random")), clock=1e9,
+    rates={("fma", "float32"): 64, ("mul", "float32"): 64, ("add", "float32"): 64, ("special", "float32"): 16,
+           ("fma", "int8x4"): 256},
+    latencies={("fma", "float32"): 4, ("mul", "float32"): 4, ("add", "float32"): 4, ("special", "float32"): 20,
+               ("fma", "int8x4"): 4},
+    local_banks=32, memory_latency=300e-9, memory_bandwidth=30e9, write_share=0.8, launch=20e-6, barrier=50e-9,
+    transfer_start=10e-6, transfer_bandwidth=8e9)
+
+
+def named(found):
+    return {q.name: q for q in found}
+
+
+def wrong_rows(hidden, seed):
+    with loaded("bench/gpu_recovery.py") as program:
+        rows = list(program.compare(hidden, seed))
+    assert len(rows) > 25
+    return [(r.name, r.want, r.got, r.why) for r in rows if not r.right]
+
+
+@pytest.mark.parametrize("seed", [1, 3, 7, 12, 18, 20, 34, 41, 59, 83, 91, 147])
+def test_a_random_machine_is_recovered(seed):
+    """Those are drawn with noise, disturbed repetitions, coarse timers and clocks that fall."""
+    assert wrong_rows(random_hidden(seed), seed) == []
+
+
+def test_a_quiet_machine_is_recovered():
+    assert wrong_rows(QUIET, 0) == []
+
+
+def test_drawn_machines_are_of_all_kinds():
+    drawn = [random_hidden(seed) for seed in range(200)]
+    assert {h.warp for h in drawn} == {8, 16, 32, 64, 128}
+    assert {len(h.caches) for h in drawn} == {1, 2, 3}
+    assert {c.replacement for h in drawn for c in h.caches} == {"lru", "random"}
+    assert {c.line for h in drawn for c in h.caches} == {32, 64, 128, 256}
+    assert sum(h.throttle_to < 1 for h in drawn) > 50
+    assert sum(c.size & (c.size - 1) > 0 for h in drawn for c in h.caches) > 50
+    assert max(h.jitter for h in drawn) > 0.015
+    assert max(h.outliers for h in drawn) > 0.05
+
+
+def test_the_same_seed_gives_the_same_findings():
+    assert conclude(Simulated(random_hidden(3), 5), quick=True) == conclude(Simulated(random_hidden(3), 5), quick=True)
+
+
+# what the simulation says, against exact caches
+
+def chased(lines, capacity, places, replacement, seed=0, rounds=12):
+    """Hits of a random cycle through all places, in a cache that is simulated access by access."""
+    r = np.random.default_rng(seed)
+    order = (r.permutation(lines * places) // places).tolist()
+    held, slots, hits, steps = OrderedDict(), [], 0, 0
+    for turn in range(rounds):
+        for line in order:
+            if line in held:
+                hits += turn > rounds // 2
+                if replacement == "lru":
+                    held.move_to_end(line)
+            elif replacement == "lru":
+                held[line] = None
+                if len(held) > capacity:
+                    held.popitem(last=False)
+            elif len(slots) < capacity:
+                held[line] = None
+                slots.append(line)
+            else:
+                i = int(r.integers(capacity))
+                del held[slots[i]]
+                slots[i], held[line] = line, None
+            steps += turn > rounds // 2
+    return hits / steps
+
+
+@pytest.mark.parametrize("replacement", ["lru", "random"])
+@pytest.mark.parametrize("places", [1, 2, 4])
+@pytest.mark.parametrize("over", [0.9, 1.0, 1.1, 1.5, 2.0, 4.0])
+def test_hit_rates_are_those_of_a_cache(replacement, places, over):
+    capacity = 1024
+    lines = int(over * capacity)
+    got = np.mean([chased(lines, capacity, places, replacement, s) for s in range(2)])
+    assert hit_rate(lines, capacity, places, replacement) == pytest.approx(got, abs=0.015)
+
+
+def test_the_analysis_knows_random_replacement_by_itself():
+    for over in (1.0, 1.05, 1.5, 3.0, 8.0):
+        assert missed(over) == pytest.approx(1 - hit_rate(over * 1e4, 1e4, 1, "random"), abs=1e-9)
+    assert missed(2.0) == pytest.approx(0.7968121300200199, abs=1e-9)  # the giant component of a random graph
+
+
+def test_the_analysis_sees_nothing_but_a_bench():
+    for path in Path(analysis.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any("simulated" in n for n in names), path
+            assert not (isinstance(node, ast.Attribute) and node.attr in ("_h", "_busy", "__dict__")), path
+
+
+# statistics
+
+def test_a_mean_survives_outliers_and_ticks():
+    r = np.random.default_rng(0)
+    values = 5e-6 * np.exp(0.01 * r.standard_normal(99))
+    values[::12] *= 3
+    assert estimate(list(values)).value == pytest.approx(5e-6, rel=0.004)
+    ticks = (np.floor(r.random(99) + 5.1) * 1e-6).tolist()  # 5 or 6 ticks: 5.1 in the mean
+    assert estimate(ticks).value == pytest.approx(5.1e-6, rel=0.02)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    r = np.random.default_rng(0)
+    inside = 0
+    for _ in range(1500):
+        e = estimate(list(np.exp(0.01 * r.standard_normal(18))))
+        inside += e.low <= math.exp(0.01**2 / 2) <= e.high
+    assert 0.925 < inside / 1500 < 0.97
+
+
+@pytest.mark.parametrize(("values", "at"), [
+    ([1, 1.02, 2, 2.01], 2), ([1, 1, 1, 1], None), ([1, 1.2, 1.4, 1.6, 1.8], None), ([2, 2, 1, 1], None), ([1, 2], 1),
+    ([1, 1.1, 1.25], None)])
+def test_jumps(values, at):
+    assert jump(values) == at
+
+
+def test_round_sizes():
+    assert round_sizes(23000, 25000) == [23 << 10, 24 << 10]
+    assert round_sizes(1.55e6, 1.59e6) == [3 << 19]
+
+
+def test_registers_that_are_given_in_multiples_and_spare_ones_are_seen_through():
+    def fit(size, grain, spare, warp=32):
+        given = {r: math.ceil((r + spare) / grain) * grain for r in (32, 48, 64, 80, 96, 112, 128)}
+        return {r: size // (g * 4 * warp) for r, g in given.items()}
+
+    assert explain(fit(256 << 10, 8, 0), 32)[0] == 256 << 10
+    assert explain(fit(96 << 10, 1, 0), 32)[0] == 96 << 10
+    assert explain(fit(256 << 10, 8, 5), 32)[0] == 256 << 10
+    assert explain({32: 40, 64: 7, 96: 31}, 32) is None
+
+
+# clocks that fall, benches that lie
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_throttling_is_seen_and_taken_out(memory):
+    hot = replace(QUIET, throttle_after=1.0, throttle_over=0.3, throttle_to=0.6, jitter=0.005, memory_throttles=memory)
+    assert wrong_rows(hot, 0) == []
+    q = named(conclude(Simulated(hot, 0)))["lowest clock"]
+    assert q.value == pytest.approx(0.6, rel=0.03)
+    assert q.why.startswith("throttling: a reference chain came to take 1.6")
+    still = named(conclude(Simulated(QUIET, 0)))["lowest clock"]
+    assert still.value == 1.0
+    assert "throttling" not in still.why
+
+
+class Lying:
+    """A bench that does as a simulated one but for one experiment, or all."""
+
+    def __init__(self, lie, methods=()):
+        self._bench, self._lie, self._methods = Simulated(replace(QUIET, jitter=0.005), 0), lie, methods
+        self.identity, self.limits = self._bench.identity, self._bench.limits
+
+    def __getattr__(self, name):
+        true = getattr(self._bench, name)
+        return (lambda *a: self._lie(true(*a))) if not self._methods or name in self._methods else true
+
+
+def raises(error):
+    def lie(_):
+        raise error
+    return lie
+
+
+METHODS = ("chase", "stream", "chain", "diverge", "hold", "local", "launch", "barrier", "transfer")
+LIES = {
+    "wrong": (lambda t: replace(t, wrong="the sum is 3, not 4"), "the sum is 3, not 4"),
+    "zero": (lambda t: replace(t, seconds=(0.0,) * 9), "the experiment's times are not times: 0, 0, 0"),
+    "nan": (lambda t: replace(t, seconds=(math.nan,) * 9), "the experiment's times are not times: nan, nan, nan"),
+    "negative": (lambda t: replace(t, seconds=(-1.0, *t.seconds)), "the experiment's times are not times: -1, "),
+    "infinite": (lambda t: replace(t, seconds=(math.inf,)), "the experiment's times are not times: inf"),
+    "none": (lambda t: Timing(()), ""),
+    "no work": (lambda t: replace(t, work={}), "the experiment did not say how many"),
+    "unsupported": (raises(UnsupportedError("no such thing here", got="x")), "no such thing here"),
+    "lost": (raises(DeviceError("the device is lost")), "the device is lost"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_of_a_bench_that_lies_nothing_is_believed(lie):
+    change, why = LIES[lie]
+    found = conclude(Lying(change), quick=True)
+    measured = {q.name for q in found if q.status == "measured"}
+    assert measured <= ({"launch cost"} if lie == "no work" else set()) | (
+        {"transfer to device cost", "transfer to device bandwidth", "transfer from device cost",
+         "transfer from device bandwidth"} if lie == "no work" else set())
+    refused = [q for q in found if q.status == "refused"]
+    assert all(q.value is None and q.interval is None and q.why for q in refused)
+    assert sum(why in q.why for q in refused) > 12
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_one_experiment_lies_about_does_not_touch_the_others(method):
+    found = named(conclude(Lying(lambda t: replace(t, wrong="a wrong result"), (method,)), quick=True))
+    refused = {n for n, q in found.items() if q.status == "refused"}
+    want = {"chase": {"L1 size"}, "diverge": {"warp width", "register file"}, "hold": {"register file"},
+            "local": {"local memory banks", "local memory bandwidth"}, "launch": {"launch cost"},
+            "barrier": {"barrier cost"}, "transfer": {"transfer to device bandwidth", "transfer from device bandwidth"}}
+    if method in want:
+        assert refused == want[method]
+    else:
+        assert len([q for q in found.values() if q.status == "measured"]) >= 8
+        assert all("a wrong result" in found[n].why for n in refused)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.3])
+def test_a_device_whose_times_say_nothing_is_refused(sigma):
+    """Flat or pure noise, as a processor behind the bench may be: nothing made up of it, and it ends."""
+    r = np.random.default_rng(0)
+    noise = lambda t: replace(t, seconds=tuple(1e-3 * np.exp(sigma * r.standard_normal(9))),  # noqa: E731
+                              work={"operations": 1e6, "loads": 1e6, "bytes": 1e6, "barriers": 1e3})
+    found = named(conclude(Lying(noise), quick=True))
+    for name in ("warp width", "register file", "local memory banks", "L1 size"):
+        assert found[name].status == "refused", found[name]
+    assert "no step" in found["warp width"].why
+    assert not any(n.startswith("L1 ") and q.status == "measured" for n, q in found.items())
+
+
+def test_an_objection_now_and_then_is_asked_again():
+    """As on a busy machine, where a check of times fails once."""
+    r = np.random.default_rng(0)
+    some = Lying(lambda t: replace(t, wrong="busy" if r.random() < 0.05 else ""))
+    assert sum(q.status == "refused" for q in conclude(some)) <= 2
+    often = Lying(lambda t: replace(t, wrong="busy" if r.random() < 0.9 else ""))
+    assert sum(q.status == "measured" for q in conclude(often, quick=True)) <= 4
+
+
+def test_experiments_are_bounded():
+    meter = Meter(Simulated(QUIET, 0), quick=True)
+    asked = meter.experiments
+    for _ in range(1500 - asked):
+        meter.seconds(meter.bench.launch, kind="host")
+    with pytest.raises(Refused, match="measuring takes too long: 1501 experiments"):
+        meter.seconds(meter.bench.launch, kind="host")
+    assert 0 < asked < 20
+
+
+def test_progress_goes_forward():
+    seen = []
+    conclude(Simulated(QUIET, 0), lambda what, share: seen.append((what, share)), quick=True)
+    shares = [s for _, s in seen]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+    assert seen[0][0] == "warp width"
+    assert seen[-1][0] == "done"
+
+
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_findings():
+    batches = []
+    whole = conclude(Simulated(random_hidden(3), 3), keep=lambda made: batches.append(list(made)), quick=True)
+    assert [q for batch in batches for q in batch] == whole
+    for cut in (1, len(batches) // 2, len(batches) - 2):
+        half, told = [q for batch in batches[:cut] for q in batch], []
+        again = conclude(Simulated(random_hidden(3), 3), lambda name, _, told=told: told.append(name), True, half)
+        assert again[: len(half)] == half
+        assert [q.name for q in again] == [q.name for q in whole]
+        assert not {q.name for q in half} & set(told)

@@ -1,0 +1,138 @@
+"""A probe in a process of its own: devices that hang, die and lie cost a finding each."""
+
+import json
+import os
+import time
+from dataclasses import asdict
+
+import pytest
+
+from npulab import probing
+from npulab.cli.probe import scaled
+from npulab.errors import DeviceError
+from npulab.gpu import opencl
+from npulab.gpu.types import Identity, Quantity
+
+WHO = Identity("opencl", "a platform", "a device", "nobody", "1", "OpenCL 3.0")
+NAMES = ("warp width", "register file", "L1 size")
+
+
+@pytest.fixture(autouse=True)
+def device(monkeypatch):
+    monkeypatch.setattr(opencl, "devices", lambda: [WHO])
+
+
+def steps(pipe, known):
+    """The names that are not known yet, each announced."""
+    for i, name in enumerate(NAMES):
+        if name not in {q.name for q in known}:
+            pipe.send(("now", (name, i / len(NAMES))))
+            yield name
+
+
+def find(pipe, name):
+    pipe.send(("found", [asdict(Quantity(name, 32.0, "threads", (31.0, 33.0), "measured", "seen"))]))
+
+
+def honest(pipe, number, quick, known):
+    pipe.send(("limits", {"compute_units": 2}))
+    for name in steps(pipe, known):
+        find(pipe, name)
+    pipe.send(("done", None))
+
+
+def hangs(pipe, number, quick, known):
+    for name in steps(pipe, known):
+        if name == "register file":
+            time.sleep(600)
+        find(pipe, name)
+    pipe.send(("done", None))
+
+
+def dies(pipe, number, quick, known):
+    for name in steps(pipe, known):
+        if name == "L1 size":
+            os._exit(139)
+        find(pipe, name)
+    pipe.send(("done", None))
+
+
+def never_starts(pipe, number, quick, known):
+    os._exit(1)
+
+
+def is_lost(pipe, number, quick, known):
+    pipe.send(("failed", ("the device is gone", {"got": "CL_OUT_OF_RESOURCES"})))
+
+
+def test_all_findings_come_back(tmp_path):
+    told = []
+    found = probing.probe(tell=lambda name, share: told.append((name, share)), work=honest)
+    assert [q["name"] for q in found["quantities"]] == list(NAMES)
+    assert all(q["status"] == "measured" and q["interval"] == (31.0, 33.0) for q in found["quantities"])
+    assert found["identity"] == asdict(WHO)
+    assert found["limits"] == {"compute_units": 2}
+    assert [name for name, _ in told] == list(NAMES)
+
+
+@pytest.mark.parametrize(("work", "name", "why"), [
+    (hangs, "register file", "the device did not answer for 8 s"),
+    (dies, "L1 size", "the process that measured died: the driver, as a rule")])
+def test_one_finding_is_lost_and_the_others_are_kept(work, name, why):
+    found = {q["name"]: q for q in probing.probe(work=work, patience=8)["quantities"]}
+    assert set(found) == set(NAMES)
+    assert (found[name]["status"], found[name]["why"], found[name]["value"]) == ("refused", why, None)
+    assert all(q["status"] == "measured" for n, q in found.items() if n != name)
+
+
+def test_a_device_that_never_starts_is_an_error():
+    with pytest.raises(DeviceError, match="a device fails before anything is measured") as e:
+        probing.probe(work=never_starts)
+    assert e.value.facts["got"] == "the process that measured died: the driver, as a rule"
+
+
+def test_what_the_device_says_is_passed_on():
+    with pytest.raises(DeviceError, match="the device is gone") as e:
+        probing.probe(work=is_lost)
+    assert e.value.facts["got"] == "CL_OUT_OF_RESOURCES"
+
+
+def test_a_run_goes_on_where_it_was_stopped(tmp_path):
+    save = tmp_path / "found.part"
+    probing.probe(work=honest, save=save)
+    data = json.loads(save.read_text())
+    assert [q["name"] for q in data["quantities"]] == list(NAMES)
+    data["quantities"] = data["quantities"][:1]
+    save.write_text(json.dumps(data))
+    told = []
+    found = probing.probe(work=honest, save=save, tell=lambda name, _: told.append(name))
+    assert told == list(NAMES[1:])
+    assert [q["name"] for q in found["quantities"]] == list(NAMES)
+
+
+@pytest.mark.parametrize("change", [
+    lambda d: d["identity"].update(driver="2"), lambda d: d.update(npulab="0"), lambda d: d.update(quick=True),
+    lambda d: d.pop("identity"), lambda d: d["quantities"].append({"name": "x"}), lambda d: d.update(quantities=3)])
+def test_findings_of_another_run_or_damaged_ones_are_not_used(tmp_path, change):
+    save = tmp_path / "found.part"
+    probing.probe(work=honest, save=save)
+    data = json.loads(save.read_text())
+    change(data)
+    save.write_text(json.dumps(data))
+    told = []
+    probing.probe(work=honest, save=save, tell=lambda name, _: told.append(name))
+    assert told == list(NAMES)
+
+
+def test_half_a_file_is_not_used(tmp_path):
+    save = tmp_path / "found.part"
+    save.write_text('{"npulab": "0.1", "quan')
+    assert len(probing.probe(work=honest, save=save)["quantities"]) == 3
+
+
+@pytest.mark.parametrize(("value", "unit", "text"), [
+    (3.2e-9, "s", "3.2 ns"), (5e-6, "s", "5 us"), (2e-3, "s", "2 ms"), (32768, "bytes", "32 KiB"),
+    (1.5 * 2**20, "bytes", "1.5 MiB"), (196608, "bytes a core", "192 KiB a core"), (64, "bytes", "64 bytes"),
+    (12.34, "GB/s", "12.34 GB/s"), (38.4e9, "operations/s", "38.4 G operations/s"), (32, "threads", "32 threads")])
+def test_numbers_have_the_prefix_that_a_person_reads(value, unit, text):
+    assert scaled(value, unit) == text
