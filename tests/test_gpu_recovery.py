@@ -289,3 +289,23 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_findings():
         assert again[: len(half)] == half
         assert [q.name for q in again] == [q.name for q in whole]
         assert not {q.name for q in half} & set(told)
+
+
+class Overcounting(Simulated):
+    """Says that it did 64 times the operations, as where a compiler put steps together."""
+
+    @property
+    def limits(self):
+        return replace(super().limits, clock_hz=1e9)
+
+    def chain(self, *arguments):
+        t = super().chain(*arguments)
+        return replace(t, work={"operations": 64 * t.work["operations"]})
+
+
+def test_more_than_a_step_a_cycle_is_refused():
+    found = {q.name: q for q in conclude(Overcounting(random_hidden(3), 3), quick=True)}
+    for name in ("fma float32 rate", "fma float32 latency"):
+        assert found[name].status == "refused"
+        assert "cycles of the stated 1 GHz: steps were put together, or not done" in found[name].why
+    assert found["warp width"].status == found["L1 size"].status == "measured"

@@ -13,6 +13,8 @@ from npulab.gpu.types import Element, Operation, Quantity, Timing, Way
 
 ELEMENTS: tuple[Element, ...] = get_args(Element)
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
+FASTEST = 1.5
+"""Times the stated clock that a device may really have: many state their base."""
 LANES = {"float32": 1, "float16": 1, "int32": 1, "int8x4": 4}
 
 
@@ -25,6 +27,7 @@ def wanted(meter: Meter) -> list[tuple[Operation, Element]]:
 
 def rate(meter: Meter, operation: Operation, element: Element) -> Quantity:
     """The fastest shape: threads, chains and vectors one after the other, each as long as more of it helps by 1 %."""
+    _one_chain(meter, operation, element)
     shape = {"width": 1, "chains": 4, "threads": 4 * meter.limits.compute_units * meter.limits.group_max}
     tried = {"width": (2, 4), "threads": (2 * shape["threads"], shape["threads"] // 4), "chains": (8, 2, 1)}
 
@@ -48,10 +51,19 @@ def rate(meter: Meter, operation: Operation, element: Element) -> Quantity:
 
 
 def latency(meter: Meter, operation: Operation, element: Element) -> Quantity:
-    took = meter.seconds(lambda: meter.bench.chain(operation, element, 1, 1, 1), "operations", spread=0.005)
-    lanes = LANES[element]
+    took, lanes = _one_chain(meter, operation, element, 0.005), LANES[element]
     return Quantity(f"{operation} {element} latency", took.value * lanes, "s", (took.low * lanes, took.high * lanes),
                     "measured", "one thread, one chain")
+
+
+def _one_chain(meter: Meter, operation: Operation, element: Element, spread: float = 0.0) -> Estimate:
+    """Seconds of a dependent operation. Raises: Refused if no clock is that fast: the compiler put steps together."""
+    took = meter.seconds(lambda: meter.bench.chain(operation, element, 1, 1, 1), "operations", spread=spread)
+    clock, step = meter.limits.clock_hz, took.value * LANES[element]
+    if clock and step < 1 / (FASTEST * clock):
+        raise Refused(f"a step of a chain takes {1e9 * step:.3g} ns, {step * clock:.2g} cycles of the stated "
+                      f"{1e-9 * clock:.3g} GHz: steps were put together, or not done")
+    return took
 
 
 def level_bandwidth(meter: Meter, found: Hierarchy, index: int) -> Quantity:
