@@ -9,7 +9,7 @@ import pytest
 
 from npulab import probing
 from npulab.cli.probe import scaled
-from npulab.errors import DeviceError
+from npulab.errors import DeviceError, UsageError
 from npulab.gpu import opencl
 from npulab.gpu.types import Identity, Quantity
 
@@ -128,6 +128,13 @@ def test_half_a_file_is_not_used(tmp_path):
     save = tmp_path / "found.part"
     save.write_text('{"npulab": "0.1", "quan')
     assert len(probing.probe(work=honest, save=save)["quantities"]) == 3
+
+
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(tmp_path):
+    told = []
+    with pytest.raises(UsageError, match="cannot write"):
+        probing.probe(work=honest, save=tmp_path / "no" / "x.json", tell=lambda name, _: told.append(name))
+    assert not told
 
 
 @pytest.mark.parametrize(("value", "unit", "text"), [

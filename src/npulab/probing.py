@@ -44,6 +44,7 @@ def probe(number: int = 0, quick: bool = False, tell: Tell | None = None, save: 
     result: dict[str, Any] = {"npulab": npulab.__version__, "quick": quick, "identity": asdict(have[number]),
                               "limits": None, "quantities": []}
     found = known(save, result) if save is not None else []
+    _save(save, result, found)  # whether it can be written is to be known at once
     context = multiprocessing.get_context("spawn")  # a driver does not survive a fork
     failures = 0
     while True:
