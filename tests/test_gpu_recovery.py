@@ -253,10 +253,24 @@ def test_a_device_whose_times_say_nothing_is_refused(sigma):
 def test_an_objection_now_and_then_is_asked_again():
     """As on a busy machine, where a check of times fails once."""
     r = np.random.default_rng(0)
-    some = Lying(lambda t: replace(t, wrong="busy" if r.random() < 0.05 else ""))
+    some = Lying(lambda t: replace(t, doubtful="busy" if r.random() < 0.05 else ""))
     assert sum(q.status == "refused" for q in conclude(some)) <= 2
-    often = Lying(lambda t: replace(t, wrong="busy" if r.random() < 0.9 else ""))
+    often = Lying(lambda t: replace(t, doubtful="busy" if r.random() < 0.9 else ""))
     assert sum(q.status == "measured" for q in conclude(often, quick=True)) <= 4
+
+
+def test_a_wrong_result_is_refused_at_once():
+    """Not asked for until it happens to be right."""
+    asked = []
+
+    def once(t):
+        asked.append(t)
+        return replace(t, wrong="the sum is 3, not 4" if len(asked) == 1 else "")
+
+    meter = Meter(Lying(once, ("diverge",)), quick=True)
+    with pytest.raises(Refused, match="the sum is 3, not 4"):
+        meter.seconds(lambda: meter.bench.diverge(1))
+    assert len(asked) == 1
 
 
 def test_experiments_are_bounded():

@@ -293,9 +293,10 @@ class OpenCL:
             found.append(seconds)
             if sum(found) > LONGEST * REPEATS:
                 break
+        doubtful = ""
         if not wrong and turns >= 8 and min(found) < SCALES * min(run(turns // 2)[0] for _ in range(REPEATS)):
-            wrong = "twice the turns of the loop do not take longer in proportion"
-        return Timing(tuple(found), dict(work(turns)), wrong)
+            doubtful = "twice the turns of the loop do not take longer in proportion"
+        return Timing(tuple(found), dict(work(turns)), wrong, doubtful)
 
     def _compiled(self, source: str, name: str) -> Any:
         def build() -> Any:

@@ -54,13 +54,14 @@ class Timing:
 
     seconds  of each repetition, in their order, by the device's own clock where it has one.
     work     of one repetition, counted in the compiled code: "operations", "bytes", "loads".
-    wrong    why this is not to be believed (a wrong result, less work than asked for); "" if nothing is known against
-             it.
+    wrong    what is wrong with the result: it is not to be believed; "" if nothing is.
+    doubtful what speaks against the times alone; another try may do better on a busy machine.
     """
 
     seconds: tuple[float, ...]
     work: Mapping[str, float] = field(default_factory=dict)
     wrong: str = ""
+    doubtful: str = ""
 
 
 class Bench(Protocol):

@@ -24,7 +24,7 @@ class Refused(Exception):  # noqa: N818 - not an error: an answer
 
 
 class Objection(Refused):
-    """The bench itself says that an experiment is not to be believed."""
+    """The bench itself doubts the times of an experiment."""
 
 
 class Meter:
@@ -92,8 +92,8 @@ class Meter:
         return [v / pace for v in values]
 
     def _asked(self, ask: Callable[[], Timing], of: str) -> list[float]:
-        """What was objected to is asked for again: on a busy machine a check of times fails now and then. What is wrong
-        each time is refused."""
+        """Doubtful times are asked for again: on a busy machine a check of them fails now and then. What is doubtful
+        each time is refused, and a wrong result at once."""
         for _ in range(ATTEMPTS - 1):
             try:
                 return self._checked(ask(), of)
@@ -106,7 +106,9 @@ class Meter:
         if self.experiments > self._task_most or time.monotonic() > self._task_until:
             raise Refused(f"measuring takes too long: {self.experiments} experiments until here")
         if timing.wrong:
-            raise Objection(timing.wrong)
+            raise Refused(timing.wrong)
+        if timing.doubtful:
+            raise Objection(timing.doubtful)
         work = float(timing.work.get(of, math.nan)) if of else 1.0
         if not (math.isfinite(work) and work > 0):
             raise Refused(f"the experiment did not say how many {of} it did")
