@@ -18,6 +18,7 @@ from npulab import api
 from npulab.cli import run_arguments
 from npulab.errors import ModelError, NpulabError, UnsupportedError, UsageError
 from npulab.importers import load
+from npulab.importers.onnx import read_onnx
 from npulab.quantization import datafree, state
 from npulab.quantization.calibrate import calibrate, choose_weights, statistics
 from npulab.quantization.compare import noise
@@ -165,6 +166,24 @@ def test_memory_does_not_grow_with_the_samples():
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[2] < peaks[1] * 1.5 + 100_000, peaks
+
+
+@pytest.mark.parametrize("recipe", ["min-max", "auto", "equalize+adaround+correct-full"])
+def test_constants_that_are_inputs_too_make_no_difference(recipe):
+    """As in files before ONNX's IR 4."""
+    import onnx
+    import onnxruntime
+
+    graph = small()
+    proto = onnx.ModelProto.FromString(graph.source.tobytes())
+    proto.ir_version = 3
+    proto.graph.input.extend(onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims))
+                             for t in proto.graph.initializer)
+    declared = read_onnx(proto.SerializeToString(), graph.name)
+    assert len(declared.header.declared) > len(declared.inputs) == 1
+    made = [quantized(g, recipe, data=samples(graph, 30)) for g in (graph, declared)]
+    assert [i.name for i in onnxruntime.InferenceSession(made[1].data).get_inputs()] == ["x"]
+    assert made[0].stages[-1].decibels == pytest.approx(made[1].stages[-1].decibels, abs=1e-3)
 
 
 @pytest.mark.parametrize("recipe", ["min-max", "min-max+adaround", "equalize+correct"])

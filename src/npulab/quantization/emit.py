@@ -24,10 +24,21 @@ def float_model(net: Network, changed: bool = True) -> bytes:
     """The ONNX file of the float network, with the layers' weights and biases as they are now."""
     if not changed:
         return to_onnx(net.graph, shapes=False)
-    model = to_proto(net.graph, shapes=False, without=own_weights(net))
+    model = _proto(net)
     for layer in net.layers:
         _replace_weights(model, net, layer, layer.weight)
     return bytes(model.SerializeToString(deterministic=True))
+
+
+def _proto(net: Network) -> onnx.ModelProto:
+    """The network's file without the layers' weights. Constants that were inputs, too, as before ONNX's IR 4, are not
+    any more: what becomes of them is no caller's to replace."""
+    model = to_proto(net.graph, shapes=False, without=own_weights(net))
+    computed = {net.name(v) for v in net.graph.inputs}
+    inputs = [i for i in model.graph.input if i.name in computed]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    return model
 
 
 def own_weights(net: Network) -> set[int]:
@@ -83,7 +94,7 @@ class _Writer:
     def __init__(self, net: Network, integer_ends: bool, packed: bool) -> None:
         self.net = net
         self.integer_ends, self.packed = integer_ends, packed
-        self.proto = to_proto(net.graph, shapes=False, without=own_weights(net))
+        self.proto = _proto(net)
         self.nodes = list(self.proto.graph.node)
         del self.proto.graph.node[:]
         self.seen: dict[str, str] = {}  # a tensor's name -> the name of what its integers show
