@@ -1,0 +1,1 @@
+"""Networks on OpenCL devices: kernels made for the device at hand, and what runs them."""

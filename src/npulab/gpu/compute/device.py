@@ -1,0 +1,83 @@
+"""An OpenCL device that runs launches: sources compiled once, buffers, times of its own clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from npulab.errors import CapacityError, DeviceError
+from npulab.gpu import opencl
+from npulab.gpu.compute.types import Buffer, Kernel, Launch
+
+OPTIONS = ("-cl-std=CL1.2",)
+"""No -cl-fast-relaxed-math: results are compared with others'."""
+
+
+class Device:
+    """Raises everywhere: DeviceError if the device fails or does not compile; CapacityError if memory is short."""
+
+    def __init__(self, number: int = 0) -> None:
+        """Raises: DeviceError if there is no such device; UsageError without pyopencl."""
+        bench = opencl.open_device(number)
+        self.cl, self.context, self.device = bench.cl, bench.context, bench.device
+        self.identity, self.limits = bench.identity, bench.limits
+        self.queue = self.cl.CommandQueue(self.context,
+                                          properties=self.cl.command_queue_properties.PROFILING_ENABLE)
+        self._programs: dict[Kernel, Any] = {}
+
+    def kernel(self, kernel: Kernel) -> Any:
+        """Compiled, at the first call."""
+        if kernel not in self._programs:
+            try:
+                program = self.cl.Program(self.context, kernel.source).build(options=list(OPTIONS))
+            except self.cl.Error as e:
+                raise DeviceError(f"{self.identity.name} does not compile the kernel '{kernel.entry}'",
+                                  got=str(e).strip()[:300]) from None
+            self._programs[kernel] = getattr(program, kernel.entry)
+        return self._programs[kernel]
+
+    def allocate(self, size: int) -> Any:
+        """A buffer of `size` bytes."""
+        if size > self.limits.buffer_max:
+            raise CapacityError(f"{self.identity.name} has no buffers of this size", got=f"{size} bytes",
+                                want=f"at most {self.limits.buffer_max}")
+        return self._do(lambda: self.cl.Buffer(self.context, self.cl.mem_flags.READ_WRITE, max(1, size)))
+
+    def upload(self, array: NDArray[Any], buffer: Any = None) -> Any:
+        """The array in `buffer`, or in a new one."""
+        array = np.ascontiguousarray(array)
+        buffer = buffer if buffer is not None else self.allocate(array.nbytes)
+        if array.nbytes:
+            self._do(lambda: self.cl.enqueue_copy(self.queue, buffer, array))
+        return buffer
+
+    def download(self, buffer: Any, shape: Sequence[int], dtype: Any = np.float32) -> NDArray[Any]:
+        found = np.empty(tuple(shape), dtype)
+        if found.nbytes:
+            self._do(lambda: self.cl.enqueue_copy(self.queue, found, buffer))
+        return found
+
+    def run(self, launches: Sequence[Launch], buffers: Mapping[str, Any]) -> list[float]:
+        """Seconds of each launch by the device's clock, after the last has ended. `buffers`: of the roles."""
+        def arguments(launch: Launch) -> list[Any]:
+            return [buffers[a.role] if isinstance(a, Buffer) else a for a in launch.arguments]
+
+        def run() -> list[float]:
+            events = [self.kernel(x.kernel)(self.queue, x.size, x.group, *arguments(x)) for x in launches]
+            self.queue.finish()
+            return [(e.profile.end - e.profile.start) * 1e-9 for e in events]
+
+        found: list[float] = self._do(run)
+        return found
+
+    def _do(self, what: Callable[[], Any]) -> Any:
+        try:
+            return what()
+        except self.cl.MemoryError as e:
+            raise CapacityError(f"{self.identity.name} has no room for the network", got=str(e)[:200]) from None
+        except self.cl.Error as e:
+            raise DeviceError(f"{self.identity.name} failed", got=str(e).strip()[:300],
+                              try_="update the driver; --device onnxruntime runs the network here") from None
