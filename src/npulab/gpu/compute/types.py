@@ -1,4 +1,4 @@
-"""Nouns of computing on a GPU: a kernel's source, one launch of it, what a layer is lowered to, what a device is made of.
+"""Nouns of computing on a GPU: a kernel's source, a launch of it, what a layer is lowered to, traits of a device.
 
 Tensors are dense float32, float16 (stored; computed on as floats where a device has no halves), int8 or int32. Images
 are NHWC, matrices row by row.
