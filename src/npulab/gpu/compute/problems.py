@@ -55,7 +55,7 @@ class Product:
     """input A: [batch, rows, inner]; B: [inner, columns] constant or "input1", of all the batch or with `batched`
     [batch, inner, columns]; output [batch, rows, columns] = activation(A B * scale + bias + residual).
 
-    transposed   B is [columns, inner].     bias [columns], constant.     residual: the last input, of the output's shape.
+    transposed   B is [columns, inner].    bias: [columns], constant.    residual: last input, of the output's shape.
     """
 
     batch: int
