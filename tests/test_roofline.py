@@ -19,7 +19,7 @@ from npulab.gpu.ceilings import Ceiling, Ceilings, KernelModel, kernel_model, ke
 from npulab.gpu.types import Quantity
 from npulab.importers import load
 from npulab.report.roofline import page, sketch
-from npulab.roofline import as_data, ceilings_of, roofline
+from npulab.rooflines import as_data, ceilings_of, roofline
 from npulab.targets.facts.schema import ids
 from npulab.teardown import tear_down
 from npulab.teardown import totals as teardown_totals
