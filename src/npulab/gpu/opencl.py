@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from npulab.errors import CapacityError, DeviceError, UnsupportedError, UsageError
-from npulab.gpu import counting, kernels
+from npulab.gpu import bounds, counting, kernels
 from npulab.gpu.counting import Asked, Counted
 from npulab.gpu.exact import chained, congruential, operands
 from npulab.gpu.types import Element, Identity, Limits, Operation, Timing, Way
@@ -131,8 +131,9 @@ class OpenCL:
             return seconds, self._checked(way, out, sums, spots, group, offset, stride, step, turns)
 
         each = kernels.STREAMED[way] * width
-        return self._measured(run, Asked("bytes", {f"{what} bytes": each for what in ("load", "store")
-                                                   if way in ("copy", {"load": "read", "store": "write"}[what])}))
+        asked = Asked("bytes", {f"{what} bytes": each for what in ("load", "store")
+                                if way in ("copy", {"load": "read", "store": "write"}[what])})
+        return self._measured(run, asked, whole=-(-size // (groups * group * kernels.STREAMED[way])))
 
     def _checked(self, way: Way, out: Any, sums: Any, spots: Any, group: int, offset: int, stride: int, step: int,
                  turns: int) -> str:
@@ -169,6 +170,8 @@ class OpenCL:
         def run(turns: int) -> tuple[float, str]:
             seconds = self._time(kernel, (threads,), (group,), out, np.uint32(turns), a, b, one)
             found = self._read(out, threads, kind)
+            if small := bounds.subnormal([a, b, one, *found[lids]], element):
+                return seconds, small
             for i in lids:
                 starts = [(i % group & 7) + c + 1 for c in range(chains)]
                 ends = [chained(operation, element, s, turns) for s in starts]
@@ -182,7 +185,9 @@ class OpenCL:
             return seconds, ""
 
         most = (1 << 24) // kernels.STEPS - 64 if element == "float32" else TURNS_MAX
-        return self._measured(run, Asked("operations", {f"{operation} {element}": kernels.STEPS * chains * width}), most)
+        asked = Asked("operations", {f"{operation} {element}": kernels.STEPS * chains * width},
+                      pads=width * chains > 1 and (width == 2 or width * chains % 4 != 0))
+        return self._measured(run, asked, most)
 
     def diverge(self, period: int) -> Timing:
         kernel = self._kernel(kernels.DIVERGE, "diverge")
@@ -278,11 +283,14 @@ class OpenCL:
     # how they are done
 
     def _measured(self, run: Callable[[int], tuple[float, str]], work: Callable[[int], Mapping[str, float]] | Asked,
-                  most: int = TURNS_MAX) -> Timing:
+                  most: int = TURNS_MAX, whole: int = 1) -> Timing:
         """Repetitions of so many turns that one takes long enough; then once with half of them, which must be
-        quicker. work: of all threads by turns, or what a turn of each is asked for: that is counted in the compiled
-        code."""
-        turns = 1
+        quicker.
+
+        work   of all threads by turns, or what a turn of each is asked for: that is counted in the compiled code.
+        whole  turns that go through all of the memory: with fewer, repetitions would find it in caches.
+        """
+        turns = min(whole, most)
         seconds, wrong = run(turns)  # compiles
         while turns < most:
             seconds, wrong = run(turns)
@@ -297,6 +305,8 @@ class OpenCL:
             if sum(found) > LONGEST * REPEATS:
                 break
         doubtful = ""
+        if turns < whole:
+            wrong = wrong or f"a cached buffer: {turns} turns go through {turns / whole:.2g} of it"
         if not wrong and turns >= 8 and min(found) < SCALES * min(run(turns // 2)[0] for _ in range(REPEATS)):
             doubtful = "twice the turns of the loop do not take longer in proportion"
         if not isinstance(work, Asked):

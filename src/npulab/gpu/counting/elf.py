@@ -39,7 +39,7 @@ class Elf:
                 if kind == LOAD:
                     self.segments.append(Segment(address, data[offset:offset + held], bool(flags & WRITES)))
             self._sections = [struct.unpack_from("<IIQQQQIIQQ", data, sections + i * each) for i in range(many)]
-        except struct.error:
+        except (struct.error, OverflowError):
             raise NotRead("the ELF file ends early") from None
 
     @cached_property
@@ -78,6 +78,6 @@ class Elf:
         """What is loaded there; None if nothing is, or it may be written while `constant` is asked for."""
         for s in self.segments:
             at = address - s.address
-            if 0 <= at and at + size <= len(s.content) and not (constant and s.writes):
+            if at >= 0 and at + size <= len(s.content) and not (constant and s.writes):
                 return s.content[at:at + size]
         return None

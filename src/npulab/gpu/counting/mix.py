@@ -37,11 +37,13 @@ class Asked:
 
     work   its name in a Timing's work: "operations", "bytes", "loads".
     kinds  how many of each kind of a Mix.     unit  of the kinds for one of `work`: 4 where a load has 4 bytes.
+    pads   what is done at once does not fill a vector register of four: lanes that nothing needs may come with it.
     """
 
     work: str
     kinds: Mapping[str, float] = field(default_factory=dict)
     unit: float = 1.0
+    pads: bool = False
 
 
 Follow = Callable[[int], Mix]

@@ -54,10 +54,10 @@ def count(binary: bytes, kernel: str, size: Sequence[int], group: Sequence[int],
         found = [_count(Elf(data), kernel, size, group, arguments, turns)
                  for _, data in sorted(objects(binary, kernel, group).items())]
     except NotRead as e:
-        return Counted(None, CODE, str(e))
+        return Counted(None, CODE, why=str(e))
     for other in found[1:]:
         if other != found[0]:
-            return Counted(None, CODE, "the binary has two codes of the kernel that differ")
+            return Counted(None, CODE, why="the binary has two codes of the kernel that differ")
     return found[0]
 
 

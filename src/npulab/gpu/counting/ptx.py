@@ -198,7 +198,7 @@ def _step(line: Line, values: dict[str, Known]) -> None:
         return
     compute = SCALARS.get(name)
     signed, bits = kind.startswith("s"), 1 if kind == "pred" else _bits(kind)
-    if compute is None or kind[0] == "f" or any(v is None for v in inputs) or name == "cvt" and len(parts) < 3:
+    if compute is None or kind[0] == "f" or any(v is None for v in inputs) or (name == "cvt" and len(parts) < 3):
         values[target] = None
         return
     if name == "cvt":

@@ -46,18 +46,23 @@ def objection(counted: Counted, asked: Asked) -> str:
         if kind in counted.uneven:
             return f"the compiled loop does not do the same {kind} in each turn: {counted.uneven[kind]}"
         have = counted.mix.get(kind, 0.0)
-        if have == want or (have / want in PADDED and "bytes" not in kind):
+        if have == want or _padding(asked, have / want):
             continue
         seen = ", ".join(f"{n:g} {k}" for k, n in sorted(counted.mix.items())) or "nothing"
-        return f"the compiled loop has {have:g} {kind} a turn, not {want:g}: {_reason(kind, have, want)} (it has {seen})"
+        return (f"the compiled loop has {have:g} {kind} a turn, not {want:g}: {_reason(kind, have, want)} (it has "
+                f"{seen})")
     return ""
 
 
 def work(counted: Counted, asked: Asked) -> float:
     """Of a turn and work item, in the unit of `asked`; as the source states where the code was not read."""
     have = counted.mix or {}
-    return sum(want if have.get(kind, want) / want in PADDED else have.get(kind, want)
+    return sum(want if _padding(asked, have.get(kind, want) / want) else have.get(kind, want)
                for kind, want in asked.kinds.items()) / asked.unit
+
+
+def _padding(asked: Asked, ratio: float) -> bool:
+    return asked.pads and ratio in PADDED
 
 
 def source(counted: Counted) -> str:

@@ -210,7 +210,7 @@ class Machine:
                 return value >> shift & mask
 
             return read
-        address, size = self._address(i, op), op.size
+        address, size = self._address(i, op), int(op.size)
         return lambda: self._load(address(), size)
 
     def _writer(self, i: Any, op: Any) -> Callable[[Known], None]:
@@ -283,12 +283,15 @@ class Machine:
         def no(a: bool | None) -> bool | None:
             return None if a is None else not a
 
+        def no_more(mask: int) -> bool | None:
+            left = self.r[RCX]
+            return None if left is None else not left & mask
+
         table: dict[str, Callable[[], bool | None]] = {
             "o": lambda: self.of, "b": lambda: self.cf, "e": lambda: self.zf, "s": lambda: self.sf,
             "be": lambda: either(self.cf, self.zf), "l": lambda: differ(self.sf, self.of),
             "le": lambda: either(self.zf, differ(self.sf, self.of)), "p": lambda: None, "np": lambda: None,
-            "rcxz": lambda: None if self.r[RCX] is None else self.r[RCX] == 0,
-            "ecxz": lambda: None if self.r[RCX] is None else not self.r[RCX] & 0xffff_ffff}
+            "rcxz": lambda: no_more((1 << 64) - 1), "ecxz": lambda: no_more((1 << 32) - 1)}
         opposite = {"no": "o", "ae": "b", "ne": "e", "ns": "s", "a": "be", "ge": "l", "g": "le"}
         if code in opposite:
             inner = table[opposite[code]]
@@ -503,7 +506,7 @@ class Machine:
         def run() -> None:
             x, low, high = read(), self.r[RAX], self.r[RDX]
             self.cf = self.zf = self.sf = self.of = None
-            self.r[RAX] = self.r[RDX] = None
+            self.r[RAX] = self.r[RDX] = self.low[RAX] = self.low[RDX] = None
             if bits < 32 or x is None or low is None or (high is None and name == "div"):
                 return
             if name == "mul":
