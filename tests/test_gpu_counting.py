@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from npulab.gpu import kernels, opencl
-from npulab.gpu.counting import Asked, Counted, objection, pocl, ptx, source, work
+from npulab.gpu.counting import Asked, Counted, objection, pocl, ptx, source, spirv, work
 from npulab.gpu.counting.elf import Elf
 from npulab.gpu.counting.mix import NotRead
 from npulab.gpu.counting.opencl import place
@@ -302,6 +302,61 @@ def test_a_loop_that_llvm_folds_is_seen_in_ptx():
     text = kernels.chain("mul", "float32", 1, 1).replace("] = total;", "] = c;")
     c = ptx.count(compiled(text), "chain", (512,), (256,), (None, bytes(4), *[bytes(4)] * 3), 1)
     assert "0 mul float32 a turn, not 16: the loop was folded" in objection(c, Asked("operations", {"mul float32": 16}))
+
+
+# SPIR-V
+
+
+SHADER = """
+#version 450
+layout(local_size_x = 64) in;
+layout(push_constant) uniform P { uint other; uint turns; float b; } p;
+layout(set = 0, binding = 0) buffer B { vec4 data[]; };
+shared float cells[64];
+void main() {
+    uint at = gl_GlobalInvocationID.x;
+    vec4 x = vec4(1);
+    float y = 0;
+    for (uint i = 0; i < p.turns; i++) {
+        x = fma(x, vec4(p.b), data[at]);
+        y += cells[(at + i) & 63];
+        at = (at + 64u) % 1024u;
+        for (int k = 0; k < 3; k++) y = inversesqrt(y * p.b);
+        if ((i & 1u) == 0u) data[at] = x;
+    }
+    data[gl_GlobalInvocationID.x] = x + y;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def shader(tmp_path_factory):
+    if not shutil.which("glslangValidator"):
+        pytest.skip("needs a compiler of shaders: apt install glslang-tools")
+    folder = tmp_path_factory.mktemp("shader")
+    (folder / "a.comp").write_text(SHADER)
+    subprocess.run(["glslangValidator", "-V", "a.comp", "-o", "a.spv"], cwd=folder, check=True, capture_output=True)
+    return (folder / "a.spv").read_bytes()
+
+
+def test_a_shader_is_followed(shader):
+    c = spirv.count(shader, (512,), (64,), bytes(12), 4)
+    assert c.why == ""
+    assert {k: n for k, n in c.mix.items() if "int" not in k} == {
+        "add float32": 1, "fma float32": 4, "load bytes": 16 + 4, "mul float32": 3, "rsqrt float32": 3,
+        "special float32": 3, "store bytes": 8}
+    other = spirv.count(shader, (512,), (64,), bytes(12), 0)  # not what the loop turns by
+    assert other.mix == {}
+
+
+def test_a_shader_that_is_damaged_is_not_read(shader):
+    assert "no SPIR-V module" in spirv.count(b"", (64,), (64,), bytes(12), 4).why
+    assert "no entry nothing" in spirv.count(shader, (64,), (64,), bytes(12), 4, entry="nothing").why
+    assert "hangs on data" in spirv.count(shader, (64,), (64,), b"", 400, binding=3).why
+    for at in range(20, len(shader), 52):
+        assert spirv.count(shader[:at], (64,), (64,), bytes(12), 4).mix is None
+        for value in (b"\0\0\0\0", b"\xff\xff\xff\xff"):
+            spirv.count(shader[:at] + value + shader[at + 4:], (64,), (64,), bytes(12), 4)  # raises nothing
 
 
 # turns

@@ -1,6 +1,6 @@
 """Experiments that lie are refused, each for its reason, and the same ones left as they are accepted: the lists are
-those of bench/gpu_sabotage.py. Kernels run on PoCL or whatever device is number 0; times are not compared, so that a busy
-machine decides nothing."""
+those of bench/gpu_sabotage.py. Kernels run on PoCL or whatever device is number 0; times are not compared, so that a
+busy machine decides nothing."""
 
 import re
 
@@ -92,7 +92,8 @@ def test_what_real_devices_do_is_within_the_bounds():
     ("L1 bandwidth", 12.0, "GiB/s", None, "is in GiB/s, not in GB/s"),
     ("mul float32 latency", 4.0, "ns", None, "is in ns, not in s"),
     ("fma float16 rate", 3.2e12, "operations/s", None, "3.07e+12: 4 compute units at 1.5 times the stated 1 GHz, 512"),
-    ("fma float32 latency", 5e-10, "s", None, "less than a cycle"), ("L1 latency", 5e-10, "s", None, "less than a cycle"),
+    ("fma float32 latency", 5e-10, "s", None, "less than a cycle"),
+    ("L1 latency", 5e-10, "s", None, "less than a cycle"),
 ])
 def test_what_cannot_be_is_named(name, value, unit, interval, reason):
     assert reason in said(name, value, unit, interval)

@@ -9,7 +9,7 @@ Mix = dict[str, float]
 """How many of each: "fma float32" (scalars: lanes of vectors count each), "mul int32", "sqrt float32"..., "load bytes"
 and "store bytes" of memory that is not the thread's own, "spill bytes" of its own, "calls" of what is not seen."""
 OWN = 1 << 22
-"""Instructions to follow at most."""
+"""Instructions to follow at most, those apart that only compute on data."""
 
 
 class NotRead(Exception):  # noqa: N818 - an answer, not an error

@@ -40,7 +40,7 @@ class Machine:
         self._decoder = capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)
         self._decoder.detail = True
         self._elf, self._initial = elf, dict(memory)
-        self._blocks: dict[int, tuple[list[Step], Mix, Callable[[], int], int]] = {}
+        self._blocks: dict[int, tuple[list[Step], Mix, Callable[[], int]]] = {}
         self.r: list[Known] = [None] * 16
         self.low: list[Known] = [None] * 16  # bytes of registers whose rest is not known
         self.calls = 0
@@ -66,7 +66,7 @@ class Machine:
                 self._blocks[at] = self._decode(at)
             block = self._blocks[at]
             done[at] = done.get(at, 0) + 1
-            steps += block[3]
+            steps += len(block[0]) + 1
             if steps > OWN:
                 raise NotRead(f"more than {OWN} instructions")
             for step in block[0]:
@@ -81,8 +81,8 @@ class Machine:
 
     # decoding
 
-    def _decode(self, start: int) -> tuple[list[Step], Mix, Callable[[], int], int]:
-        """(what changes what is known, what it counts, where to go, instructions) of a block."""
+    def _decode(self, start: int) -> tuple[list[Step], Mix, Callable[[], int]]:
+        """(what changes what is known, what it counts, where to go) of a block."""
         code, size = b"", 1 << 14
         while not code and size:
             code, size = self._elf.bytes_at(start, size) or b"", size >> 1
@@ -93,13 +93,13 @@ class Machine:
         steps: list[Step] = []
         mix: Mix = {}
         cs = self._cs.x86
-        for n, i in enumerate(self._decoder.disasm(code, start), 1):
+        for i in self._decoder.disasm(code, start):
             name = i.mnemonic.removeprefix("notrack ").removeprefix("bnd ")
             after = i.address + i.size
             if name[0] == "j" or name in ("ret", "call", "hlt", "ud2", "int3"):
                 if name == "call":
-                    return steps, mix, self._call(i, after), n
-                return steps, mix, self._jump(i, name, after), n
+                    return steps, mix, self._call(i, after)
+                return steps, mix, self._jump(i, name, after)
             add(mix, kinds(i, cs, self._own))
             step = self._step(i, name)
             if step:
@@ -192,7 +192,7 @@ class Machine:
     def _reader(self, i: Any, op: Any) -> Callable[[], Known]:
         cs = self._cs.x86
         if op.type == cs.X86_OP_IMM:
-            value = int(op.imm) & ((1 << 8 * op.size) - 1)
+            value: int = int(op.imm) & ((1 << 8 * int(op.size)) - 1)
             return lambda: value
         if op.type == cs.X86_OP_REG:
             name = i.reg_name(op.reg)
