@@ -14,7 +14,7 @@ from npulab.gpu.types import Bench, Timing
 
 Kind = Literal["core", "memory", "host"]
 ATTEMPTS = 3
-ASTRAY = 0.15  # a reference that differs by more in each of four tries has the experiment refused
+ASTRAY = 0.4  # a reference that differs by more in each of four tries has the experiment refused
 MOVED = 0.03  # a reference that differs by more between before and after has the experiment done again
 POOLED = 6  # references without a move that are taken together
 STILL = 0.01  # a clock within this of its first pace is taken for unmoved

@@ -18,7 +18,7 @@ Known = int | None
 STACK, STACK_BYTES = 0x7000_0000_0000, 1 << 22
 HOME = 0x6fff_dead_0000
 """The return address of the function that is followed."""
-NAMES = {name: (i, bits, shift) for i, base in enumerate(
+NAMES: dict[str, tuple[int, int, int]] = {name: (i, bits, shift) for i, base in enumerate(
     ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi")) for name, bits, shift in (
     (base, 64, 0), ("e" + base[1:], 32, 0), (base[1:], 16, 0),
     *(((base[1] + "l", 8, 0), (base[1] + "h", 8, 8)) if i < 4 else ((base[1:] + "l", 8, 0),)))}
