@@ -100,7 +100,8 @@ def test_what_is_not_known_decides_nothing():
     ("8b0487", {"load bytes": 4}), ("c5fc1007", {"load bytes": 32}), ("c5fc1107", {"store bytes": 32}),
     ("c5fdfe07", {"add int32": 8, "load bytes": 32}), ("0107", {"add int32": 1, "load bytes": 4, "store bytes": 4}),
     ("3907", {"load bytes": 4}), ("c5f8100424", {"spill bytes": 16}), ("c5f8100500000000", {}),
-    ("8b048c", {"load bytes": 4}), ("89d8", {}), ("c4e27958c0", {}), ("62f27d4850c1", {"fma int8": 64})])
+    ("8b048c", {"load bytes": 4}), ("89d8", {}), ("c4e27958c0", {}), ("62f27d4850c1", {"fma int8": 64}),
+    ("62f1744958c2", {"add float32": 16, "masked": 1})])
 def test_instructions_are_counted_as_the_manual_has_them(code, mix):
     pytest.importorskip("capstone")
     assert machine(bytes.fromhex(code) + RET + bytes(32)).follow(0x1000) == mix
@@ -366,6 +367,8 @@ def test_a_turn_is_what_more_turns_do_more():
     c = of_a_turn(lambda n: {"fma float32": 100 + 16 * n * 64, "add int32": n // 4, "spill bytes": n * n}, 64, "x")
     assert c.mix == {"add int32": 0.25 / 64, "fma float32": 16}
     assert list(c.uneven) == ["spill bytes"]
+
+    assert "switched off by masks" in of_a_turn(lambda n: {"masked": n, "add float32": n}, 1, "x").why
 
     def lost(n):
         raise NotRead("no way")

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 Mix = dict[str, float]
 """How many of each: "fma float32" (scalars: lanes of vectors count each), "mul int32", "sqrt float32"..., "load bytes"
-and "store bytes" of memory that is not the thread's own, "spill bytes" of its own, "calls" of what is not seen."""
+and "store bytes" of memory that is not the thread's own, "spill bytes" of its own, "calls" of what is not seen,
+"masked" instructions that leave some lanes as they are."""
 OWN = 1 << 22
 """Instructions to follow at most, those apart that only compute on data."""
 

@@ -27,6 +27,8 @@ def of_a_turn(follow: Follow, items: int, code: str) -> Counted:
                             f"from there to {TURNS[2]}")
         elif first:
             mix[kind] = first / items
+    if "masked" in mix or "masked" in uneven:
+        return Counted(None, code, why="lanes of vectors are switched off by masks")
     if "mul int32" in mix:  # a multiply-add takes two instructions
         mix["fma int32"] = mix.get("fma int32", 0.0) + min(mix["mul int32"], mix.get("add int32", mix["mul int32"]
                                                            if "add int32" in uneven else 0.0))
