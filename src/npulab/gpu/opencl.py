@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from npulab.errors import CapacityError, DeviceError, UnsupportedError, UsageError
-from npulab.gpu import kernels
+from npulab.gpu import bounds, counting, kernels
+from npulab.gpu.counting import Asked, Counted
 from npulab.gpu.exact import chained, congruential, operands
 from npulab.gpu.types import Element, Identity, Limits, Operation, Timing, Way
 
@@ -82,6 +83,8 @@ class OpenCL:
                              int(device.local_mem_size), int(device.max_mem_alloc_size),
                              frozenset(("float32", "int32", *more)), float(device.max_clock_frequency) * 1e6)
         self._kernel = lru_cache(maxsize=64)(self._compiled)
+        self._counts: dict[tuple[Any, ...], Counted] = {}
+        self._last: tuple[Any, ...] = ()  # of what was launched
 
     # experiments
 
@@ -104,7 +107,7 @@ class OpenCL:
             found = int(self._read(out, 1)[0])
             return seconds, "" if found == int(order[done % places]) else "the chase ended at another place"
 
-        return self._measured(run, lambda turns: {"loads": turns * kernels.CHASED})
+        return self._measured(run, Asked("loads", {"load bytes": 4 * kernels.CHASED}, 4))
 
     def stream(self, footprint: int, stride: int, width: int, way: Way) -> Timing:
         size = footprint // width
@@ -127,9 +130,10 @@ class OpenCL:
                                  np.uint32(stride), np.uint32(turns))
             return seconds, self._checked(way, out, sums, spots, group, offset, stride, step, turns)
 
-        count = kernels.STREAMED[way]
-        return self._measured(run, lambda turns: {"bytes": float(turns * count * width * groups * group)
-                                                  * (2 if way == "copy" else 1)})
+        each = kernels.STREAMED[way] * width
+        asked = Asked("bytes", {f"{what} bytes": each for what in ("load", "store")
+                                if way in ("copy", {"load": "read", "store": "write"}[what])})
+        return self._measured(run, asked, whole=-(-size // (groups * group * kernels.STREAMED[way])))
 
     def _checked(self, way: Way, out: Any, sums: Any, spots: Any, group: int, offset: int, stride: int, step: int,
                  turns: int) -> str:
@@ -166,6 +170,8 @@ class OpenCL:
         def run(turns: int) -> tuple[float, str]:
             seconds = self._time(kernel, (threads,), (group,), out, np.uint32(turns), a, b, one)
             found = self._read(out, threads, kind)
+            if small := bounds.subnormal([a, b, one, *found[lids]], element):
+                return seconds, small
             for i in lids:
                 starts = [(i % group & 7) + c + 1 for c in range(chains)]
                 ends = [chained(operation, element, s, turns) for s in starts]
@@ -179,8 +185,9 @@ class OpenCL:
             return seconds, ""
 
         most = (1 << 24) // kernels.STEPS - 64 if element == "float32" else TURNS_MAX
-        return self._measured(run, lambda turns: {
-            "operations": float(turns) * kernels.STEPS * chains * width * threads}, most)
+        asked = Asked("operations", {f"{operation} {element}": kernels.STEPS * chains * width},
+                      pads=width * chains > 1 and (width == 2 or width * chains % 4 != 0))
+        return self._measured(run, asked, most)
 
     def diverge(self, period: int) -> Timing:
         kernel = self._kernel(kernels.DIVERGE, "diverge")
@@ -200,7 +207,7 @@ class OpenCL:
                     return seconds, f"thread {i} ended with {found[i]}, not {want}"
             return seconds, ""
 
-        return self._measured(run, lambda turns: {"operations": float(turns) * kernels.DIVERGED * threads})
+        return self._measured(run, Asked("operations", {"fma int32": kernels.DIVERGED}))
 
     def hold(self, registers: int, threads: int) -> Timing:
         kernel = self._kernel(kernels.hold(registers), "hold")
@@ -214,7 +221,7 @@ class OpenCL:
             found = self._read(out, threads, np.float32)
             return seconds, "" if (found == found[0]).all() else "threads disagree"
 
-        return self._measured(run, lambda turns: {"operations": float(turns) * registers * threads})
+        return self._measured(run, Asked("operations", {"fma float32": registers}))
 
     def local(self, stride: int) -> Timing:
         words = 1 << (min(WORDS_MAX, self.limits.local_bytes // 4).bit_length() - 1)
@@ -234,7 +241,7 @@ class OpenCL:
                     return seconds, f"thread {i} read {found[i]}, not {want}"
             return seconds, ""
 
-        return self._measured(run, lambda turns: {"loads": float(turns) * kernels.LOADED * threads}, 1 << 18)
+        return self._measured(run, Asked("loads", {"load bytes": 4 * kernels.LOADED}, 4), 1 << 18)
 
     def launch(self) -> Timing:
         kernel = self._kernel(kernels.LAUNCH, "launch")
@@ -275,11 +282,15 @@ class OpenCL:
 
     # how they are done
 
-    def _measured(self, run: Callable[[int], tuple[float, str]], work: Callable[[int], Mapping[str, float]],
-                  most: int = TURNS_MAX) -> Timing:
+    def _measured(self, run: Callable[[int], tuple[float, str]], work: Callable[[int], Mapping[str, float]] | Asked,
+                  most: int = TURNS_MAX, whole: int = 1) -> Timing:
         """Repetitions of so many turns that one takes long enough; then once with half of them, which must be
-        quicker."""
-        turns = 1
+        quicker.
+
+        work   of all threads by turns, or what a turn of each is asked for: that is counted in the compiled code.
+        whole  turns that go through all of the memory: with fewer, repetitions would find it in caches.
+        """
+        turns = min(whole, most)
         seconds, wrong = run(turns)  # compiles
         while turns < most:
             seconds, wrong = run(turns)
@@ -294,9 +305,23 @@ class OpenCL:
             if sum(found) > LONGEST * REPEATS:
                 break
         doubtful = ""
+        if turns < whole:
+            wrong = wrong or f"a cached buffer: {turns} turns go through {turns / whole:.2g} of it"
         if not wrong and turns >= 8 and min(found) < SCALES * min(run(turns // 2)[0] for _ in range(REPEATS)):
             doubtful = "twice the turns of the loop do not take longer in proportion"
-        return Timing(tuple(found), dict(work(turns)), wrong, doubtful)
+        if not isinstance(work, Asked):
+            return Timing(tuple(found), dict(work(turns)), wrong, doubtful, counting.STATED)
+        counted, threads = self._count()
+        return Timing(tuple(found), {work.work: counting.work(counted, work) * turns * threads},
+                      wrong or counting.objection(counted, work), doubtful, counting.source(counted))
+
+    def _count(self) -> tuple[Counted, int]:
+        """(a turn of each thread, threads) of the last launch; counted once for a kernel and a size of groups."""
+        kernel, size, group, arguments = self._last
+        key = (kernel, group)
+        if key not in self._counts:
+            self._counts[key] = counting.count(self.cl, self.queue, kernel, size, group, arguments)
+        return self._counts[key], int(np.prod(size))
 
     def _compiled(self, source: str, name: str) -> Any:
         def build() -> Any:
@@ -331,6 +356,7 @@ class OpenCL:
 
     def _time(self, kernel: Any, size: tuple[int, ...], group: tuple[int, ...], *arguments: Any) -> float:
         """Seconds of one run by the device's clock."""
+        self._last = kernel, size, group, arguments
         def run() -> float:
             event = kernel(self.queue, size, group, *arguments)
             event.wait()

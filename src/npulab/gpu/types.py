@@ -56,12 +56,14 @@ class Timing:
     work     of one repetition, counted in the compiled code: "operations", "bytes", "loads".
     wrong    what is wrong with the result: it is not to be believed; "" if nothing is.
     doubtful what speaks against the times alone; another try may do better on a busy machine.
+    counted  where the work was counted; "" where nothing was compiled.
     """
 
     seconds: tuple[float, ...]
     work: Mapping[str, float] = field(default_factory=dict)
     wrong: str = ""
     doubtful: str = ""
+    counted: str = ""
 
 
 class Bench(Protocol):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from npulab.errors import NpulabError
+from npulab.gpu import bounds
 from npulab.gpu.analysis import caches, drift, groups, local, rates, registers
 from npulab.gpu.analysis.meter import Meter, Refused, reason
 from npulab.gpu.types import Bench, Quantity
@@ -65,7 +67,7 @@ def conclude(bench: Bench, progress: Progress | None = None, quick: bool = False
             return
         if progress:
             progress(name, share)
-        made = _tried(meter, name, unit, task)
+        made = tried(meter, name, unit, task, found)
         found.extend(made)
         if keep:
             keep(made)
@@ -73,7 +75,7 @@ def conclude(bench: Bench, progress: Progress | None = None, quick: bool = False
     for i, (name, unit, task) in enumerate(tasks):
         do(name, unit, task, i / len(tasks))
     if not hierarchy and any(q.name == "L1 size" and q.status == "measured" for q in known):
-        _tried(meter, "L1 size", "bytes", levels)  # what was known of it is not all that follows needs
+        tried(meter, "L1 size", "bytes", levels)  # what was known of it is not all that follows needs
     for i in range(len(hierarchy[0].levels) if hierarchy else 0):
         do(f"L{i + 1} bandwidth", "GB/s",
            lambda i=i: [rates.level_bandwidth(meter, hierarchy[0], i)], 1.0)  # type: ignore[misc]
@@ -83,12 +85,20 @@ def conclude(bench: Bench, progress: Progress | None = None, quick: bool = False
     return found
 
 
-def _tried(meter: Meter, name: str, unit: str, task: Callable[[], list[Quantity]]) -> list[Quantity]:
+def tried(meter: Meter, name: str, unit: str, task: Callable[[], list[Quantity]], others: Sequence[Quantity] = ()
+          ) -> list[Quantity]:
+    """What a task finds, or that it is refused: by itself, by the device, or as above what can be (`gpu.bounds`)."""
     meter.begin()
     try:
-        return task()
+        return [bounds.checked(_sourced(meter, q), meter.limits, others, meter.seen) for q in task()]
     except (Refused, NpulabError) as e:
         return [Quantity(name, None, unit, None, "refused", reason(e))]
+
+
+def _sourced(meter: Meter, found: Quantity) -> Quantity:
+    """Saying where the work was counted."""
+    said = "; ".join(sorted(meter.counted))
+    return replace(found, why="; ".join(filter(None, (found.why, said)))) if found.status == "measured" else found
 
 
 def _one(hierarchy: list[caches.Hierarchy]) -> caches.Hierarchy | None:

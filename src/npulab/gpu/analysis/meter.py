@@ -8,11 +8,13 @@ from collections.abc import Callable
 from typing import Literal
 
 from npulab.errors import NpulabError
+from npulab.gpu import bounds
 from npulab.gpu.analysis.statistics import Estimate, estimate
 from npulab.gpu.types import Bench, Timing
 
 Kind = Literal["core", "memory", "host"]
 ATTEMPTS = 3
+ASTRAY = 0.4  # a reference that differs by more in each of four tries has the experiment refused
 MOVED = 0.03  # a reference that differs by more between before and after has the experiment done again
 POOLED = 6  # references without a move that are taken together
 STILL = 0.01  # a clock within this of its first pace is taken for unmoved
@@ -42,6 +44,9 @@ class Meter:
         self._task_most, self._task_until = self.most, self.until
         self.paces: dict[Kind, list[float]] = {"core": [], "memory": []}
         self.faults: dict[Kind, str] = {}
+        self.seen: dict[str, list[float]] = {}  # units of work a second, of this task
+        self.counted: set[str] = set()  # where its work was counted
+        self._source = ""
         self._first: dict[Kind, float] = {}
         self._recent: dict[Kind, list[float]] = {}
         for kind in ("core", "memory"):
@@ -57,6 +62,7 @@ class Meter:
         """
         self._task_most = self.experiments + (self.most - self.experiments) // 2
         self._task_until = (time.monotonic() + self.until) / 2
+        self.seen, self.counted = {}, set()
 
     def seconds(self, ask: Callable[[], Timing], of: str = "", kind: Kind = "core", calls: int = 1,
                 spread: float = 0.0, through: float = 0.0) -> Estimate:
@@ -74,15 +80,20 @@ class Meter:
             asked += 1
             found = estimate(values, 0.002 if self._first.get(kind) else 0.0)
             if asked >= most or (asked >= calls and (not spread or found.spread <= spread)):
+                self.seen.setdefault(of, []).append(1 / found.value)
                 return found
 
     def _once(self, ask: Callable[[], Timing], of: str, kind: Kind, through: float) -> list[float]:
         for attempt in range(4):
             before = self._pace(kind)
             values = self._asked(ask, of)
+            self.counted |= {self._source} - {""}
             after = self._look(kind)
             if abs(after - before) <= MOVED * before or attempt == 3:
                 break
+        if abs(after - before) > ASTRAY * before:
+            raise Refused(f"the clock does not stay: in each of 4 tries a reference moved by more than "
+                          f"{100 * MOVED:g} %, at last from {before:.2f} to {after:.2f} of its first time")
         pace = (before + after) / 2 if abs(after - before) > MOVED * before else self._pace(kind)
         if through:
             self._look("core")
@@ -109,6 +120,11 @@ class Meter:
             raise Refused(timing.wrong)
         if timing.doubtful:
             raise Objection(timing.doubtful)
+        if moved := bounds.drift_objection(timing.seconds):
+            raise Objection(moved)
+        if coarse := bounds.times_objection(timing.seconds):
+            raise Refused(coarse)
+        self._source = timing.counted
         work = float(timing.work.get(of, math.nan)) if of else 1.0
         if not (math.isfinite(work) and work > 0):
             raise Refused(f"the experiment did not say how many {of} it did")
