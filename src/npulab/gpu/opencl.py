@@ -303,7 +303,7 @@ class OpenCL:
             doubtful = "twice the turns of the loop do not take longer in proportion"
         return Timing(tuple(found), dict(work(turns)), wrong, doubtful)
 
-    def _compiled(self, source: str, name: str) -> Any:
+    def _compiled(self, source: Any, name: str) -> Any:
         def build() -> Any:
             return getattr(self.cl.Program(self.context, source).build(), name)
 

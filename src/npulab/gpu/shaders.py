@@ -1,7 +1,7 @@
-"""Experiments as SPIR-V: the same as those of `npulab.gpu.kernels`, under the same names, with the same arguments and results.
+"""Experiments as SPIR-V: those of `npulab.gpu.kernels` under the same names, with the same arguments and results.
 
-What is there a source in OpenCL C is here a `Recipe`: SPIR-V bakes the size of a work group in, so that a shader is made when
-its group is known.
+What is there a source in OpenCL C is here a `Recipe`: the size of a work group is part of SPIR-V, so that a shader is
+made when its group is known.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from npulab.gpu.kernels import CHASED, DIVERGED, LOADED, MET, STEPS, STREAMED
 from npulab.gpu.spirv_builder import Kind, Shader, Type, Value, Variable
 from npulab.gpu.types import Element, Operation
 
-__all__ = ["BARRIER", "CHASE", "CHASED", "DIVERGE", "DIVERGED", "LAUNCH", "LOADED", "MET", "STEPS", "STREAMED", "Recipe",
-           "chain", "hold", "local", "stream"]
+__all__ = ["BARRIER", "CHASE", "CHASED", "DIVERGE", "DIVERGED", "LAUNCH", "LOADED", "MET", "STEPS", "STREAMED",
+           "Recipe", "chain", "hold", "local", "stream"]
 
 KINDS: dict[Element, Kind] = {"float32": "float", "float16": "half", "int32": "uint"}
 LANES = (1, 2, 4)
@@ -151,7 +151,8 @@ def chain(operation: Operation, element: Element, width: int, chains: int) -> Re
         raise UnsupportedError(f"there is no chain of {operation} on {element}")
     if width not in LANES:
         raise UnsupportedError(f"shaders have no vectors of {width}")
-    return Recipe("chain", (operation, element, width, chains), partial(_chain, operation, KINDS[element], width, chains))
+    make = partial(_chain, operation, KINDS[element], width, chains)
+    return Recipe("chain", (operation, element, width, chains), make)
 
 
 def _chain(operation: Operation, kind: Kind, width: int, chains: int, _: str, group: int) -> bytes:

@@ -8,11 +8,11 @@
     s.store(0, s.global_id, x.get())
     words = s.assemble()
 
-Values are numbers of types: uint, float, half (16 bits) and bool, alone or in vectors of 2 to 4. Control flow is structured.
+Values are uint, float, half (16 bits) or bool, alone or in vectors of 2 to 4. Control flow is structured.
 Buffers are set 0, bindings 0, 1, ...; the arguments are a uniform block in the binding after them, four bytes each.
-What is done at once with numbers known here is not folded; nothing is reordered.
+Nothing is folded, reordered or left out, but for types and constants, which are declared once.
 
-Source: SPIR-V Specification 1.6 revision 2 (opcodes, layout of a module), Vulkan 1.1 appendix A (what a module may hold).
+Source: SPIR-V Specification 1.6 (opcodes, layout of a module), Vulkan 1.1 appendix A (what a module may hold).
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ OPCODES = {
     "ConstantComposite": 44, "Function": 54, "FunctionEnd": 56, "Variable": 59, "Load": 61, "Store": 62,
     "AccessChain": 65, "Decorate": 71, "MemberDecorate": 72, "CompositeConstruct": 80, "CompositeExtract": 81,
     "ConvertUToF": 112, "FConvert": 115, "Bitcast": 124, "IAdd": 128, "FAdd": 129, "ISub": 130, "FSub": 131,
-    "IMul": 132, "FMul": 133, "UDiv": 134, "UMod": 137, "Select": 169, "IEqual": 170, "INotEqual": 171, "UGreaterThanEqual": 174,
-    "ULessThan": 176, "ShiftRightLogical": 194, "BitwiseOr": 197, "BitwiseAnd": 199, "ControlBarrier": 224,
-    "LoopMerge": 246, "SelectionMerge": 247, "Label": 248, "Branch": 249, "BranchConditional": 250, "Return": 253,
+    "IMul": 132, "FMul": 133, "UDiv": 134, "UMod": 137, "Select": 169, "IEqual": 170, "INotEqual": 171,
+    "UGreaterThanEqual": 174, "ULessThan": 176, "ShiftRightLogical": 194, "BitwiseOr": 197, "BitwiseAnd": 199,
+    "ControlBarrier": 224, "LoopMerge": 246, "SelectionMerge": 247, "Label": 248, "Branch": 249,
+    "BranchConditional": 250, "Return": 253,
 }
 GLSL = {"Fma": 50, "InverseSqrt": 32, "Exp": 27, "FMax": 40, "FMin": 37}
 """Instructions of GLSL.std.450."""

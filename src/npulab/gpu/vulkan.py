@@ -1,8 +1,8 @@
 """Experiments on a Vulkan device, by wgpu: those of npulab.gpu.opencl with shaders in place of kernels.
 
-wgpu's compiler (naga) reads each shader and writes it anew, and would guard each access to memory and count each turn of a
-loop; where the installed wgpu lets it be told not to, it is: these shaders stay within their buffers. Buffers are still set to
-zero, results copied out, by wgpu: the costs of launches and transfers are those that an application has that uses it.
+wgpu's compiler (naga) reads each shader and writes it anew. It would guard accesses to memory and count the turns of
+loops; where it can be told not to, it is: these shaders stay within their buffers. The costs of launches and transfers
+are those of an application that uses wgpu.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -25,8 +26,8 @@ DRIVERS = "mesa-vulkan-drivers (Intel, AMD, Mali, Adreno, VideoCore; lavapipe: t
 INSTALL = "pip install 'npulab[vulkan]'"
 FEATURES: dict[str, Element] = {"shader-f16": "float16"}
 TURNS_TRIED = 1 << 17
-"""Of a loop that shows whether the driver ends loops early: llvmpipe does after 65535 turns of all loops of a thread (Mesa,
-LP_MAX_TGSI_LOOP_ITERATIONS)."""
+"""Of a loop that shows whether the driver ends loops early: llvmpipe does after 65535 turns of all loops of a thread
+(Mesa, LP_MAX_TGSI_LOOP_ITERATIONS)."""
 ARGUMENTS = 32
 """Bytes of the uniform block, no shader has more than eight numbers."""
 GROUPS_MAX = 65535
@@ -54,11 +55,9 @@ def _adapters() -> list[Any]:
         raise UsageError("the package wgpu does not work here", got=str(e)[:300], try_=INSTALL) from None
     os.environ.setdefault("NODEVICE_SELECT", "1")  # Mesa's layer that asks the desktop which device it prefers
     logging.getLogger("wgpu").setLevel(logging.CRITICAL)  # what it logs, it raises, too
-    try:
+    with suppress(RuntimeError):  # another part of the program uses wgpu already
         # drivers that have not passed the conformance tests yet are listed, too: results are checked here
         set_instance_extras(backends=["Vulkan"], flags=["Default", "AllowUnderlyingNoncompliantAdapter"])
-    except RuntimeError:  # another part of the program uses wgpu already
-        pass
     return [a for a in wgpu.gpu.enumerate_adapters_sync() if a.info["backend_type"] == "Vulkan"]
 
 
@@ -177,8 +176,8 @@ class Vulkan(opencl.OpenCL):
         return opencl.TURNS_MAX if done == TURNS_TRIED else 1 << (done.bit_length() - 1)
 
     def _cores(self) -> int:
-        """How many work groups that keep a core busy run without taking time from each other: a device gives each of them
-        to a core that has none, as long as there are such. A power of two and what is found between it and the next."""
+        """How many work groups run without taking time from each other, each of as many threads as a group has and of
+        multiply-adds alone: a device gives a group to a core that has none, as long as there are such."""
         kernel = self._kernel(self.kernels.chain("fma", "float32", 4, 4), "chain")
         group = self.limits.group_max
         out = self._buffer(np.zeros(CORES_MAX * group, np.float32))
@@ -188,8 +187,11 @@ class Vulkan(opencl.OpenCL):
             return min(self._time(kernel, (groups * group,), (group,), out, np.uint32(turns), *numbers)
                        for _ in range(opencl.REPEATS))
 
-        turns = 1
-        while turns < self.turns_max and seconds(1, turns) < opencl.ENOUGH / 2:
+        turns = 16
+        while turns < self.turns_max // 2:
+            alone = seconds(1, turns)
+            if alone >= opencl.ENOUGH and seconds(1, 2 * turns) >= opencl.SCALES * alone:  # else it is a start's cost
+                break
             turns *= 2
         alone, low = seconds(1, turns), 1
         while low < CORES_MAX and seconds(2 * low, turns) < CROWDED * alone:
@@ -202,7 +204,7 @@ class Vulkan(opencl.OpenCL):
             low, high = (middle, high) if seconds(middle, turns) < CROWDED * alone else (low, middle)
         return low
 
-    def _compiled(self, source: shaders.Recipe, name: str) -> Kernel:
+    def _compiled(self, source: Any, name: str) -> Kernel:
         return Kernel(source, name)
 
     def _made(self, kernel: Kernel, group: int) -> Any:
@@ -242,7 +244,7 @@ class Vulkan(opencl.OpenCL):
 
         def run() -> float:
             if self.clocked:
-                self._submit(call)
+                self._submit(call, wait=False)  # reading does
                 first, last = np.frombuffer(self.device.queue.read_buffer(self._ticks), np.uint64)
                 return float(int(last) - int(first)) * self._tick
             start = time.perf_counter()
@@ -276,8 +278,7 @@ class Vulkan(opencl.OpenCL):
 
         return pipeline, self._do(bind), groups
 
-    def _submit(self, call: tuple[Any, Any, int]) -> None:
-        """Until it has ended."""
+    def _submit(self, call: tuple[Any, Any, int], wait: bool = True) -> None:
         pipeline, bound, groups = call
         encoder = self.device.create_command_encoder()
         stamps = {"timestamp_writes": {"query_set": self._queries, "beginning_of_pass_write_index": 0,
@@ -290,7 +291,8 @@ class Vulkan(opencl.OpenCL):
         if self.clocked:
             encoder.resolve_query_set(self._queries, 0, 2, self._ticks, 0)
         self.device.queue.submit([encoder.finish()])
-        _wait(self.device)
+        if wait:
+            _wait(self.device)
 
 
 def _cpus() -> int:
