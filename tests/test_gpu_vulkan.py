@@ -316,7 +316,7 @@ def test_a_name_that_is_none(three, name):
 
 def missing(package):
     def devices_of():
-        raise UsageError(f"the package {package} is not installed")
+        raise UsageError(f"the package {package} is not installed", try_="pip")
 
     return devices_of
 
@@ -325,7 +325,7 @@ def test_one_package_is_enough(three, monkeypatch):
     monkeypatch.setattr(opencl, "devices", missing("pyopencl"))
     faults = []
     assert [d.name for d in devices.devices(faults)] == ["vulkan:0"]
-    assert faults == ["the package pyopencl is not installed"]
+    assert faults == ["the package pyopencl is not installed: pip"]
     assert devices.find(0).name == "vulkan:0"
     monkeypatch.setattr(vulkan, "devices", missing("wgpu"))
     with pytest.raises(UsageError, match="no package that reaches a GPU is installed") as e:

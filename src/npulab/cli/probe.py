@@ -30,7 +30,7 @@ def probe(
 
     from npulab import probing
     from npulab.cli.printing import progress, say, table, write_json
-    from npulab.gpu.devices import DRIVERS, INSTALL, devices
+    from npulab.gpu.devices import DRIVERS, devices
     from npulab.program.files import write_atomically
 
     if list_:
@@ -46,7 +46,7 @@ def probe(
         else:
             say(f"No device. Drivers: {DRIVERS}.")
         for fault in missing:
-            say(f"{fault}: {INSTALL}.")
+            say(f"{fault}.")
         return
     save = None if json is None or str(json) == "-" else json.with_name(f"{json.name}.part")
     result = probing.probe(device, quick, lambda name, share: progress(f"{share:4.0%}  {name}"), save)

@@ -33,7 +33,7 @@ class Found:
 
 
 def devices(missing: list[str] | None = None) -> list[Found]:
-    """All of them. missing: gets a sentence for each API whose package is not installed.
+    """All of them. missing: gets what to install for each API whose package is not there.
 
     Raises: UsageError if no API's package is installed.
     """
@@ -43,7 +43,7 @@ def devices(missing: list[str] | None = None) -> list[Found]:
         try:
             found += _of(api)
         except UsageError as e:
-            faults.append(e.message)
+            faults.append(f"{e.message}: {e.facts.get('try', '')}")
     if len(faults) == len(MODULES):
         raise UsageError("no package that reaches a GPU is installed", want="pyopencl or wgpu", try_=INSTALL)
     if missing is not None:

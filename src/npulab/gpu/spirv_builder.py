@@ -34,12 +34,12 @@ OPCODES = {
     "ConstantComposite": 44, "Function": 54, "FunctionEnd": 56, "Variable": 59, "Load": 61, "Store": 62,
     "AccessChain": 65, "Decorate": 71, "MemberDecorate": 72, "CompositeConstruct": 80, "CompositeExtract": 81,
     "ConvertUToF": 112, "FConvert": 115, "Bitcast": 124, "IAdd": 128, "FAdd": 129, "ISub": 130, "FSub": 131,
-    "IMul": 132, "FMul": 133, "UDiv": 134, "UMod": 137, "Select": 169, "IEqual": 170, "INotEqual": 171,
-    "UGreaterThanEqual": 174, "ULessThan": 176, "ShiftRightLogical": 194, "BitwiseOr": 197, "BitwiseAnd": 199,
-    "ControlBarrier": 224, "LoopMerge": 246, "SelectionMerge": 247, "Label": 248, "Branch": 249,
+    "IMul": 132, "FMul": 133, "UDiv": 134, "UMod": 137, "LogicalAnd": 167, "Select": 169, "IEqual": 170,
+    "INotEqual": 171, "UGreaterThanEqual": 174, "ULessThan": 176, "ShiftRightLogical": 194, "BitwiseOr": 197,
+    "BitwiseAnd": 199, "ControlBarrier": 224, "LoopMerge": 246, "SelectionMerge": 247, "Label": 248, "Branch": 249,
     "BranchConditional": 250, "Return": 253,
 }
-GLSL = {"Fma": 50, "InverseSqrt": 32, "Exp": 27, "FMax": 40, "FMin": 37}
+GLSL = {"Fma": 50, "InverseSqrt": 32, "Exp": 27, "FMax": 40, "FMin": 37, "UMin": 38}
 """Instructions of GLSL.std.450."""
 CLASSES = {"Input": 1, "Uniform": 2, "Workgroup": 4, "Function": 7, "StorageBuffer": 12}
 DECORATIONS = {"Block": 2, "ArrayStride": 6, "BuiltIn": 11, "NonWritable": 24, "Binding": 33, "DescriptorSet": 34,
@@ -121,7 +121,7 @@ class Shader:
     """A compute shader with the entry point `main` in groups of (x, y, 1) threads.
 
     group      threads, (x, y) or x alone.     buffers  what each one is an array of.
-    arguments  kinds of the numbers that a call gives: uint or float.
+    arguments  kinds of the numbers that a call gives: uint or float; with none there is no block of them.
     """
 
     def __init__(self, group: int | tuple[int, int], buffers: Sequence[Type | Kind], arguments: Sequence[Kind]) -> None:
@@ -175,6 +175,9 @@ class Shader:
 
     def compare(self, opcode: str, a: Value, b: Value | int) -> Value:
         return self.typed(opcode, Type("bool"), a, self.like(b, a))
+
+    def both(self, a: Value, b: Value) -> Value:
+        return self.typed("LogicalAnd", Type("bool"), a, b)
 
     def select(self, condition: Value, yes: Value | float, no: Value) -> Value:
         return self.typed("Select", no.type, condition, self.like(yes, no), no)
@@ -355,8 +358,10 @@ class Shader:
 
     def _block(self, arguments: Sequence[Kind]) -> None:
         types = [Type(k) for k in arguments]
+        self.arguments: list[Value] = []
+        if not types:
+            return
         block = self._binding(len(self.buffers), "Uniform", *(self.type_id(t) for t in types))
-        self.arguments = []
         for i, t in enumerate(types):
             pointer = self._once("TypePointer", CLASSES["Uniform"], self.type_id(t))
             at = self.new()

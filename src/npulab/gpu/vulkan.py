@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -28,6 +28,8 @@ FEATURES: dict[str, Element] = {"shader-f16": "float16"}
 TURNS_TRIED = 1 << 17
 """Of a loop that shows whether the driver ends loops early: llvmpipe does after 65535 turns of all loops of a thread
 (Mesa, LP_MAX_TGSI_LOOP_ITERATIONS)."""
+Call = tuple[Any, Any, Sequence[int]]
+"""Of a shader: pipeline, what is bound, groups in x (and y)."""
 ARGUMENTS = 32
 """Bytes of the uniform block, no shader has more than eight numbers."""
 GROUPS_MAX = 65535
@@ -161,6 +163,10 @@ class Vulkan(opencl.OpenCL):
         back = self._read(buffer, size, np.uint8)
         return Timing(tuple(found[1:]), {"bytes": float(size)}, "" if (back == host).all() else "bytes were lost")
 
+    def compute(self, words: bytes, groups: Sequence[int], buffers: Sequence[Any]) -> float:
+        """Seconds of one run of a module with the entry point main, buffers in the order of their bindings."""
+        return self._timed(self._call(self._module(words, "main"), groups, buffers))
+
     # how they are done
 
     def _measured(self, run: Callable[[int], tuple[float, str]], work: Callable[[int], Mapping[str, float]],
@@ -209,12 +215,14 @@ class Vulkan(opencl.OpenCL):
 
     def _made(self, kernel: Kernel, group: int) -> Any:
         """A compute pipeline."""
-        code = kernel.recipe.make(kernel.entry, group)
+        return self._module(kernel.recipe.make(kernel.entry, group), kernel.entry)
+
+    def _module(self, words: bytes, name: str) -> Any:
         try:
-            module = _trusted(self.device, code)
+            module = _trusted(self.device, words)
             return self.device.create_compute_pipeline(layout="auto", compute={"module": module, "entry_point": "main"})
         except (self.wgpu.GPUError, RuntimeError) as e:
-            raise DeviceError(f"{self.identity.name} does not compile the kernel '{kernel.entry}'",
+            raise DeviceError(f"{self.identity.name} does not compile the kernel '{name}'",
                               got=str(e).strip()[:300]) from None
 
     def _do(self, what: Callable[[], Any]) -> Any:
@@ -240,8 +248,9 @@ class Vulkan(opencl.OpenCL):
 
     def _time(self, kernel: Kernel, size: tuple[int, ...], group: tuple[int, ...], *arguments: Any) -> float:
         """Seconds of one run by the device's clock, else by the host's, less what an empty one takes."""
-        call = self._prepared(kernel, size, group, *arguments)
+        return self._timed(self._prepared(kernel, size, group, *arguments))
 
+    def _timed(self, call: Call) -> float:
         def run() -> float:
             if self.clocked:
                 self._submit(call, wait=False)  # reading does
@@ -261,24 +270,22 @@ class Vulkan(opencl.OpenCL):
             self._empty = float(np.median(self.launch().seconds[-EMPTY_RUNS:]))
         return self._empty
 
-    def _prepared(self, kernel: Kernel, size: tuple[int, ...], group: tuple[int, ...],
-                  *arguments: Any) -> tuple[Any, Any, int]:
-        """(pipeline, what is bound, groups), the arguments in place."""
-        groups = size[0] // group[0]
-        if groups > GROUPS_MAX:
-            raise UnsupportedError(f"{self.identity.name} starts at most {GROUPS_MAX} groups at once", got=groups)
-        pipeline = self._pipeline(kernel, group[0])
+    def _prepared(self, kernel: Kernel, size: tuple[int, ...], group: tuple[int, ...], *arguments: Any) -> Call:
+        """A launch with its arguments in place."""
         buffers = [*(a for a in arguments if not isinstance(a, np.generic)), self._arguments]
         numbers = b"".join(a.tobytes() for a in arguments if isinstance(a, np.generic))
+        call = self._call(self._pipeline(kernel, group[0]), (size[0] // group[0],), buffers)
+        self._do(lambda: self.device.queue.write_buffer(self._arguments, 0, numbers))
+        return call
 
-        def bind() -> Any:
-            self.device.queue.write_buffer(self._arguments, 0, numbers)
-            return self.device.create_bind_group(layout=pipeline.get_bind_group_layout(0), entries=[
-                {"binding": i, "resource": {"buffer": b, "offset": 0, "size": b.size}} for i, b in enumerate(buffers)])
+    def _call(self, pipeline: Any, groups: Sequence[int], buffers: Sequence[Any]) -> Call:
+        if max(groups) > GROUPS_MAX:
+            raise UnsupportedError(f"{self.identity.name} starts at most {GROUPS_MAX} groups at once", got=max(groups))
+        bound = self._do(lambda: self.device.create_bind_group(layout=pipeline.get_bind_group_layout(0), entries=[
+            {"binding": i, "resource": {"buffer": b, "offset": 0, "size": b.size}} for i, b in enumerate(buffers)]))
+        return pipeline, bound, groups
 
-        return pipeline, self._do(bind), groups
-
-    def _submit(self, call: tuple[Any, Any, int], wait: bool = True) -> None:
+    def _submit(self, call: Call, wait: bool = True) -> None:
         pipeline, bound, groups = call
         encoder = self.device.create_command_encoder()
         stamps = {"timestamp_writes": {"query_set": self._queries, "beginning_of_pass_write_index": 0,
@@ -286,7 +293,7 @@ class Vulkan(opencl.OpenCL):
         work = encoder.begin_compute_pass(**stamps)
         work.set_pipeline(pipeline)
         work.set_bind_group(0, bound)
-        work.dispatch_workgroups(groups)
+        work.dispatch_workgroups(*groups)
         work.end()
         if self.clocked:
             encoder.resolve_query_set(self._queries, 0, 2, self._ticks, 0)
