@@ -14,7 +14,8 @@ import pytest
 from npulab.errors import CapacityError, DeviceError, UnsupportedError, UsageError
 from npulab.gpu import devices, opencl, shaders, vulkan
 from npulab.gpu.analysis.conclude import Meter, conclude
-from npulab.gpu.spirv_builder import MAGIC, Shader, Type
+from npulab.gpu.spirv_builder import Shader, Type
+from npulab.gpu.spirv_words import MAGIC
 from npulab.gpu.types import Identity
 from test_gpu_opencl import experiments
 
@@ -49,6 +50,9 @@ def recipes():
     yield "diverge", shaders.DIVERGE, "diverge"
     yield "local", shaders.local(4096), "local_loads"
     yield "hold", shaders.hold(64), "hold"
+    yield "local write", shaders.local_write(4096), "local_stores"
+    for spread in (False, True):
+        yield f"constant {spread}", shaders.constant(1024, spread), "constant"
     for width in (4, 8, 16):
         for way in ("read", "write", "copy"):
             yield f"{way} {width}", shaders.stream(width), way
@@ -153,6 +157,25 @@ def test_every_experiment_computes_what_it_is_to(bench, unhurried):
         assert all(v > 0 for v in t.work.values()), name
 
 
+def extras(bench):
+    for stride in (1, 4, 33):
+        yield f"local write {stride}", lambda stride=stride: bench.local_write(stride)
+    for spread in (False, True):
+        yield f"constant {spread}", lambda spread=spread: bench.constant(spread)
+
+
+def test_experiments_that_not_every_bench_does(bench, unhurried):
+    for name, run in extras(bench):
+        t = run()
+        assert t.wrong == "", name
+        assert max(t.seconds) > 0, name
+        assert all(v > 0 for v in t.work.values()), name
+    if vulkan.MAPPABLE in bench.adapter.features:
+        t = bench.map(1 << 20)
+        assert (t.wrong, t.work) == ("", {"bytes": 1 << 20})
+        assert all(s > 0 for s in t.seconds)
+
+
 def test_with_the_hosts_clock_too(bench, unhurried, monkeypatch):
     monkeypatch.setattr(bench, "clocked", False)
     assert bench.chain("fma", "int32", 4, 2, 64).wrong == ""
@@ -188,6 +211,11 @@ SABOTAGED = {
     "local, fewer loads": (shaders, "LOADED", 3, lambda b: b.local(4)),
     "local, other words": (Shader, "shared_store", lambda s, a, i, v, real=Shader.shared_store: real(s, a, i, i),
                            lambda b: b.local(1)),
+    "local stores, one word": (Shader, "shared_store", lambda s, a, i, v, real=Shader.shared_store:
+                               real(s, a, s.constant(0), v), lambda b: b.local_write(1)),
+    "constants, always the first": (Shader, "load_constant", lambda s, i, real=Shader.load_constant:
+                                    real(s, s.constant(0)), lambda b: b.constant(True)),
+    "constants, once": (Shader, "loop", one_turn, lambda b: b.constant(False)),
     "barrier, nobody waits": (Shader, "barrier", lambda s: None, lambda b: b.barrier()),
     "chain, half the steps": (shaders, "STEPS", 8, lambda b: b.chain("fma", "float32", 1, 1, 64)),
     "chain, a step less": (shaders, "STEPS", 15, lambda b: b.chain("fma", "int32", 4, 2, 64)),

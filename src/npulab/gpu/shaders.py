@@ -16,7 +16,7 @@ from npulab.gpu.spirv_builder import Kind, Shader, Type, Value, Variable
 from npulab.gpu.types import Element, Operation
 
 __all__ = ["BARRIER", "CHASE", "CHASED", "DIVERGE", "DIVERGED", "LAUNCH", "LOADED", "MET", "STEPS", "STREAMED",
-           "Recipe", "chain", "hold", "local", "stream"]
+           "Recipe", "chain", "constant", "hold", "local", "local_write", "stream"]
 
 KINDS: dict[Element, Kind] = {"float32": "float", "float16": "half", "int32": "uint"}
 LANES = (1, 2, 4)
@@ -112,6 +112,53 @@ def _local(words: int, _: str, group: int) -> bytes:
         x.set(total)
         at.set(now + (s.constant(LOADED) + (total & turns & 0x80000000)))  # no load can be done before its turn
     s.store(0, s.global_id, x.get())
+    return s.assemble()
+
+
+def local_write(words: int) -> Recipe:
+    """`words`: a power of two. A word's content is its place times a number; LOADED stores a turn."""
+    return Recipe("local_stores", (words,), partial(_local_write, words))
+
+
+def _local_write(words: int, _: str, group: int) -> bytes:
+    s = Shader(group, ("uint",), ("uint", "uint", "uint"))
+    turns, stride, factor = s.arguments
+    cells = s.shared("uint", words)
+    with s.loop(words, group, s.local_id) as i:
+        s.shared_store(cells, i, s.constant(0))
+    s.barrier()
+    at = s.variable(s.local_id * stride)
+    with s.loop(turns):
+        now = at.get()
+        for _step in range(LOADED):
+            place = now & (words - 1)
+            s.shared_store(cells, place, place * factor)
+            now = now + 1
+        at.set(now)
+    s.barrier()
+    x = s.variable(at.get())
+    with s.loop(words, group, s.local_id) as i:
+        x.set(x.get() + s.shared_load(cells, i))
+    s.store(0, s.global_id, x.get())
+    return s.assemble()
+
+
+def constant(vectors: int, spread: bool) -> Recipe:
+    """`vectors` of four words, a power of two. spread: neighbours read neighbours, else all threads the same one."""
+    return Recipe("constant", (vectors, spread), partial(_constant, vectors, spread))
+
+
+def _constant(vectors: int, spread: bool, _: str, group: int) -> bytes:
+    s = Shader(group, ("uint",), ("uint",), vectors)
+    turns = s.arguments[0]
+    at, x = s.variable(s.local_id if spread else s.constant(0)), s.variable(s.constant(0, "uint", 4))
+    with s.loop(turns):
+        now, total = at.get(), x.get()
+        for step in range(LOADED):
+            total = total + s.load_constant(((now + step) if step else now) & (vectors - 1))
+        x.set(total)
+        at.set(now + LOADED)
+    s.store(0, s.global_id, s.sum(x.get()))
     return s.assemble()
 
 

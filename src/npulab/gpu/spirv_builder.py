@@ -23,29 +23,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["bool", "uint", "float", "half"]
-MAGIC, VERSION = 0x07230203, 0x00010300  # SPIR-V 1.3: Vulkan 1.1, storage buffers as a class of their own
-BYTES = {"uint": 4, "float": 4, "half": 2}
+from npulab.gpu.spirv_words import ARITHMETIC, BUILTINS, CLASSES, DECORATIONS, GLSL, MAGIC, VERSION, text, word
 
-OPCODES = {
-    "ExtInstImport": 11, "ExtInst": 12, "MemoryModel": 14, "EntryPoint": 15, "ExecutionMode": 16, "Capability": 17,
-    "Extension": 10, "TypeVoid": 19, "TypeBool": 20, "TypeInt": 21, "TypeFloat": 22, "TypeVector": 23, "TypeArray": 28,
-    "TypeRuntimeArray": 29, "TypeStruct": 30, "TypePointer": 32, "TypeFunction": 33, "Constant": 43,
-    "ConstantComposite": 44, "Function": 54, "FunctionEnd": 56, "Variable": 59, "Load": 61, "Store": 62,
-    "AccessChain": 65, "Decorate": 71, "MemberDecorate": 72, "CompositeConstruct": 80, "CompositeExtract": 81,
-    "ConvertUToF": 112, "FConvert": 115, "Bitcast": 124, "IAdd": 128, "FAdd": 129, "ISub": 130, "FSub": 131,
-    "IMul": 132, "FMul": 133, "UDiv": 134, "UMod": 137, "LogicalAnd": 167, "Select": 169, "IEqual": 170,
-    "INotEqual": 171, "UGreaterThanEqual": 174, "ULessThan": 176, "ShiftRightLogical": 194, "BitwiseOr": 197,
-    "BitwiseAnd": 199, "ControlBarrier": 224, "LoopMerge": 246, "SelectionMerge": 247, "Label": 248, "Branch": 249,
-    "BranchConditional": 250, "Return": 253,
-}
-GLSL = {"Fma": 50, "InverseSqrt": 32, "Exp": 27, "FMax": 40, "FMin": 37, "UMin": 38}
-"""Instructions of GLSL.std.450."""
-CLASSES = {"Input": 1, "Uniform": 2, "Workgroup": 4, "Function": 7, "StorageBuffer": 12}
-DECORATIONS = {"Block": 2, "ArrayStride": 6, "BuiltIn": 11, "NonWritable": 24, "Binding": 33, "DescriptorSet": 34,
-               "Offset": 35}
-BUILTINS = {"group": 26, "local": 27, "global": 28}  # WorkgroupId, LocalInvocationId, GlobalInvocationId
-ARITHMETIC = {"+": ("IAdd", "FAdd"), "-": ("ISub", "FSub"), "*": ("IMul", "FMul")}
+Kind = Literal["bool", "uint", "float", "half"]
+BYTES = {"uint": 4, "float": 4, "half": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +38,10 @@ class Type:
     def size(self) -> int:
         """Bytes."""
         return BYTES[self.kind] * self.lanes
+
+
+CONSTANT = Type("uint", 4)
+"""Of constant memory: arrays in uniform blocks have a stride of 16 bytes at least (Vulkan 1.1, 14.5.4)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +107,11 @@ class Shader:
 
     group      threads, (x, y) or x alone.     buffers  what each one is an array of.
     arguments  kinds of the numbers that a call gives: uint or float; with none there is no block of them.
+    constants  vectors of four uints of constant memory, a uniform block in the binding after all others.
     """
 
-    def __init__(self, group: int | tuple[int, int], buffers: Sequence[Type | Kind], arguments: Sequence[Kind]) -> None:
+    def __init__(self, group: int | tuple[int, int], buffers: Sequence[Type | Kind], arguments: Sequence[Kind],
+                 constants: int = 0) -> None:
         self.group = group if isinstance(group, tuple) else (group, 1)
         self.buffers = [Type(b) if isinstance(b, str) else b for b in buffers]
         self._next = 1
@@ -138,9 +125,12 @@ class Shader:
         self._glsl, self._main = self.new(), self.new()
         self._interface: list[int] = []
         self._bound = [self._binding(i, "StorageBuffer", self._once("TypeRuntimeArray", self.type_id(t),
-                                                                   stride=t.size), t)
+                                                                   stride=t.size))
                        for i, t in enumerate(self.buffers)]
         self._block(arguments)
+        if constants:
+            array = self._once("TypeArray", self.type_id(CONSTANT), self.constant(constants).id, stride=CONSTANT.size)
+            self._constants = self._binding(len(self.buffers) + bool(arguments), "Uniform", array)
         self._shared: list[tuple[int, Type]] = []
         self.global_id, self.local_id, self.group_id = (self._builtin(b) for b in ("global", "local", "group"))
         self.global_y, self.local_y, self.group_y = (self._builtin(b, 1) for b in ("global", "local", "group"))
@@ -215,6 +205,12 @@ class Shader:
     def store(self, buffer: int, index: Value, value: Value) -> None:
         assert value.type == self.buffers[buffer]
         self.do("Store", self._element(buffer, index), value.id)
+
+    def load_constant(self, index: Value) -> Value:
+        pointer = self._once("TypePointer", CLASSES["Uniform"], self.type_id(CONSTANT))
+        at = self.new()
+        self.do("AccessChain", pointer, at, self._constants, self.constant(0).id, index.id)
+        return self.typed("Load", CONSTANT, at)
 
     def shared(self, kind: Kind, count: int) -> int:
         """An array of the group's local memory, by its number."""
@@ -341,13 +337,12 @@ class Shader:
     def _decorate(self, target: int, decoration: str, *operands: int) -> None:
         self._decorations += word("Decorate", target, DECORATIONS[decoration], *operands)
 
-    def _binding(self, number: int, storage: str, *members: object) -> int:
-        """A variable of a block whose only member is an array, or whose members are given by their types' ids."""
-        ids = [m for m in members if isinstance(m, int)]
+    def _binding(self, number: int, storage: str, *members: int) -> int:
+        """A variable of a block with members of these types, of four bytes each but for the last."""
         block = self.new()
-        self._globals += word("TypeStruct", block, *ids)
+        self._globals += word("TypeStruct", block, *members)
         self._decorate(block, "Block")
-        for i in range(len(ids)):
+        for i in range(len(members)):
             self._decorations += word("MemberDecorate", block, i, DECORATIONS["Offset"], 4 * i)
         pointer = self._once("TypePointer", CLASSES[storage], block)
         found = self.new()
@@ -391,15 +386,3 @@ class Shader:
         at = self.new()
         self.do("AccessChain", pointer, at, variable, index.id)
         return at
-
-
-def word(opcode: str, *operands: int) -> list[int]:
-    """An instruction: words in all and opcode, then its operands."""
-    return [(len(operands) + 1) << 16 | OPCODES[opcode], *operands]
-
-
-def text(s: str) -> list[int]:
-    """UTF-8, ended by a zero, in whole words."""
-    data = s.encode() + b"\0"
-    data += b"\0" * (-len(data) % 4)
-    return list(struct.unpack(f"<{len(data) // 4}I", data))

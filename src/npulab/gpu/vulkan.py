@@ -20,6 +20,7 @@ import numpy as np
 
 from npulab.errors import CapacityError, DeviceError, UnsupportedError, UsageError
 from npulab.gpu import opencl, shaders
+from npulab.gpu import wgpu_native as native
 from npulab.gpu.types import Element, Identity, Limits, Timing
 
 DRIVERS = "mesa-vulkan-drivers (Intel, AMD, Mali, Adreno, VideoCore; lavapipe: the CPU), the vendor's"
@@ -30,6 +31,9 @@ TURNS_TRIED = 1 << 17
 (Mesa, LP_MAX_TGSI_LOOP_ITERATIONS)."""
 Call = tuple[Any, Any, Sequence[int]]
 """Of a shader: pipeline, what is bound, groups in x (and y)."""
+MAPPABLE = "mappable-primary-buffers"
+CONSTANTS = 1 << 10
+"""Vectors of 16 bytes in `constant`: the least that uniform blocks may have (Vulkan 1.3, maxUniformBufferRange)."""
 ARGUMENTS = 32
 """Bytes of the uniform block, no shader has more than eight numbers."""
 GROUPS_MAX = 65535
@@ -110,7 +114,7 @@ class Vulkan(opencl.OpenCL):
         given = adapter.limits
         halves = {e for f, e in FEATURES.items() if f in adapter.features}
         self.clocked = "timestamp-query" in adapter.features
-        wanted = [f for f in ("timestamp-query", *FEATURES) if f in adapter.features]
+        wanted = [f for f in ("timestamp-query", MAPPABLE, *FEATURES) if f in adapter.features]
         self.turns_max = opencl.TURNS_MAX
         self._empty: float | None = None
         self.device = self._do(lambda: adapter.request_device_sync(required_features=wanted,
@@ -123,7 +127,7 @@ class Vulkan(opencl.OpenCL):
             self._queries = self._do(lambda: self.device.create_query_set(type="timestamp", count=2))
             self._ticks = self._do(lambda: self.device.create_buffer(
                 size=16, usage=wgpu.BufferUsage.QUERY_RESOLVE | wgpu.BufferUsage.COPY_SRC))
-            self._tick = _tick(self.device)
+            self._tick = native.tick(self.device)
         self.cpu = adapter.info["adapter_type"] == "CPU"
         self.limits = Limits(
             _cpus() if self.cpu else 1,
@@ -153,7 +157,7 @@ class Vulkan(opencl.OpenCL):
         def up() -> None:
             queue.write_buffer(buffer, 0, host)
             queue.submit([])
-            _wait(self.device)
+            native.wait(self.device)
 
         found = []
         for _ in range(opencl.REPEATS + 1):
@@ -163,6 +167,77 @@ class Vulkan(opencl.OpenCL):
         back = self._read(buffer, size, np.uint8)
         return Timing(tuple(found[1:]), {"bytes": float(size)}, "" if (back == host).all() else "bytes were lost")
 
+    def local_write(self, stride: int) -> Timing:
+        """A group's threads store words in local memory, neighbours `stride` words apart. work: "stores"."""
+        words = 1 << (min(opencl.WORDS_MAX, self.limits.local_bytes // 4).bit_length() - 1)
+        kernel = self._kernel(self.kernels.local_write(words), "local_stores")
+        group, threads, out = self._crowd()
+        lids, factor = np.arange(group, dtype=np.uint64), 2654435761
+
+        def run(turns: int) -> tuple[float, str]:
+            seconds = self._time(kernel, (threads,), (group,), out, np.uint32(turns), np.uint32(stride),
+                                 np.uint32(factor))
+            many = turns * shaders.LOADED
+            starts = np.unique(lids * stride % words)
+            gaps = np.diff(starts, append=starts[0] + words).astype(np.int64)
+            cells = np.zeros(words, np.uint64)  # those that no thread comes to stay 0
+            for start, gap in zip(starts.tolist(), gaps.tolist(), strict=True):
+                places = (start + np.arange(min(many, gap))) % words
+                cells[places] = places * factor
+            sums = np.array([cells[i::group].sum() for i in range(group)], np.uint64)
+            want = ((lids * stride + many + sums) % (1 << 32)).astype(np.uint32)
+            right = (self._read(out, threads).reshape(-1, group) == want).all()
+            return seconds, "" if right else "local memory does not hold what was stored"
+
+        return self._measured(run, lambda turns: {"stores": float(turns) * shaders.LOADED * threads}, 1 << 18)
+
+    def constant(self, spread: bool) -> Timing:
+        """All threads read vectors of constant memory (a uniform block), all of a group the same one or (`spread`) each
+        another. work: "bytes"."""
+        kernel = self._kernel(self.kernels.constant(CONSTANTS, spread), "constant")
+        content = (np.arange(4 * CONSTANTS, dtype=np.uint64) * 2654435761 % (1 << 32)).astype(np.uint32)
+        held = self._do(lambda: self.device.create_buffer_with_data(data=content, usage=self.wgpu.BufferUsage.UNIFORM))
+        sums = content.reshape(-1, 4).sum(axis=1, dtype=np.uint64)
+        group, threads, out = self._crowd()
+
+        def run(turns: int) -> tuple[float, str]:
+            seconds = self._time(kernel, (threads,), (group,), out, np.uint32(turns), last=(held,))
+            found = self._read(out, threads)
+            for i in (0, group - 1, threads - 1):
+                at = (i % group * spread + np.arange(turns * shaders.LOADED)) % CONSTANTS
+                want = int(sums[at].sum(dtype=np.uint64)) % (1 << 32)
+                if int(found[i]) != want:
+                    return seconds, f"thread {i} read {found[i]}, not {want}"
+            return seconds, ""
+
+        return self._measured(run, lambda turns: {"bytes": float(turns) * shaders.LOADED * 16 * threads}, 1 << 18)
+
+    def map(self, size: int) -> Timing:
+        """A buffer of `size` bytes made visible to the host, one word changed, and given back. work: "bytes"."""
+        if MAPPABLE not in self.adapter.features:
+            raise UnsupportedError("wgpu maps no buffers that shaders use on this device")
+        usage = self.wgpu.BufferUsage
+        buffer = self._do(lambda: self.device.create_buffer(
+            size=size, usage=usage.STORAGE | usage.MAP_WRITE | usage.COPY_SRC))
+        at, found = size // 16 * 8, []
+        for n in range(opencl.REPEATS + 1):
+            start = time.perf_counter()
+            self._do(lambda: buffer.map_sync("WRITE"))
+            buffer.write_mapped(np.array([n], np.uint32), at)
+            self._do(buffer.unmap)
+            found.append(time.perf_counter() - start)
+        last = np.frombuffer(self._do(lambda: self.device.queue.read_buffer(buffer, at, 4)), np.uint32)[0]
+        return Timing(tuple(found[1:]), {"bytes": float(size)}, "" if last == n else "a word did not arrive")
+
+    image: Any = None
+    """No shader reads images yet: there is no such experiment."""
+
+    def _crowd(self) -> tuple[int, int, Any]:
+        """(threads of a group, threads that fill the device, a word for each)."""
+        group = min(opencl.GROUP, self.limits.group_max)
+        threads = group * self.limits.compute_units * opencl.GROUPS_A_UNIT
+        return group, threads, self._buffer(np.zeros(threads, np.uint32))
+
     def compute(self, words: bytes, groups: Sequence[int], buffers: Sequence[Any]) -> float:
         """Seconds of one run of a module with the entry point main, buffers in the order of their bindings."""
         return self._timed(self._call(self._module(words, "main"), groups, buffers))
@@ -170,8 +245,8 @@ class Vulkan(opencl.OpenCL):
     # how they are done
 
     def _measured(self, run: Callable[[int], tuple[float, str]], work: Callable[[int], Mapping[str, float]],
-                  most: int = opencl.TURNS_MAX) -> Timing:
-        return super()._measured(run, work, min(most, self.turns_max))
+                  most: int = opencl.TURNS_MAX, *rest: Any, **more: Any) -> Timing:
+        return super()._measured(run, work, min(most, self.turns_max), *rest, **more)
 
     def _longest_loop(self) -> int:
         """Turns of a loop that the driver really does."""
@@ -219,7 +294,7 @@ class Vulkan(opencl.OpenCL):
 
     def _module(self, words: bytes, name: str) -> Any:
         try:
-            module = _trusted(self.device, words)
+            module = native.trusted(self.device, words)
             return self.device.create_compute_pipeline(layout="auto", compute={"module": module, "entry_point": "main"})
         except (self.wgpu.GPUError, RuntimeError) as e:
             raise DeviceError(f"{self.identity.name} does not compile the kernel '{name}'",
@@ -246,9 +321,11 @@ class Vulkan(opencl.OpenCL):
         found = self._do(lambda: self.device.queue.read_buffer(buffer, 0, count * np.dtype(kind).itemsize))
         return np.frombuffer(found, kind)
 
-    def _time(self, kernel: Kernel, size: tuple[int, ...], group: tuple[int, ...], *arguments: Any) -> float:
-        """Seconds of one run by the device's clock, else by the host's, less what an empty one takes."""
-        return self._timed(self._prepared(kernel, size, group, *arguments))
+    def _time(self, kernel: Kernel, size: tuple[int, ...], group: tuple[int, ...], *arguments: Any,
+              last: tuple[Any, ...] = ()) -> float:
+        """Seconds of one run by the device's clock, else by the host's, less what an empty one takes. last: buffers
+        behind the arguments."""
+        return self._timed(self._prepared(kernel, size, group, *arguments, last=last))
 
     def _timed(self, call: Call) -> float:
         def run() -> float:
@@ -270,9 +347,10 @@ class Vulkan(opencl.OpenCL):
             self._empty = float(np.median(self.launch().seconds[-EMPTY_RUNS:]))
         return self._empty
 
-    def _prepared(self, kernel: Kernel, size: tuple[int, ...], group: tuple[int, ...], *arguments: Any) -> Call:
+    def _prepared(self, kernel: Kernel, size: tuple[int, ...], group: tuple[int, ...], *arguments: Any,
+                  last: tuple[Any, ...] = ()) -> Call:
         """A launch with its arguments in place."""
-        buffers = [*(a for a in arguments if not isinstance(a, np.generic)), self._arguments]
+        buffers = [*(a for a in arguments if not isinstance(a, np.generic)), self._arguments, *last]
         numbers = b"".join(a.tobytes() for a in arguments if isinstance(a, np.generic))
         call = self._call(self._pipeline(kernel, group[0]), (size[0] // group[0],), buffers)
         self._do(lambda: self.device.queue.write_buffer(self._arguments, 0, numbers))
@@ -299,50 +377,8 @@ class Vulkan(opencl.OpenCL):
             encoder.resolve_query_set(self._queries, 0, 2, self._ticks, 0)
         self.device.queue.submit([encoder.finish()])
         if wait:
-            _wait(self.device)
+            native.wait(self.device)
 
 
 def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-# what wgpu-native has and wgpu's Python does not name: each falls back to what is public
-
-
-def _tick(device: Any) -> float:
-    """Seconds of a tick of timestamps; 1 ns where wgpu has made them such already."""
-    try:
-        from wgpu.backends.wgpu_native._ffi import lib
-
-        return float(lib.wgpuQueueGetTimestampPeriod(device.queue._internal)) * 1e-9 or 1e-9
-    except (ImportError, AttributeError):
-        return 1e-9
-
-
-def _wait(device: Any) -> None:
-    """Until all that was submitted has ended. (The public call fails in wgpu 0.32: a callback of another type.)"""
-    try:
-        from wgpu.backends.wgpu_native import _api
-        from wgpu.backends.wgpu_native._ffi import ffi
-
-        _api.libf.wgpuDevicePoll(device._internal, True, ffi.NULL)
-    except (ImportError, AttributeError):
-        device.queue.on_submitted_work_done_sync()
-
-
-def _trusted(device: Any, code: bytes) -> Any:
-    """A shader module without guards of memory and loops; with them if that cannot be had."""
-    try:
-        from wgpu.backends.wgpu_native import _api
-        from wgpu.backends.wgpu_native._ffi import ffi, lib
-
-        words = ffi.new("uint8_t[]", code)
-        source = ffi.new("WGPUShaderSourceSPIRV *")
-        source.chain.next, source.chain.sType = ffi.NULL, lib.WGPUSType_ShaderSourceSPIRV
-        source.codeSize, source.code = len(code) // 4, ffi.cast("uint32_t *", words)
-        asked = ffi.new("WGPUShaderModuleDescriptor *")
-        asked.nextInChain = ffi.cast("WGPUChainedStruct *", source)
-        found = _api.libf.wgpuDeviceCreateShaderModuleTrusted(device._internal, asked, lib.WGPUShaderRuntimeChecks_None)
-        return _api.GPUShaderModule("", found, device)
-    except (ImportError, AttributeError):
-        return device.create_shader_module(code=code)

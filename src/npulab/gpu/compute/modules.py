@@ -84,7 +84,7 @@ def packed_weights(weights: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def matmul(rows: int, columns: int, inner: int, activation: Ending = "none") -> Module:
-    """output = activation(input @ weights + bias): (rows, inner) by (inner, columns), packed; bias and output packed."""
+    """output = activation(input @ weights + bias): (rows, inner) by (inner, columns); all but input packed."""
     def body(s: Shader, column: Value, first: Value, width: int) -> list[Value]:
         starts = [s.builtin("UMin", first + i, s.constant(rows - 1)) * inner for i in range(TILE)]
         return _sums(s, inner, starts, column, s.constant(0), width, s.load(2, column))
