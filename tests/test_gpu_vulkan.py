@@ -246,6 +246,18 @@ def test_a_driver_that_ends_loops_early_is_noticed(bench, unhurried, monkeypatch
         assert "ended with" in bench.chain("fma", "int32", 1, 1, 1).wrong
 
 
+@pytest.mark.parametrize("cores", [1, 3, 20, 132])
+def test_cores_are_counted_by_groups_that_do_not_wait_for_each_other(bench, monkeypatch, cores):
+    """On a device that has so many and starts in 5 us, with times that scatter by 5 %."""
+    r = np.random.default_rng(cores)
+
+    def took(kernel, size, group, out, turns, *numbers):
+        return (5e-6 + math.ceil(size[0] // group[0] / cores) * int(turns) * 2e-7) * r.uniform(1, 1.05)
+
+    monkeypatch.setattr(bench, "_time", took)
+    assert bench._cores() == cores
+
+
 # what goes wrong
 
 

@@ -66,6 +66,8 @@ def show(result: Mapping[str, Any]) -> None:
 
     who = result["identity"]
     say(f"{who['name']} ({who['platform']}, driver {who['driver']})")
+    if who["api"] == "vulkan" and who["version"].startswith("CPU"):
+        say("A CPU behind Vulkan: threads side by side in its vectors are its warps; it has no banks or register file.")
     say()
     table(["measured", ">value", ">95 %"],
           [(q["name"], *_shown(q)) for q in result["quantities"] if q["status"] == "measured"])

@@ -77,9 +77,15 @@ def _identity(adapter: Any) -> Identity:
 
 
 def _subgroups(info: Mapping[str, Any]) -> str:
-    """wgpu 0.32 misspells the names."""
-    low, high = (next((info[k] for k in info if k.endswith(f"group_{end}_size")), 0) for end in ("min", "max"))
+    low, high = subgroup(info)
     return f"subgroups of {low}" if low == high else f"subgroups of {low} to {high}"
+
+
+def subgroup(info: Mapping[str, Any]) -> tuple[int, int]:
+    """Threads of a subgroup as stated, at least and at most; 0: not. (wgpu 0.32 misspells the names.)"""
+    low, high = (next((int(v) for k, v in info.items() if k.endswith(f"group_{end}_size")), 0)
+                 for end in ("min", "max"))
+    return low, high
 
 
 def open_device(number: int = 0) -> Vulkan:
@@ -288,9 +294,13 @@ class Vulkan(opencl.OpenCL):
     def _compiled(self, source: Any, name: str) -> Kernel:
         return Kernel(source, name)
 
+    def words(self, kernel: Kernel, group: int) -> bytes:
+        """The module that is given to wgpu."""
+        return kernel.recipe.make(kernel.entry, group)
+
     def _made(self, kernel: Kernel, group: int) -> Any:
         """A compute pipeline."""
-        return self._module(kernel.recipe.make(kernel.entry, group), kernel.entry)
+        return self._module(self.words(kernel, group), kernel.entry)
 
     def _module(self, words: bytes, name: str) -> Any:
         try:
