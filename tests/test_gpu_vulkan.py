@@ -17,6 +17,7 @@ from npulab.gpu.analysis.conclude import Meter, conclude
 from npulab.gpu.spirv_builder import Shader, Type
 from npulab.gpu.spirv_words import MAGIC
 from npulab.gpu.types import Identity
+from npulab.gpu.vulkan_more import MAPPABLE
 from test_gpu_opencl import experiments
 
 
@@ -51,6 +52,7 @@ def recipes():
     yield "local", shaders.local(4096), "local_loads"
     yield "hold", shaders.hold(64), "hold"
     yield "local write", shaders.local_write(4096), "local_stores"
+    yield "image", shaders.image(64), "image"
     for spread in (False, True):
         yield f"constant {spread}", shaders.constant(1024, spread), "constant"
     for width in (4, 8, 16):
@@ -160,6 +162,8 @@ def test_every_experiment_computes_what_it_is_to(bench, unhurried):
 def extras(bench):
     for stride in (1, 4, 33):
         yield f"local write {stride}", lambda stride=stride: bench.local_write(stride)
+    for footprint in (1 << 14, 100_000):
+        yield f"image {footprint}", lambda footprint=footprint: bench.image(footprint)
     for spread in (False, True):
         yield f"constant {spread}", lambda spread=spread: bench.constant(spread)
 
@@ -170,7 +174,7 @@ def test_experiments_that_not_every_bench_does(bench, unhurried):
         assert t.wrong == "", name
         assert max(t.seconds) > 0, name
         assert all(v > 0 for v in t.work.values()), name
-    if vulkan.MAPPABLE in bench.adapter.features:
+    if MAPPABLE in bench.adapter.features:
         t = bench.map(1 << 20)
         assert (t.wrong, t.work) == ("", {"bytes": 1 << 20})
         assert all(s > 0 for s in t.seconds)
@@ -215,6 +219,9 @@ SABOTAGED = {
                                real(s, a, s.constant(0), v), lambda b: b.local_write(1)),
     "constants, always the first": (Shader, "load_constant", lambda s, i, real=Shader.load_constant:
                                     real(s, s.constant(0)), lambda b: b.constant(True)),
+    "image, always the first": (Shader, "texel", lambda s, x, y, real=Shader.texel: real(s, s.constant(0), y),
+                                lambda b: b.image(1 << 16)),
+    "image, once": (Shader, "loop", one_turn, lambda b: b.image(1 << 14)),
     "constants, once": (Shader, "loop", one_turn, lambda b: b.constant(False)),
     "barrier, nobody waits": (Shader, "barrier", lambda s: None, lambda b: b.barrier()),
     "chain, half the steps": (shaders, "STEPS", 8, lambda b: b.chain("fma", "float32", 1, 1, 64)),
@@ -299,6 +306,8 @@ def test_what_a_device_has_not(bench):
         bench.chain("fma", "float32", 8, 1, 1)
     with pytest.raises(UnsupportedError, match="there is no chain of add on int32"):
         bench.chain("add", "int32", 1, 1, 1)
+    with pytest.raises(UnsupportedError, match="an image has no such size"):
+        bench.image(1 << 40)
     with pytest.raises(CapacityError, match="has no buffers of this size"):
         bench._buffer(np.broadcast_to(np.uint32(0), (1 << 40,)))
     with pytest.raises(UnsupportedError, match="starts at most 65535 groups at once"):

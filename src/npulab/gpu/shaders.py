@@ -16,7 +16,7 @@ from npulab.gpu.spirv_builder import Kind, Shader, Type, Value, Variable
 from npulab.gpu.types import Element, Operation
 
 __all__ = ["BARRIER", "CHASE", "CHASED", "DIVERGE", "DIVERGED", "LAUNCH", "LOADED", "MET", "STEPS", "STREAMED",
-           "Recipe", "chain", "constant", "hold", "local", "local_write", "stream"]
+           "Recipe", "chain", "constant", "hold", "image", "local", "local_write", "stream"]
 
 KINDS: dict[Element, Kind] = {"float32": "float", "float16": "half", "int32": "uint"}
 LANES = (1, 2, 4)
@@ -186,6 +186,29 @@ def _stream(lanes: int, way: str, group: int) -> bytes:
         at.set(now)
         x.set(total)
     s.store(1, s.global_id, s.sum(x.get()) if way == "read" else at.get())
+    return s.assemble()
+
+
+def image(columns: int) -> Recipe:
+    """As reading in `stream`, of an image with so many columns, a power of two, and `size` texels in all."""
+    return Recipe("image", (columns,), partial(_image, columns))
+
+
+def _image(columns: int, _: str, group: int) -> bytes:
+    s = Shader(group, ("uint",), ("uint", "uint", "uint"), image=True)
+    size, offset, turns = s.arguments
+    step = s.constant(group) % size
+    at = s.variable((s.group_id * offset + s.local_id) % size)
+    x = s.variable(s.constant(0, "uint", 4))
+    with s.loop(turns):
+        now, total = at.get(), x.get()
+        for _step in range(STREAMED["read"]):
+            total = total + s.texel(now & (columns - 1), now >> (columns.bit_length() - 1))
+            now = now + step
+            now = now - s.select(now >= size, size, s.constant(0))
+        at.set(now)
+        x.set(total)
+    s.store(0, s.global_id, s.sum(x.get()))
     return s.assemble()
 
 

@@ -107,11 +107,12 @@ class Shader:
 
     group      threads, (x, y) or x alone.     buffers  what each one is an array of.
     arguments  kinds of the numbers that a call gives: uint or float; with none there is no block of them.
-    constants  vectors of four uints of constant memory, a uniform block in the binding after all others.
+    constants  vectors of four uints of constant memory, a uniform block in the next binding.
+    image      an image of four uints a texel, in the binding after all others.
     """
 
     def __init__(self, group: int | tuple[int, int], buffers: Sequence[Type | Kind], arguments: Sequence[Kind],
-                 constants: int = 0) -> None:
+                 constants: int = 0, image: bool = False) -> None:
         self.group = group if isinstance(group, tuple) else (group, 1)
         self.buffers = [Type(b) if isinstance(b, str) else b for b in buffers]
         self._next = 1
@@ -131,6 +132,10 @@ class Shader:
         if constants:
             array = self._once("TypeArray", self.type_id(CONSTANT), self.constant(constants).id, stride=CONSTANT.size)
             self._constants = self._binding(len(self.buffers) + bool(arguments), "Uniform", array)
+        if image:
+            self._image_type = self._once("TypeImage", self.type_id(Type("uint")), 1, 0, 0, 0, 1, 0)  # 2-D, sampled
+            pointer = self._once("TypePointer", CLASSES["UniformConstant"], self._image_type)
+            self._image = self._bind(pointer, "UniformConstant", len(self.buffers) + bool(arguments) + bool(constants))
         self._shared: list[tuple[int, Type]] = []
         self.global_id, self.local_id, self.group_id = (self._builtin(b) for b in ("global", "local", "group"))
         self.global_y, self.local_y, self.group_y = (self._builtin(b, 1) for b in ("global", "local", "group"))
@@ -211,6 +216,13 @@ class Shader:
         at = self.new()
         self.do("AccessChain", pointer, at, self._constants, self.constant(0).id, index.id)
         return self.typed("Load", CONSTANT, at)
+
+    def texel(self, x: Value, y: Value) -> Value:
+        """Four uints of the image."""
+        image = self.new()
+        self.do("Load", self._image_type, image, self._image)
+        place = self.typed("CompositeConstruct", Type("uint", 2), x, y)
+        return self.typed("ImageFetch", CONSTANT, image, place, 2, self.constant(0))  # Lod
 
     def shared(self, kind: Kind, count: int) -> int:
         """An array of the group's local memory, by its number."""
@@ -344,7 +356,9 @@ class Shader:
         self._decorate(block, "Block")
         for i in range(len(members)):
             self._decorations += word("MemberDecorate", block, i, DECORATIONS["Offset"], 4 * i)
-        pointer = self._once("TypePointer", CLASSES[storage], block)
+        return self._bind(self._once("TypePointer", CLASSES[storage], block), storage, number)
+
+    def _bind(self, pointer: int, storage: str, number: int) -> int:
         found = self.new()
         self._globals += word("Variable", pointer, found, CLASSES[storage])
         self._decorate(found, "DescriptorSet", 0)

@@ -22,6 +22,7 @@ from npulab.errors import CapacityError, DeviceError, UnsupportedError, UsageErr
 from npulab.gpu import opencl, shaders
 from npulab.gpu import wgpu_native as native
 from npulab.gpu.types import Element, Identity, Limits, Timing
+from npulab.gpu.vulkan_more import MAPPABLE, More
 
 DRIVERS = "mesa-vulkan-drivers (Intel, AMD, Mali, Adreno, VideoCore; lavapipe: the CPU), the vendor's"
 INSTALL = "pip install 'npulab[vulkan]'"
@@ -31,9 +32,6 @@ TURNS_TRIED = 1 << 17
 (Mesa, LP_MAX_TGSI_LOOP_ITERATIONS)."""
 Call = tuple[Any, Any, Sequence[int]]
 """Of a shader: pipeline, what is bound, groups in x (and y)."""
-MAPPABLE = "mappable-primary-buffers"
-CONSTANTS = 1 << 10
-"""Vectors of 16 bytes in `constant`: the least that uniform blocks may have (Vulkan 1.3, maxUniformBufferRange)."""
 ARGUMENTS = 32
 """Bytes of the uniform block, no shader has more than eight numbers."""
 GROUPS_MAX = 65535
@@ -104,7 +102,7 @@ class Kernel:
     entry: str
 
 
-class Vulkan(opencl.OpenCL):
+class Vulkan(More):
     """A Bench. See npulab.gpu.types.
 
     Experiments and their checks are the ones of OpenCL; what differs is how a kernel is made, run and timed.
@@ -172,77 +170,6 @@ class Vulkan(opencl.OpenCL):
             found.append(time.perf_counter() - start)
         back = self._read(buffer, size, np.uint8)
         return Timing(tuple(found[1:]), {"bytes": float(size)}, "" if (back == host).all() else "bytes were lost")
-
-    def local_write(self, stride: int) -> Timing:
-        """A group's threads store words in local memory, neighbours `stride` words apart. work: "stores"."""
-        words = 1 << (min(opencl.WORDS_MAX, self.limits.local_bytes // 4).bit_length() - 1)
-        kernel = self._kernel(self.kernels.local_write(words), "local_stores")
-        group, threads, out = self._crowd()
-        lids, factor = np.arange(group, dtype=np.uint64), 2654435761
-
-        def run(turns: int) -> tuple[float, str]:
-            seconds = self._time(kernel, (threads,), (group,), out, np.uint32(turns), np.uint32(stride),
-                                 np.uint32(factor))
-            many = turns * shaders.LOADED
-            starts = np.unique(lids * stride % words)
-            gaps = np.diff(starts, append=starts[0] + words).astype(np.int64)
-            cells = np.zeros(words, np.uint64)  # those that no thread comes to stay 0
-            for start, gap in zip(starts.tolist(), gaps.tolist(), strict=True):
-                places = (start + np.arange(min(many, gap))) % words
-                cells[places] = places * factor
-            sums = np.array([cells[i::group].sum() for i in range(group)], np.uint64)
-            want = ((lids * stride + many + sums) % (1 << 32)).astype(np.uint32)
-            right = (self._read(out, threads).reshape(-1, group) == want).all()
-            return seconds, "" if right else "local memory does not hold what was stored"
-
-        return self._measured(run, lambda turns: {"stores": float(turns) * shaders.LOADED * threads}, 1 << 18)
-
-    def constant(self, spread: bool) -> Timing:
-        """All threads read vectors of constant memory (a uniform block), all of a group the same one or (`spread`) each
-        another. work: "bytes"."""
-        kernel = self._kernel(self.kernels.constant(CONSTANTS, spread), "constant")
-        content = (np.arange(4 * CONSTANTS, dtype=np.uint64) * 2654435761 % (1 << 32)).astype(np.uint32)
-        held = self._do(lambda: self.device.create_buffer_with_data(data=content, usage=self.wgpu.BufferUsage.UNIFORM))
-        sums = content.reshape(-1, 4).sum(axis=1, dtype=np.uint64)
-        group, threads, out = self._crowd()
-
-        def run(turns: int) -> tuple[float, str]:
-            seconds = self._time(kernel, (threads,), (group,), out, np.uint32(turns), last=(held,))
-            found = self._read(out, threads)
-            for i in (0, group - 1, threads - 1):
-                at = (i % group * spread + np.arange(turns * shaders.LOADED)) % CONSTANTS
-                want = int(sums[at].sum(dtype=np.uint64)) % (1 << 32)
-                if int(found[i]) != want:
-                    return seconds, f"thread {i} read {found[i]}, not {want}"
-            return seconds, ""
-
-        return self._measured(run, lambda turns: {"bytes": float(turns) * shaders.LOADED * 16 * threads}, 1 << 18)
-
-    def map(self, size: int) -> Timing:
-        """A buffer of `size` bytes made visible to the host, one word changed, and given back. work: "bytes"."""
-        if MAPPABLE not in self.adapter.features:
-            raise UnsupportedError("wgpu maps no buffers that shaders use on this device")
-        usage = self.wgpu.BufferUsage
-        buffer = self._do(lambda: self.device.create_buffer(
-            size=size, usage=usage.STORAGE | usage.MAP_WRITE | usage.COPY_SRC))
-        at, found = size // 16 * 8, []
-        for n in range(opencl.REPEATS + 1):
-            start = time.perf_counter()
-            self._do(lambda: buffer.map_sync("WRITE"))
-            buffer.write_mapped(np.array([n], np.uint32), at)
-            self._do(buffer.unmap)
-            found.append(time.perf_counter() - start)
-        last = np.frombuffer(self._do(lambda: self.device.queue.read_buffer(buffer, at, 4)), np.uint32)[0]
-        return Timing(tuple(found[1:]), {"bytes": float(size)}, "" if last == n else "a word did not arrive")
-
-    image: Any = None
-    """No shader reads images yet: there is no such experiment."""
-
-    def _crowd(self) -> tuple[int, int, Any]:
-        """(threads of a group, threads that fill the device, a word for each)."""
-        group = min(opencl.GROUP, self.limits.group_max)
-        threads = group * self.limits.compute_units * opencl.GROUPS_A_UNIT
-        return group, threads, self._buffer(np.zeros(threads, np.uint32))
 
     def compute(self, words: bytes, groups: Sequence[int], buffers: Sequence[Any]) -> float:
         """Seconds of one run of a module with the entry point main, buffers in the order of their bindings."""
@@ -331,11 +258,9 @@ class Vulkan(opencl.OpenCL):
         found = self._do(lambda: self.device.queue.read_buffer(buffer, 0, count * np.dtype(kind).itemsize))
         return np.frombuffer(found, kind)
 
-    def _time(self, kernel: Kernel, size: tuple[int, ...], group: tuple[int, ...], *arguments: Any,
-              last: tuple[Any, ...] = ()) -> float:
-        """Seconds of one run by the device's clock, else by the host's, less what an empty one takes. last: buffers
-        behind the arguments."""
-        return self._timed(self._prepared(kernel, size, group, *arguments, last=last))
+    def _time(self, kernel: Kernel, size: tuple[int, ...], group: tuple[int, ...], *arguments: Any) -> float:
+        """Seconds of one run by the device's clock, else by the host's, less what an empty one takes."""
+        return self._timed(self._prepared(kernel, size, group, *arguments))
 
     def _timed(self, call: Call) -> float:
         def run() -> float:
@@ -357,20 +282,22 @@ class Vulkan(opencl.OpenCL):
             self._empty = float(np.median(self.launch().seconds[-EMPTY_RUNS:]))
         return self._empty
 
-    def _prepared(self, kernel: Kernel, size: tuple[int, ...], group: tuple[int, ...], *arguments: Any,
-                  last: tuple[Any, ...] = ()) -> Call:
-        """A launch with its arguments in place."""
-        buffers = [*(a for a in arguments if not isinstance(a, np.generic)), self._arguments, *last]
-        numbers = b"".join(a.tobytes() for a in arguments if isinstance(a, np.generic))
+    def _prepared(self, kernel: Kernel, size: tuple[int, ...], group: tuple[int, ...], *arguments: Any) -> Call:
+        """A launch with its arguments in place: buffers, numbers, what else is bound."""
+        numbers = [a for a in arguments if isinstance(a, np.generic)]
+        first = next(i for i, a in enumerate(arguments) if isinstance(a, np.generic))
+        buffers = [*arguments[:first], self._arguments, *arguments[first + len(numbers):]]
         call = self._call(self._pipeline(kernel, group[0]), (size[0] // group[0],), buffers)
-        self._do(lambda: self.device.queue.write_buffer(self._arguments, 0, numbers))
+        content = b"".join(n.tobytes() for n in numbers)
+        self._do(lambda: self.device.queue.write_buffer(self._arguments, 0, content))
         return call
 
     def _call(self, pipeline: Any, groups: Sequence[int], buffers: Sequence[Any]) -> Call:
         if max(groups) > GROUPS_MAX:
             raise UnsupportedError(f"{self.identity.name} starts at most {GROUPS_MAX} groups at once", got=max(groups))
         bound = self._do(lambda: self.device.create_bind_group(layout=pipeline.get_bind_group_layout(0), entries=[
-            {"binding": i, "resource": {"buffer": b, "offset": 0, "size": b.size}} for i, b in enumerate(buffers)]))
+            {"binding": i, "resource": {"buffer": b, "offset": 0, "size": b.size}
+             if isinstance(b, self.wgpu.GPUBuffer) else b} for i, b in enumerate(buffers)]))
         return pipeline, bound, groups
 
     def _submit(self, call: Call, wait: bool = True) -> None:
