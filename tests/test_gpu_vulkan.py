@@ -265,6 +265,12 @@ def test_cores_are_counted_by_groups_that_do_not_wait_for_each_other(bench, monk
     assert bench._cores() == cores
 
 
+def test_a_device_that_does_not_run_loops(bench, monkeypatch):
+    monkeypatch.setattr(bench, "_time", lambda *a: 1.0)
+    with pytest.raises(DeviceError, match="does not run a loop"):
+        bench._longest_loop()
+
+
 # what goes wrong
 
 

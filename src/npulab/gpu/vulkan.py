@@ -149,7 +149,7 @@ class Vulkan(More):
         found = []
         for _ in range(8 * opencl.REPEATS):
             start = time.perf_counter()
-            self._do(lambda: self._submit(call))
+            self._do(lambda: self._submit(call, stamped=False))
             found.append(time.perf_counter() - start)
         return Timing(tuple(found[opencl.REPEATS:]), {"launches": 1})
 
@@ -187,6 +187,8 @@ class Vulkan(More):
         following = np.arange(1, TURNS_TRIED * shaders.CHASED + 2, dtype=np.uint32)  # place i leads to i + 1
         self._time(kernel, (1,), (1,), self._buffer(following), out, np.uint32(TURNS_TRIED))
         done = int(self._read(out, 1)[0]) // shaders.CHASED
+        if not done:
+            raise DeviceError(f"{self.identity.name} does not run a loop", want=f"{TURNS_TRIED} turns", got=done)
         return opencl.TURNS_MAX if done == TURNS_TRIED else 1 << (done.bit_length() - 1)
 
     def _cores(self) -> int:
@@ -269,7 +271,7 @@ class Vulkan(More):
                 first, last = np.frombuffer(self.device.queue.read_buffer(self._ticks), np.uint64)
                 return float(int(last) - int(first)) * self._tick
             start = time.perf_counter()
-            self._submit(call)
+            self._submit(call, stamped=False)
             return time.perf_counter() - start
 
         seconds = float(self._do(run))
@@ -300,17 +302,17 @@ class Vulkan(More):
              if isinstance(b, self.wgpu.GPUBuffer) else b} for i, b in enumerate(buffers)]))
         return pipeline, bound, groups
 
-    def _submit(self, call: Call, wait: bool = True) -> None:
+    def _submit(self, call: Call, wait: bool = True, stamped: bool = True) -> None:
         pipeline, bound, groups = call
         encoder = self.device.create_command_encoder()
         stamps = {"timestamp_writes": {"query_set": self._queries, "beginning_of_pass_write_index": 0,
-                                       "end_of_pass_write_index": 1}} if self.clocked else {}
+                                       "end_of_pass_write_index": 1}} if stamped else {}
         work = encoder.begin_compute_pass(**stamps)
         work.set_pipeline(pipeline)
         work.set_bind_group(0, bound)
         work.dispatch_workgroups(*groups)
         work.end()
-        if self.clocked:
+        if stamped:
             encoder.resolve_query_set(self._queries, 0, 2, self._ticks, 0)
         self.device.queue.submit([encoder.finish()])
         if wait:
