@@ -139,6 +139,8 @@ class Vulkan(More):
             int(given["max-compute-workgroup-storage-size"]),
             min(int(given["max-buffer-size"]), int(given["max-storage-buffer-binding-size"])) // 16 * 16,
             frozenset(("float32", "int32", *halves)))
+        self.group = min(opencl.GROUP, self.limits.group_max)
+        self.words = 1 << (min(opencl.WORDS_MAX, self.limits.local_bytes // 4).bit_length() - 1)
         self.turns_max = self._longest_loop()
         if not self.cpu:
             self.limits = replace(self.limits, compute_units=self._cores())

@@ -21,10 +21,13 @@ class More(opencl.OpenCL):
 
     wgpu: Any
     adapter: Any
+    group: int
+    """Threads of a group, and words of its local memory, in experiments."""
+    words: int
 
     def local_write(self, stride: int) -> Timing:
         """A group's threads store words in local memory, neighbours `stride` words apart. work: "stores"."""
-        words = 1 << (min(opencl.WORDS_MAX, self.limits.local_bytes // 4).bit_length() - 1)
+        words = self.words
         kernel = self._kernel(self.kernels.local_write(words), "local_stores")
         group, threads, out = self._crowd()
         lids, factor = np.arange(group, dtype=np.uint64), 2654435761
@@ -120,6 +123,5 @@ class More(opencl.OpenCL):
 
     def _crowd(self) -> tuple[int, int, Any]:
         """(threads of a group, threads that fill the device, a word for each)."""
-        group = min(opencl.GROUP, self.limits.group_max)
-        threads = group * self.limits.compute_units * opencl.GROUPS_A_UNIT
-        return group, threads, self._buffer(np.zeros(threads, np.uint32))
+        threads = self.group * self.limits.compute_units * opencl.GROUPS_A_UNIT
+        return self.group, threads, self._buffer(np.zeros(threads, np.uint32))
