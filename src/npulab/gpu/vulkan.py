@@ -175,7 +175,7 @@ class Vulkan(More):
 
     def compute(self, words: bytes, groups: Sequence[int], buffers: Sequence[Any]) -> float:
         """Seconds of one run of a module with the entry point main, buffers in the order of their bindings."""
-        return self._timed(self._call(self._module(words, "main"), groups, buffers))
+        return self._timed(self._call(self._pipeline_of(words, "main"), groups, buffers))
 
     # how they are done
 
@@ -225,15 +225,15 @@ class Vulkan(More):
     def _compiled(self, source: Any, name: str) -> Kernel:
         return Kernel(source, name)
 
-    def words(self, kernel: Kernel, group: int) -> bytes:
+    def module(self, kernel: Kernel, group: int) -> bytes:
         """The module that is given to wgpu."""
         return kernel.recipe.make(kernel.entry, group)
 
     def _made(self, kernel: Kernel, group: int) -> Any:
         """A compute pipeline."""
-        return self._module(self.words(kernel, group), kernel.entry)
+        return self._pipeline_of(self.module(kernel, group), kernel.entry)
 
-    def _module(self, words: bytes, name: str) -> Any:
+    def _pipeline_of(self, words: bytes, name: str) -> Any:
         try:
             module = native.trusted(self.device, words)
             return self.device.create_compute_pipeline(layout="auto", compute={"module": module, "entry_point": "main"})
