@@ -179,8 +179,8 @@ class Vulkan(More):
 
     # how they are done
 
-    def _measured(self, run: Callable[[int], tuple[float, str]], work: Callable[[int], Mapping[str, float]],
-                  most: int = opencl.TURNS_MAX, *rest: Any, **more: Any) -> Timing:
+    def _measured(self, run: Callable[[int], tuple[float, str]], work: Any, most: int = opencl.TURNS_MAX, *rest: Any,
+                  **more: Any) -> Timing:
         return super()._measured(run, work, min(most, self.turns_max), *rest, **more)
 
     def _longest_loop(self) -> int:
