@@ -11,6 +11,8 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
+from npulab.cli.probe import probe as command
+from npulab.cli.probe import show
 from npulab.errors import CapacityError, DeviceError, UnsupportedError, UsageError
 from npulab.gpu import devices, opencl, shaders, vulkan
 from npulab.gpu.analysis.conclude import Meter, conclude
@@ -394,6 +396,24 @@ def test_no_device_at_all(monkeypatch):
     with pytest.raises(DeviceError, match="there is no device 0") as e:
         devices.find(0)
     assert e.value.facts == {"got": "none", "try": f"install a driver: {devices.DRIVERS}"}
+
+
+def test_the_list_names_devices_and_what_is_not_installed(three, monkeypatch, capsys):
+    command(device="0", quick=False, list_=True, json=None)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines] == [
+        ["device", "or", "name", "driver"], ["0", "opencl:0", "first", "a", "platform,", "1"],
+        ["1", "opencl:1", "second", "a", "platform,", "1"], ["2", "vulkan:0", "third", "a", "platform,", "1"]]
+    monkeypatch.setattr(vulkan, "devices", missing("wgpu"))
+    command(device="0", quick=False, list_=True, json=None)
+    assert capsys.readouterr().out.splitlines()[-1] == "the package wgpu is not installed: pip."
+
+
+@pytest.mark.parametrize(("version", "said"), [("CPU, subgroups of 8", True), ("DiscreteGPU, subgroups of 32", False)])
+def test_a_cpu_behind_vulkan_is_called_one(capsys, version, said):
+    who = {"api": "vulkan", "name": "x", "platform": "y", "driver": "z", "version": version}
+    show({"identity": who, "quantities": []})
+    assert ("A CPU behind Vulkan" in capsys.readouterr().out) == said
 
 
 def test_help_does_not_need_the_packages():

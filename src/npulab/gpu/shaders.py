@@ -7,7 +7,7 @@ made when its group is known.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from npulab.errors import UnsupportedError
@@ -29,13 +29,7 @@ class Recipe:
 
     name: str
     key: tuple[object, ...]
-    make: Callable[[str, int], bytes]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Recipe) and (self.name, self.key) == (other.name, other.key)
-
-    def __hash__(self) -> int:
-        return hash((self.name, self.key))
+    make: Callable[[str, int], bytes] = field(compare=False)
 
 
 def _chase(_: str, group: int) -> bytes:

@@ -117,7 +117,6 @@ class Shader:
         self.buffers = [Type(b) if isinstance(b, str) else b for b in buffers]
         self._next = 1
         self._capabilities = {1: None}  # Shader
-        self._extensions: dict[str, None] = {}
         self._decorations: list[int] = []
         self._globals: list[int] = []
         self._locals: list[int] = []
@@ -301,8 +300,6 @@ class Shader:
         out: list[int] = []
         for capability in self._capabilities:
             out += word("Capability", capability)
-        for extension in self._extensions:
-            out += word("Extension", *text(extension))
         out += word("ExtInstImport", self._glsl, *text("GLSL.std.450"))
         out += word("MemoryModel", 0, 1)  # Logical, GLSL450
         out += word("EntryPoint", 5, self._main, *text("main"), *self._interface)  # GLCompute
