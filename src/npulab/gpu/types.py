@@ -22,7 +22,7 @@ Status = Literal["measured", "refused"]
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who was measured. `api`: "opencl" or "simulated"; versions as the device states them."""
+    """Who was measured. `api`: "opencl", "vulkan" or "simulated"; versions as the device states them."""
 
     api: str
     platform: str
