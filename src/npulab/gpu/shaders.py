@@ -25,11 +25,13 @@ LANES = (1, 2, 4)
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """make: (entry, threads of a group) to the words of the module. key: what tells it from others of its name."""
+    """make: (entry, threads of a group) to the words of the module. key: what tells it from others of its name.
+    turns: which of its numbers says how often the loop turns."""
 
     name: str
     key: tuple[object, ...]
     make: Callable[[str, int], bytes] = field(compare=False)
+    turns: int = 0
 
 
 def _chase(_: str, group: int) -> bytes:
@@ -158,7 +160,7 @@ def _constant(vectors: int, spread: bool, _: str, group: int) -> bytes:
 
 def stream(width: int) -> Recipe:
     """Entries read, write and copy for vectors of `width` bytes: 4, 8, 16."""
-    return Recipe("stream", (width,), partial(_stream, width // 4))
+    return Recipe("stream", (width,), partial(_stream, width // 4), 3)
 
 
 def _stream(lanes: int, way: str, group: int) -> bytes:
@@ -185,7 +187,7 @@ def _stream(lanes: int, way: str, group: int) -> bytes:
 
 def image(columns: int) -> Recipe:
     """As reading in `stream`, of an image with so many columns, a power of two, and `size` texels in all."""
-    return Recipe("image", (columns,), partial(_image, columns))
+    return Recipe("image", (columns,), partial(_image, columns), 2)
 
 
 def _image(columns: int, _: str, group: int) -> bytes:

@@ -21,6 +21,7 @@ import numpy as np
 from npulab.errors import CapacityError, DeviceError, UnsupportedError, UsageError
 from npulab.gpu import opencl, shaders
 from npulab.gpu import wgpu_native as native
+from npulab.gpu.counting import Counted, spirv
 from npulab.gpu.types import Element, Identity, Limits, Timing
 from npulab.gpu.vulkan_more import MAPPABLE, More
 
@@ -121,6 +122,8 @@ class Vulkan(More):
         wanted = [f for f in ("timestamp-query", MAPPABLE, *FEATURES) if f in adapter.features]
         self.turns_max = opencl.TURNS_MAX
         self._empty: float | None = None
+        self._counts: dict[tuple[Any, ...], Counted] = {}
+        self._last: tuple[Any, ...] = ()  # of what was launched
         self.device = self._do(lambda: adapter.request_device_sync(required_features=wanted,
                                                                    required_limits=dict(given)))
         self._kernel = lru_cache(maxsize=64)(self._compiled)
@@ -264,7 +267,20 @@ class Vulkan(More):
 
     def _time(self, kernel: Kernel, size: tuple[int, ...], group: tuple[int, ...], *arguments: Any) -> float:
         """Seconds of one run by the device's clock, else by the host's, less what an empty one takes."""
+        self._last = kernel, size, group, arguments
         return self._timed(self._prepared(kernel, size, group, *arguments))
+
+    def _count(self) -> tuple[Counted, int]:
+        """(a turn of each thread, threads) of the last launch, in the module that wgpu is given; counted once for a
+        kernel and a size of groups."""
+        kernel, size, group, arguments = self._last
+        key = (kernel, group)
+        if key not in self._counts:
+            numbers = [a for a in arguments if isinstance(a, np.generic)]
+            binding = next(i for i, a in enumerate(arguments) if isinstance(a, np.generic))
+            self._counts[key] = spirv.count(self.module(kernel, group[0]), size, group,
+                                            b"".join(n.tobytes() for n in numbers), 4 * kernel.recipe.turns, binding)
+        return self._counts[key], int(np.prod(size))
 
     def _timed(self, call: Call) -> float:
         def run() -> float:
