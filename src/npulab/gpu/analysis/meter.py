@@ -14,7 +14,8 @@ from npulab.gpu.types import Bench, Timing
 
 Kind = Literal["core", "memory", "host"]
 ATTEMPTS = 3
-ASTRAY = 0.4  # a reference that differs by more in each of four tries has the experiment refused
+ASTRAY = 0.4  # a reference that still differs by more after all tries has the experiment refused
+TRIES = 8
 MOVED = 0.03  # a reference that differs by more between before and after has the experiment done again
 POOLED = 6  # references without a move that are taken together
 STILL = 0.01  # a clock within this of its first pace is taken for unmoved
@@ -84,15 +85,16 @@ class Meter:
                 return found
 
     def _once(self, ask: Callable[[], Timing], of: str, kind: Kind, through: float) -> list[float]:
-        for attempt in range(4):
+        for attempt in range(TRIES):
             before = self._pace(kind)
             values = self._asked(ask, of)
             self.counted |= {self._source} - {""}
             after = self._look(kind)
-            if abs(after - before) <= MOVED * before or attempt == 3:
+            moved = abs(after - before) / before
+            if moved <= MOVED or (attempt >= 3 and moved <= ASTRAY):
                 break
-        if abs(after - before) > ASTRAY * before:
-            raise Refused(f"the clock does not stay: in each of 4 tries a reference moved by more than "
+        if moved > ASTRAY:
+            raise Refused(f"the clock does not stay: in each of {TRIES} tries a reference moved by more than "
                           f"{100 * MOVED:g} %, at last from {before:.2f} to {after:.2f} of its first time")
         pace = (before + after) / 2 if abs(after - before) > MOVED * before else self._pace(kind)
         if through:
