@@ -12,7 +12,7 @@ import pytest
 from npulab.errors import DeviceError, UnsupportedError
 from npulab.gpu import analysis
 from npulab.gpu.analysis import conclude
-from npulab.gpu.analysis.caches import missed, round_sizes
+from npulab.gpu.analysis.cliffs import missed, overfilled, rising, round_sizes
 from npulab.gpu.analysis.meter import Meter, Refused
 from npulab.gpu.analysis.registers import explain
 from npulab.gpu.analysis.statistics import estimate, jump

@@ -98,13 +98,13 @@ def _one(hierarchy: list[caches.Hierarchy]) -> caches.Hierarchy | None:
 def _of(found: caches.Hierarchy) -> list[Quantity]:
     out = []
     for i, level in enumerate(found.levels, 1):
-        out += [Quantity(f"L{i} size", level.size, "bytes", level.interval, "measured", level.why),
+        out += [Quantity(f"L{i} size", level.size, "bytes", level.cliff.interval, "measured", level.cliff.why),
                 Quantity(f"L{i} line", level.line, "bytes", None, "measured",
                          "the shortest distance of loads at which none helps another"),
                 Quantity(f"L{i} latency", level.latency.value, "s", (level.latency.low, level.latency.high), "measured",
-                         "random chase through half of it, one thread")]
+                         level.rests)]
     if found.memory:
         m = found.memory
         return [*out, Quantity("memory latency", m.value, "s", (m.low, m.high), "measured",
-                               "random chase through much more than the caches hold, one thread")]
+                               found.rests)]
     return [*out, Quantity("memory latency", None, "s", None, "refused", found.fault)]

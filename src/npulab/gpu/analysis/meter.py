@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, cast
 
-from npulab.errors import NpulabError
+from npulab.errors import NpulabError, UnsupportedError
 from npulab.gpu.analysis.statistics import Estimate, estimate
-from npulab.gpu.types import Bench, Timing
+from npulab.gpu.types import Bench, Extra, Timing
 
 Kind = Literal["core", "memory", "host"]
 ATTEMPTS = 3
-MOVED = 0.03  # a reference that differs by more between before and after has the experiment done again
+MOVED = 0.03  # a reference that differs by more (and more than they scatter) from before to after: done again
 POOLED = 6  # references without a move that are taken together
 STILL = 0.01  # a clock within this of its first pace is taken for unmoved
 MEMORY_FOOTPRINT = 256 << 20  # bytes, a quarter of it where it must be quick
@@ -27,6 +28,22 @@ class Objection(Refused):
     """The bench itself doubts the times of an experiment."""
 
 
+class _Lacking:
+    """A bench whose missing experiments raise when they are done."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+
+    def __getattr__(self, name: str) -> Any:
+        if (found := getattr(self._bench, name, None)) is not None:
+            return found
+
+        def lacks(*_: object) -> Timing:
+            raise UnsupportedError(f"there is no experiment '{name}' through {self._bench.identity.api} yet")
+
+        return lacks
+
+
 class Meter:
     """Does experiments on a bench. A reference between them tells how fast the clock still is: a chain for what the
     cores do, a stream through memory for what DRAM does.
@@ -36,6 +53,7 @@ class Meter:
 
     def __init__(self, bench: Bench, quick: bool = False) -> None:
         self.bench, self.quick = bench, quick
+        self.extra = cast(Extra, _Lacking(bench))
         self.limits = bench.limits
         self.experiments, self.most = 0, 1500 if quick else 5000
         self.until = time.monotonic() + (120 if quick else 900)
@@ -44,11 +62,14 @@ class Meter:
         self.faults: dict[Kind, str] = {}
         self._first: dict[Kind, float] = {}
         self._recent: dict[Kind, list[float]] = {}
+        self._moved: dict[Kind, float] = {}
         for kind in ("core", "memory"):
             try:
                 found = [self._reference(kind) for _ in range(4)]
                 self._first[kind] = sum(found) / len(found)
                 self._recent[kind] = found
+                scatter = statistics.stdev(found) / self._first[kind]  # of a busy machine: no clock moves like this
+                self._moved[kind] = max(MOVED, 3 * scatter)
             except (Refused, NpulabError) as e:
                 self.faults[kind] = reason(e)
 
@@ -77,13 +98,14 @@ class Meter:
                 return found
 
     def _once(self, ask: Callable[[], Timing], of: str, kind: Kind, through: float) -> list[float]:
+        moved = self._moved.get(kind, MOVED)
         for attempt in range(4):
             before = self._pace(kind)
             values = self._asked(ask, of)
             after = self._look(kind)
-            if abs(after - before) <= MOVED * before or attempt == 3:
+            if abs(after - before) <= moved * before or attempt == 3:
                 break
-        pace = (before + after) / 2 if abs(after - before) > MOVED * before else self._pace(kind)
+        pace = (before + after) / 2 if abs(after - before) > moved * before else self._pace(kind)
         if through:
             self._look("core")
             core = self._pace("core")

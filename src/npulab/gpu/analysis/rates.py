@@ -9,27 +9,30 @@ from npulab.errors import UnsupportedError
 from npulab.gpu.analysis.caches import Hierarchy
 from npulab.gpu.analysis.meter import Meter, Refused
 from npulab.gpu.analysis.statistics import Estimate
-from npulab.gpu.types import Element, Operation, Quantity, Timing, Way
+from npulab.gpu.types import OPERATIONS_A_STEP, Element, Operation, Quantity, Timing, Way
 
 ELEMENTS: tuple[Element, ...] = get_args(Element)
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 FASTEST = 1.5
 """Times the stated clock that a device may really have: many state their base."""
-LANES = {"float32": 1, "float16": 1, "int32": 1, "int8x4": 4}
+CHAINED_MOST = 128
+"""Chains times elements of a vector of a thread: more do not stay in the registers of any device."""
 
 
 def wanted(meter: Meter) -> list[tuple[Operation, Element]]:
     """Quick: multiply-adds, and what is special in float32."""
     return [(o, e) for e in ELEMENTS if e in meter.limits.elements for o in OPERATIONS
-            if o == "fma" or (e != "int8x4" and not (e == "int32" and o == "special") and not meter.quick)
+            if o == "fma" or (e not in ("int8x4", "char4") and not (e == "int32" and o == "special") and not meter.quick)
             or (o, e) == ("special", "float32")]
 
 
 def rate(meter: Meter, operation: Operation, element: Element) -> Quantity:
-    """The fastest shape: threads, chains and vectors one after the other, each as long as more of it helps by 1 %."""
+    """The fastest shape: vectors, threads and chains one after the other, the best of each kept. Where a thread has a
+    core's vector unit for itself (a CPU) it takes vectors of 16 and eight chains to fill it; a GPU fills its own."""
     _one_chain(meter, operation, element)
     shape = {"width": 1, "chains": 4, "threads": 4 * meter.limits.compute_units * meter.limits.group_max}
-    tried = {"width": (2, 4), "threads": (2 * shape["threads"], shape["threads"] // 4), "chains": (8, 2, 1)}
+    tried = {"width": (2, 4, 8, 16), "threads": (2 * shape["threads"], shape["threads"] // 4),
+             "chains": (8, 12, 16, 2, 1)}
 
     def ask(shape: dict[str, int]) -> Callable[[], Timing]:
         return lambda: meter.bench.chain(operation, element, shape["width"], shape["chains"], shape["threads"])
@@ -38,6 +41,8 @@ def rate(meter: Meter, operation: Operation, element: Element) -> Quantity:
     for what, values in tried.items():
         for value in values:
             other = {**shape, what: value}
+            if other["chains"] * other["width"] > CHAINED_MOST:
+                continue
             try:
                 now = meter.seconds(ask(other), "operations", calls=2).value
             except UnsupportedError:
@@ -51,7 +56,7 @@ def rate(meter: Meter, operation: Operation, element: Element) -> Quantity:
 
 
 def latency(meter: Meter, operation: Operation, element: Element) -> Quantity:
-    took, lanes = _one_chain(meter, operation, element, 0.005), LANES[element]
+    took, lanes = _one_chain(meter, operation, element, 0.005), OPERATIONS_A_STEP[element]
     return Quantity(f"{operation} {element} latency", took.value * lanes, "s", (took.low * lanes, took.high * lanes),
                     "measured", "one thread, one chain")
 
@@ -59,7 +64,7 @@ def latency(meter: Meter, operation: Operation, element: Element) -> Quantity:
 def _one_chain(meter: Meter, operation: Operation, element: Element, spread: float = 0.0) -> Estimate:
     """Seconds of a dependent operation. Raises: Refused if no clock is that fast: the compiler put steps together."""
     took = meter.seconds(lambda: meter.bench.chain(operation, element, 1, 1, 1), "operations", spread=spread)
-    clock, step = meter.limits.clock_hz, took.value * LANES[element]
+    clock, step = meter.limits.clock_hz, took.value * OPERATIONS_A_STEP[element]
     if clock and step < 1 / (FASTEST * clock):
         raise Refused(f"a step of a chain takes {1e9 * step:.3g} ns, {step * clock:.2g} cycles of the stated "
                       f"{1e-9 * clock:.3g} GHz: steps were put together, or not done")
@@ -71,12 +76,11 @@ def level_bandwidth(meter: Meter, found: Hierarchy, index: int) -> Quantity:
     name = f"L{index + 1} bandwidth"
     size = found.levels[index].size
     inner = found.levels[index - 1].size if index else 0
-    shares = (0.5, 0.7) if not index else (0.65, 0.75, 0.85)
+    gradual = found.levels[index].cliff.shape == "gradual"
+    shares = (0.5, 0.7) if not index else (0.4, 0.55) if gradual else (0.65, 0.75, 0.85)
     footprints = [int(size * s) // 1024 * 1024 for s in shares]
     if index and footprints[0] < 1.5 * inner:
         raise Refused(f"no footprint misses L{index} and fits in L{index + 1}: {inner} and {size} bytes")
-    if found.levels[index].shape == "unknown":
-        footprints = footprints[:2]
     times = [_stream(meter, max(1024, f), 16, "read") for f in footprints]
     if index and max(t.value for t in times) > 1.04 * min(t.value for t in times):
         rates = ", ".join(f"{1e-9 / t.value:.4g}" for t in times)
