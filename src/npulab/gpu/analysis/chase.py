@@ -37,14 +37,14 @@ class Chase:
 
     def again(self, footprint: int, stride: int, calls: int = 1) -> float:
         footprint = footprint // stride * stride
-        return self.meter.seconds(lambda: self._ask(footprint, stride), "loads", calls=calls).value
+        return self.meter.seconds(lambda: self._ask(footprint, stride), "loads", "alone", calls).value
 
-    def at_random(self, footprint: int, stride: int, kind: Kind = "core", through: float = 0.0) -> Estimate:
+    def at_random(self, footprint: int, stride: int, kind: Kind = "alone", through: float = 0.0) -> Estimate:
         """All of a footprint in one random order, precisely."""
         footprint = footprint // stride * stride
         return self.meter.seconds(lambda: self.meter.bench.chase(footprint, stride), "loads", kind, 4, 0.004, through)
 
-    def latency(self, footprint: int, line: int, within: int, kind: Kind = "core",
+    def latency(self, footprint: int, line: int, within: int, kind: Kind = "alone",
                 through: float = 0.0) -> tuple[Estimate, str]:
         """(seconds of a load of a random chase less those of translation, what was taken off; "" if nothing was).
 
@@ -74,7 +74,7 @@ class Chase:
 
     def _in_pieces(self, footprint: int, stride: int) -> Estimate:
         footprint = footprint // stride * stride
-        return self.meter.seconds(lambda: self._ask(footprint, stride), "loads", "core", 4, 0.004)
+        return self.meter.seconds(lambda: self._ask(footprint, stride), "loads", "alone", 4, 0.004)
 
     def _ask(self, footprint: int, stride: int) -> Timing:
         if self.pieces:

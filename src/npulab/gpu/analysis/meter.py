@@ -12,9 +12,10 @@ from npulab.errors import NpulabError, UnsupportedError
 from npulab.gpu.analysis.statistics import Estimate, estimate
 from npulab.gpu.types import Bench, Extra, Timing
 
-Kind = Literal["core", "memory", "host"]
+Kind = Literal["core", "alone", "memory", "host"]
 ATTEMPTS = 3
 MOVED = 0.03  # a reference that differs by more (and more than they scatter) from before to after: done again
+UNTOLD = 0.08  # scatter of references that tells nothing of a clock
 POOLED = 6  # references without a move that are taken together
 STILL = 0.01  # a clock within this of its first pace is taken for unmoved
 MEMORY_FOOTPRINT = 256 << 20  # bytes, a quarter of it where it must be quick
@@ -46,7 +47,8 @@ class _Lacking:
 
 class Meter:
     """Does experiments on a bench. A reference between them tells how fast the clock still is: a chain for what the
-    cores do, a stream through memory for what DRAM does.
+    cores do, the same of one thread for what one thread does (behind a CPU another program may have the other cores), a
+    stream through memory for what DRAM does. References that scatter too much from the first correct nothing.
 
     paces  of each kind of reference, how much slower than at first, one entry an experiment.
     """
@@ -58,17 +60,20 @@ class Meter:
         self.experiments, self.most = 0, 1500 if quick else 5000
         self.until = time.monotonic() + (120 if quick else 900)
         self._task_most, self._task_until = self.most, self.until
-        self.paces: dict[Kind, list[float]] = {"core": [], "memory": []}
+        self.paces: dict[Kind, list[float]] = {"core": [], "alone": [], "memory": []}
         self.faults: dict[Kind, str] = {}
         self._first: dict[Kind, float] = {}
         self._recent: dict[Kind, list[float]] = {}
         self._moved: dict[Kind, float] = {}
-        for kind in ("core", "memory"):
+        kinds: tuple[Kind, ...] = ("core", "alone", "memory")
+        for kind in kinds:
             try:
                 found = [self._reference(kind) for _ in range(4)]
-                self._first[kind] = sum(found) / len(found)
-                self._recent[kind] = found
-                scatter = statistics.stdev(found) / self._first[kind]  # of a busy machine: no clock moves like this
+                first = sum(found) / len(found)
+                scatter = statistics.stdev(found) / first  # of a busy machine: no clock moves like this
+                if scatter > UNTOLD:
+                    raise Refused(f"references scatter by {scatter:.0%}: the clock cannot be told from the rest")
+                self._first[kind], self._recent[kind] = first, found
                 self._moved[kind] = max(MOVED, 3 * scatter)
             except (Refused, NpulabError) as e:
                 self.faults[kind] = reason(e)
@@ -107,8 +112,8 @@ class Meter:
                 break
         pace = (before + after) / 2 if abs(after - before) > moved * before else self._pace(kind)
         if through:
-            self._look("core")
-            core = self._pace("core")
+            self._look("alone")
+            core = self._pace("alone")
             values = [max((v - through * core) / pace, 0.0) + through for v in values]
             return values
         return [v / pace for v in values]
@@ -143,15 +148,15 @@ class Meter:
         return [v / work for v in values]
 
     def _reference(self, kind: Kind) -> float:
-        if kind == "core":
-            threads = self.limits.compute_units * self.limits.group_max
+        if kind in ("core", "alone"):
+            threads = self.limits.compute_units * self.limits.group_max if kind == "core" else 1
             return estimate(self._asked(lambda: self.bench.chain("fma", "float32", 1, 4, threads), "operations")).value
         footprint = min(MEMORY_FOOTPRINT // (4 if self.quick else 1), self.limits.buffer_max // 2)
         return estimate(self._asked(lambda: self.bench.stream(footprint, 1, 16, "read"), "bytes")).value
 
     def pace(self) -> float:
-        """Of the cores, now."""
-        return self._pace("core")
+        """Of one thread, now."""
+        return self._pace("alone")
 
     def _pace(self, kind: Kind) -> float:
         """How much slower than at first."""

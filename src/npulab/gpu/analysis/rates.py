@@ -63,7 +63,8 @@ def latency(meter: Meter, operation: Operation, element: Element) -> Quantity:
 
 def _one_chain(meter: Meter, operation: Operation, element: Element, spread: float = 0.0) -> Estimate:
     """Seconds of a dependent operation. Raises: Refused if no clock is that fast: the compiler put steps together."""
-    took = meter.seconds(lambda: meter.bench.chain(operation, element, 1, 1, 1), "operations", spread=spread)
+    took = meter.seconds(lambda: meter.bench.chain(operation, element, 1, 1, 1), "operations", "alone",
+                         spread=spread)
     clock, step = meter.limits.clock_hz, took.value * OPERATIONS_A_STEP[element]
     if clock and step < 1 / (FASTEST * clock):
         raise Refused(f"a step of a chain takes {1e9 * step:.3g} ns, {step * clock:.2g} cycles of the stated "
