@@ -99,7 +99,7 @@ class Overstated(CapacityError):
 def shrinking(experiment: Callable[Concatenate[OpenCL, P], Timing]) -> Callable[Concatenate[OpenCL, P], Timing]:
     """Done again with half of the local memory and of the group, for good, where a device has less than it states."""
     @wraps(experiment)
-    def done(self: OpenCL, *args: P.args, **more: P.kwargs) -> Timing:
+    def done(self: OpenCL, /, *args: P.args, **more: P.kwargs) -> Timing:
         while True:
             try:
                 return experiment(self, *args, **more)

@@ -19,6 +19,7 @@ from npulab.gpu.types import OPERATIONS_A_STEP, Element, Identity, Limits, Opera
 
 REPETITIONS = 9
 CHASE_LOADS = 1 << 14
+STREAMED = 1 << 22  # bytes
 STEPS = 4096  # of a chain
 ENOUGH = 2e-3  # seconds: a kernel's loop turns until it takes so long
 KERNEL_START = 1.5e-6  # seconds between a kernel's first and last moment that are not its work
@@ -150,6 +151,23 @@ def hits(cache: Cache, count: int, stride: int, piece: float = math.inf) -> floa
     return (more * (each + 1) * of(each + 1) + (used - more) * each * of(each)) / lines
 
 
+def streamed(h: Hidden, footprint: int, stride: int, width: int, way: Way) -> tuple[float, float]:
+    """Seconds of a byte in the caches and in DRAM, side by side; each fetches lines, of which wide strides waste some.
+    """
+    read = {"read": 1.0, "write": 0.0, "copy": 0.5}[way]
+    cost = read + (1 - read) / h.write_share
+    missed, core = 1.0, 0.0
+    for c in h.caches:
+        waste = max(1.0, min(stride, c.line / width))
+        narrow = 16 / width if c is h.caches[0] else 1.0  # a narrow load takes its place in the queue all the same
+        core = max(core, missed * waste * narrow * cost / c.bandwidth / h.clock)
+        lines = footprint / c.line
+        kept = hits(c, math.ceil(lines), c.line) if c.ways else hit_rate(lines, c.size / c.line, 1, c.replacement)
+        missed = min(missed, 1 - kept)  # each group reads all of it
+    waste = max(1.0, min(stride, h.caches[-1].line / width))
+    return core, missed * waste * cost / h.memory_bandwidth
+
+
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(48)
 
 
@@ -202,21 +220,8 @@ class Simulated:
         return self._timing(core * CHASE_LOADS, {"loads": CHASE_LOADS}, memory=memory * CHASE_LOADS)
 
     def stream(self, footprint: int, stride: int, width: int, way: Way) -> Timing:
-        h = self._h
-        size = 1 << 22
-        read = {"read": 1.0, "write": 0.0, "copy": 0.5}[way]
-        cost = read + (1 - read) / h.write_share
-        missed, core = 1.0, 0.0
-        for c in h.caches:
-            waste = max(1.0, min(stride, c.line / width))
-            narrow = 16 / width if c is h.caches[0] else 1.0  # a narrow load takes its place in the queue all the same
-            core = max(core, missed * size * waste * narrow * cost / c.bandwidth / h.clock)
-            lines = footprint / c.line
-            kept = hits(c, math.ceil(lines), c.line) if c.ways else hit_rate(lines, c.size / c.line, 1, c.replacement)
-            missed = min(missed, 1 - kept)  # each group reads all of it
-        waste = max(1.0, min(stride, h.caches[-1].line / width))
-        memory = missed * size * waste * cost / h.memory_bandwidth
-        return self._timing(core, {"bytes": size}, least=memory)
+        core, memory = streamed(self._h, footprint, stride, width, way)
+        return self._timing(core * STREAMED, {"bytes": STREAMED}, least=memory * STREAMED)
 
     def chain(self, operation: Operation, element: Element, width: int, chains: int, threads: int) -> Timing:
         h, what = self._h, (operation, element)
@@ -362,7 +367,7 @@ def random_hidden(seed: int) -> Hidden:
     throttles = r.random() < 0.4
     thread_bytes = pick(64, 128, 256)  # of registers, when the core is full
     max_threads = warp * pick(8, 12, 16, 24, 32) if warp > 16 else warp * pick(16, 24, 32, 48, 64)
-    return Hidden(
+    made = Hidden(
         warp=warp, cores=cores, max_threads=max_threads, register_file=max_threads * thread_bytes,
         register_grain=pick(1, 2, 4, 8, 16), caches=tuple(levels), clock=clock, rates=rates, latencies=latencies,
         local_banks=pick(16, 32, 64), memory_latency=last.latency / clock * between(1.5, 3.5),
@@ -372,6 +377,15 @@ def random_hidden(seed: int) -> Hidden:
         tick=pick(1e-9, 32e-9, 52e-9, 1e-6), jitter=between(0.002, 0.02), outliers=float(r.uniform(0, 0.06)),
         throttle_after=between(0.5, 40) if throttles else math.inf, throttle_over=pick(0.01, 0.5, 5.0),
         throttle_to=float(r.uniform(0.5, 0.95)), memory_throttles=bool(r.random() < 0.5))
+    for i, c in enumerate(levels):  # after all else, so that machines of a seed stay what they were
+        sets = [w for w in (2, 4, 8, 12, 16) if c.size % (c.line * w) == 0
+                and (c.size // c.line // w).bit_count() == 1]
+        if c.replacement == "lru" and sets and r.random() < 0.5:
+            levels[i] = replace(c, ways=pick(*sets))
+    translation = Translation(pick(16, 32, 64, 512), pick(1 << 12, 1 << 16, 1 << 21), between(20, 200)) \
+        if r.random() < 0.4 else None
+    return replace(made, caches=tuple(levels), translation=translation, image_share=float(r.uniform(0.3, 1)),
+                   constant_spread=1 / pick(1, 2, 8, 32), map_cost=between(3e-6, 50e-6))
 
 
 def truth(h: Hidden) -> dict[str, float]:
@@ -389,10 +403,24 @@ def truth(h: Hidden) -> dict[str, float]:
     for way in ("to", "from"):
         known[f"transfer {way} device cost"] = h.transfer_start
         known[f"transfer {way} device bandwidth"] = h.transfer_bandwidth / 1e9
+    known["local memory write bandwidth"] = known["local memory bandwidth"]
+    at_once = min(h.warp, h.local_banks)
+    for s in (2, 4, 8, 16, 32):
+        conflicts = max(1, at_once * math.gcd(s, h.local_banks) / h.local_banks)
+        known[f"local memory bandwidth, stride {s}"] = known["local memory bandwidth"] / conflicts
+    known["constant bandwidth"] = 4 * h.cores * h.warp * h.clock / 1e9
+    known["constant bandwidth, spread"] = known["constant bandwidth"] * h.constant_spread
+    known["image bandwidth"] = h.image_share * h.caches[0].bandwidth * h.clock / 1e9
+    known["map cost"] = h.map_cost
+    known["fma against mul float32"] = h.rates["fma", "float32"] / h.rates["mul", "float32"]
+    for width, stride in ((4, 1), (8, 1), (4, 2), (4, 4), (4, 8), (4, 16)):
+        name = f"memory bandwidth, {width} bytes a load" + (f", stride {stride}" if stride > 1 else "")
+        known[name] = 1e-9 / max(streamed(h, 1 << 30, stride, width, "read"))
     for (operation, element), rate in h.rates.items():
         known[f"{operation} {element} rate"] = rate * h.cores * h.clock
         known[f"{operation} {element} latency"] = h.latencies[operation, element] / h.clock
     for i, c in enumerate(h.caches, 1):
         known[f"L{i} size"], known[f"L{i} line"] = c.size, c.line
         known[f"L{i} latency"], known[f"L{i} bandwidth"] = c.latency / h.clock, c.bandwidth * h.clock / 1e9
+        known[f"L{i} write bandwidth"] = known[f"L{i} bandwidth"] * h.write_share
     return known

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from npulab.errors import NpulabError
-from npulab.gpu.analysis.chase import Chase
+from npulab.gpu.analysis.chase import PIECE, Chase
 from npulab.gpu.analysis.cliffs import Broad, Cliff, NoRise, cliff
 from npulab.gpu.analysis.curve import rises
 from npulab.gpu.analysis.meter import Meter, Refused, reason
@@ -181,7 +181,8 @@ def _line(chase: Chase, footprint: int, inside: int, stride: int) -> int:
     for _ in range(STEADY):  # they are compared with each other: at one clock, which memory need not share
         before = chase.meter.pace()
         low = chase.again(inside, strides[0], 3)
-        times = [chase.again(footprint, s, 3) for s in strides]
+        # pieces that the cache holds: of a line's places the first misses, once a turn, and the others hit
+        times = [chase.again(footprint, s, 3, min(PIECE, max(inside // 2, 4 * s))) for s in strides]
         if abs(chase.meter.pace() / before - 1) < 0.02:
             break
     most = max(times)

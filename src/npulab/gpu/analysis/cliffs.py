@@ -8,6 +8,7 @@ than on others, or a cache that is shared.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -98,13 +99,12 @@ def missed(lines_over_capacity: float) -> float:
     return (low + high) / 2
 
 
-def overfilled(lines_over_capacity: float, ways: int) -> float:
+def overfilled(lines_over_capacity: NDArray[np.float64], ways: int) -> NDArray[np.float64]:
     """Misses of a cycle through x times the lines that a cache with sets of so many lines, of least recent use, has.
 
     x C - C lines are one too many for as many sets, in which all ways + 1 miss: (x - 1) (ways + 1) / x; once each set
     has one too many all lines miss."""
-    x = lines_over_capacity
-    return min(1.0, max(0.0, (x - 1) * (ways + 1) / x))
+    return np.clip((1 - 1 / lines_over_capacity) * (ways + 1), 0, 1)
 
 
 def _fitted(chase: Chase, after: int, beyond: int, line: int, low: float, high: float) -> Cliff:
@@ -113,7 +113,7 @@ def _fitted(chase: Chase, after: int, beyond: int, line: int, low: float, high: 
     n = np.array(lines, np.float64)
     sizes = after * np.geomspace(0.6, 1.2, 1601)
     models = [np.array([[missed(k / s) for k in lines] for s in sizes])] + [
-        np.clip((1 - sizes[:, None] / n) * (w + 1), 0, 1) for w in WAYS]
+        overfilled(n / sizes[:, None], w) for w in WAYS]
     noise, still, errors = math.inf, False, np.zeros((1, 1))
     for attempt in range(STEADY):  # a clock that falls meanwhile bends the curve: memory may not slow with the cores
         before = chase.meter.pace()
@@ -153,7 +153,7 @@ def _misfits(misses: NDArray[np.float64], times: NDArray[np.float64]) -> NDArray
     return np.where((high > low) & (low > 0), found, np.inf)
 
 
-def rising(values: list[float]) -> list[float]:
+def rising(values: Sequence[float]) -> list[float]:
     """The nearest sequence that never falls, by least squares (pool adjacent violators: Barlow et al., 1972)."""
     pools: list[tuple[float, int]] = []
     for v in values:

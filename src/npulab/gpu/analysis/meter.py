@@ -154,9 +154,9 @@ class Meter:
         footprint = min(MEMORY_FOOTPRINT // (4 if self.quick else 1), self.limits.buffer_max // 2)
         return estimate(self._asked(lambda: self.bench.stream(footprint, 1, 16, "read"), "bytes")).value
 
-    def pace(self) -> float:
-        """Of one thread, now."""
-        return self._pace("alone")
+    def pace(self, kind: Kind = "alone") -> float:
+        """How much slower than at first, now: one thread, or all cores, or memory."""
+        return self._pace(kind)
 
     def _pace(self, kind: Kind) -> float:
         """How much slower than at first."""
