@@ -31,7 +31,7 @@ ROWS = ("float32 compute, G operations/s", "memory read, GB/s", "transfer to dev
         "transfer from device, GB/s", "launch, us")
 WHY = {
     "float32 compute, G operations/s": (
-        "clpeak's kernel is one chain of mad a thread, of vectors up to 16: on a device that runs a thread alone (a CPU) "
+        "clpeak's kernel is one chain of mad a thread, of vectors up to 16: where a core runs one thread (a CPU) "
         "its latency is measured; the probe also takes 2 to 16 chains. Both count two operations a multiply-add."),
     "memory read, GB/s": (
         "clpeak goes once through a buffer, at most 1 GiB, each thread 16 loads in a row; the probe again and again "
@@ -50,7 +50,7 @@ def clpeak(platform: int, device: int) -> dict[str, float]:
     """Best figures of clpeak, in the units of ROWS. Raises: OSError, subprocess.SubprocessError, ET.ParseError."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "peak.xml"
-        subprocess.run(["clpeak", "-p", str(platform), "-d", str(device), "--compute-sp", "--global-bandwidth",  # noqa: S603, S607
+        subprocess.run(["clpeak", "-p", str(platform), "-d", str(device), "--compute-sp", "--global-bandwidth",
                         "--transfer-bandwidth", "--kernel-latency", "--xml-file", str(out)],
                        check=True, capture_output=True, timeout=PATIENCE)
         return parsed(out.read_text())
@@ -58,7 +58,7 @@ def clpeak(platform: int, device: int) -> dict[str, float]:
 
 def parsed(text: str) -> dict[str, float]:
     """clpeak's XML -> figures by the names of ROWS; those that it has not are left out."""
-    found = ET.fromstring(text).find("platform/device")  # noqa: S314 - written by a program that we started
+    found = ET.fromstring(text).find("platform/device")
     if found is None:
         return {}
 
@@ -104,7 +104,8 @@ def place(device: Any) -> tuple[int, int]:
     raise LookupError("the device is gone")
 
 
-def compared(mine: Mapping[str, list[float]], theirs: Mapping[str, list[float]], refused: Mapping[str, str]) -> list[str]:
+def compared(mine: Mapping[str, list[float]], theirs: Mapping[str, list[float]],
+             refused: Mapping[str, str]) -> list[str]:
     lines = [f"{'':32} {'probe':>9} {'clpeak':>9} {'ratio':>6}"]
     for name in ROWS:
         a = statistics.median(mine[name]) if mine.get(name) else None

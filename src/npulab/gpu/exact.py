@@ -42,7 +42,7 @@ def chained(operation: Operation, element: Element, start: int, turns: int) -> f
 
 
 def dotted(a: int, b: int, x: int, times: int) -> int:
-    """x behind x = dot(bytes of x, bytes of a) + b, so many times over: at most 4 * 255**2 + 1 numbers follow b, so that
+    """x behind x = dot(bytes of x, bytes of a) + b, so many times over. No more than 4 * 255**2 + 1 numbers follow b:
     they come round soon."""
     weights = [a >> s & 255 for s in (0, 8, 16, 24)]
     seen: dict[int, int] = {}

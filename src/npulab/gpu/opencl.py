@@ -75,7 +75,7 @@ def _subgroup(d: Any) -> int:
     for name in ("warp_size_nv", "wavefront_width_amd", "sub_group_sizes_intel"):
         try:
             found = getattr(d, name)
-        except Exception:  # noqa: BLE001, S112 - unknown to the device (cl.Error) or to the binding (AttributeError)
+        except Exception:
             continue
         return int(max(found)) if isinstance(found, list | tuple) and found else int(found or 0)
     return 0
@@ -92,7 +92,7 @@ def open_device(number: int = 0) -> OpenCL:
     return OpenCL(found[number])
 
 
-class Overstated(CapacityError):
+class Overstated(CapacityError):  # noqa: N818 - the device's limits are  # noqa: N818 - the device's limits are
     """A device that refuses what its limits allow: a group or local memory of this size."""
 
 

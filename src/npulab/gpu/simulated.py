@@ -198,7 +198,7 @@ class Simulated:
         return Limits(h.cores, h.group_max, h.local_banks * 1024, h.buffer_max, frozenset(e for _, e in h.rates))
 
     def chase(self, footprint: int, stride: int) -> Timing:
-        return self.chase_pieces(footprint, stride, 1 << 40)
+        return Simulated.chase_pieces(self, footprint, stride, 1 << 40)
 
     def chase_pieces(self, footprint: int, stride: int, piece: int) -> Timing:
         h, n = self._h, max(1, footprint // stride)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from npulab.errors import NpulabError
+from npulab.errors import CapacityError, NpulabError
 from npulab.gpu.analysis.chase import PIECE, Chase
 from npulab.gpu.analysis.cliffs import Broad, Cliff, NoRise, cliff
 from npulab.gpu.analysis.curve import rises
@@ -15,6 +15,7 @@ from npulab.gpu.analysis.meter import Meter, Refused, reason
 from npulab.gpu.analysis.statistics import Estimate
 
 SMALLEST = 1 << 10  # bytes of a footprint
+LEAST = 1 << 20  # of the largest: less says nothing of memory
 LEVELS = 4
 STRIDE = 32  # bytes, no line is shorter
 LINE_MAX = 1024
@@ -73,6 +74,11 @@ def hierarchy(meter: Meter) -> Hierarchy:
             if not levels:
                 raise Refused(fault or "no footprint takes longer than a smaller one, for good") from None
             break
+        except CapacityError as e:  # less memory than the device states
+            chase.largest //= 2
+            if chase.largest < LEAST:
+                return _ended(levels, reason(e))
+            continue
         except (Refused, NpulabError) as e:
             return _ended(levels, f"the level after {flat or at} bytes: {reason(e)}")
         levels.append(level)

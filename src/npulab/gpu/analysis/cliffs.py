@@ -1,8 +1,8 @@
 """Where a cache ends: the footprint at which the time of a load goes from one plateau to the next, and how.
 
-A step: one line more and all loads miss (any line anywhere, least recent use). A ramp: lines are bound to sets, and each
-line more overfills one of them. Random: random replacement. Gradual: none of these; pages that fall on some sets more
-than on others, or a cache that is shared.
+A step: one line more and all loads miss (any line anywhere, least recent use). A ramp: lines are bound to sets, and
+each more overfills one of them. Random: random replacement. Gradual: none of these; pages that fall on some sets more than
+on others, or a cache that is shared.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ Shape = Literal["step", "ramp", "random", "gradual"]
 ATTEMPTS = 3
 STEADY = 6
 WAYS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32)
+RISE = 1.08
 STEPS = 0.8  # share of a rise that a step makes within two lines to each side
 FITS = 0.02  # scatter that a model may leave
 POINTS = (0.67, 0.85, 0.92, 0.96, 0.98, 1.0, 1.02, 1.04, 1.08, 1.13, 1.2, 1.35, 1.5, 1.7, 1.9, 2.25, 2.7, 3.3)
@@ -53,6 +54,8 @@ def cliff(chase: Chase, inside: int, flat: int, beyond: int, line: int) -> Cliff
     Raises: NoRise, Refused; Broad if it is gradual."""
     for attempt in range(ATTEMPTS):
         low, high = chase.again(inside, line, 3), chase.again(beyond, line, 3)
+        if high < RISE * low:
+            raise NoRise(f"time a load goes from {low * 1e9:.4g} to {high * 1e9:.4g} ns only")
         try:
             first, after = _crossing(chase, flat // line // 2, 2 * flat // line, line, low + 0.4 * (high - low))
             break
@@ -61,7 +64,7 @@ def cliff(chase: Chase, inside: int, flat: int, beyond: int, line: int) -> Cliff
                 raise Broad from None
             chase.forget()  # something disturbed an experiment, or the clock fell
     below, above = (chase.again(max(1, n) * line, line, 3) for n in (first - 2, after + 2))
-    if above - below > STEPS * (high - low):
+    if above - below > STEPS * (high - low) and above > RISE * below:
         return Cliff(first * line, None, "step", f"{first * line} bytes take {low * 1e9:.4g} ns a load, one line more "
                                                  f"{high * 1e9:.4g}")
     return _fitted(chase, after, beyond, line, low, high)
@@ -108,7 +111,7 @@ def overfilled(lines_over_capacity: NDArray[np.float64], ways: int) -> NDArray[n
 
 
 def _fitted(chase: Chase, after: int, beyond: int, line: int, low: float, high: float) -> Cliff:
-    """A cliff as random replacement or sets make it. Raises: Broad if neither does. `after`: lines at 0.4 of the rise."""
+    """A cliff as random replacement or sets make it. `after`: lines at 0.4 of the rise. Raises: Broad."""
     lines = sorted({int(after * f) for f in POINTS if after * f * line <= max(beyond, 2 * after * line)})
     n = np.array(lines, np.float64)
     sizes = after * np.geomspace(0.6, 1.2, 1601)
@@ -130,7 +133,8 @@ def _fitted(chase: Chase, after: int, beyond: int, line: int, low: float, high: 
         raise Broad
     # 4 standard deviations of one parameter; the reference clock's are common to neighbours, no scatter shows them
     inside = sizes[(errors < errors.min() + 16 * (noise**2 + 0.002**2)).any(axis=0)]
-    interval = (float(inside.min()) * line, float(inside.max()) * line)
+    step = float(sizes[1] / sizes[0])  # the grid's
+    interval = (float(inside.min()) * line / step, float(inside.max()) * line * step)
     shape: Shape = "ramp" if model else "random"
     how = f"as sets of {WAYS[model - 1]} lines make it" if model else "as with random replacement"
     size, why = round(float(sizes[best])) * line, (

@@ -1,4 +1,4 @@
-"""Cliffs that are gradual, in the curve of a load's time over footprints: plateaus, and the middles of rises between."""
+"""Cliffs that are gradual, by the curve of a load's time over footprints: plateaus and the middles of rises between."""
 
 from __future__ import annotations
 
@@ -76,6 +76,9 @@ def found_in(footprints: Sequence[int], seconds: Sequence[float]) -> tuple[list[
                                    f"{why}: its middle, half an octave to each side"),
                              footprints[(first + end) // 2], footprints[(begin + last) // 2]))
         del level[0]
+    if not fault and level and times[-1] > RISE * times[level[-1][1]]:
+        fault = (f"load time rises from {footprints[level[-1][1]]} bytes on until the largest footprint, "
+                 f"{footprints[-1]}: no plateau")
     return made, fault
 
 

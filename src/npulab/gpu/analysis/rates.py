@@ -26,7 +26,7 @@ CHAINED_MOST = 128
 def wanted(meter: Meter) -> list[tuple[Operation, Element]]:
     """Quick: multiply-adds, and what is special in float32."""
     return [(o, e) for e in ELEMENTS if e in meter.limits.elements for o in OPERATIONS
-            if o == "fma" or (e not in ("int8x4", "char4") and not (e == "int32" and o == "special") and not meter.quick)
+            if o == "fma" or (OPERATIONS_A_STEP[e] == 1 and not (e == "int32" and o == "special") and not meter.quick)
             or (o, e) == ("special", "float32")]
 
 
