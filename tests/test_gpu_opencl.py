@@ -152,7 +152,7 @@ def test_a_chain_with_steps_missing_is_not_believed(bench, unhurried, monkeypatc
     ("IMAGE", "x += TEXEL(at)", "x += TEXEL(0)", lambda b: b.image(1 << 16)),
     ("CONSTANT", "cells[at & 1023]", "cells[0]", lambda b: b.constant(True)),
     ("CONSTANT", "* spread", "* 0", lambda b: b.constant(True)),
-    ("LOCAL_WRITE", "w = (at + 2) & (WORDS - 1);", "", lambda b: b.local_write(1)),
+    ("LOCAL_WRITE", "at += 4;", "", lambda b: b.local_write(1)),
     ("LOCAL_WRITE", "cells[w] = w * 2654435761u;", "", lambda b: b.local_write(1))])
 def test_sabotage_of_the_extras_is_not_believed(bench, unhurried, monkeypatch, what, old, new, run):
     source = getattr(extras, what)

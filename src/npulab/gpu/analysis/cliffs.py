@@ -1,8 +1,8 @@
 """Where a cache ends: the footprint at which the time of a load goes from one plateau to the next, and how.
 
 A step: one line more and all loads miss (any line anywhere, least recent use). A ramp: lines are bound to sets, and
-each more overfills one of them. Random: random replacement. Gradual: none of these; pages that fall on some sets more than
-on others, or a cache that is shared.
+each more overfills one of them. Random: random replacement. Gradual: none of these; pages that fall on some sets more
+than on others, or a cache that is shared.
 """
 
 from __future__ import annotations
