@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, wraps
+from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
+from numpy.typing import NDArray
 
 from npulab.errors import CapacityError, DeviceError, UnsupportedError, UsageError
-from npulab.gpu import bounds, counting, kernels
+from npulab.gpu import bounds, counting, extras, kernels
 from npulab.gpu.counting import Asked, Counted
 from npulab.gpu.exact import chained, congruential, operands
-from npulab.gpu.types import Element, Identity, Limits, Operation, Timing, Way
+from npulab.gpu.types import OPERATIONS_A_STEP, Element, Identity, Limits, Operation, Timing, Way
 
 ENOUGH = 2e-3
 """Seconds of a repetition: a thousand ticks of a clock of microseconds, and little to wait for."""
@@ -34,11 +35,24 @@ SPOT_CHECKS = 32
 HELD_GROUP = 32
 WORDS_MAX = 4096
 """Of local memory in `local`."""
+WORDS_MIN = 256
+P = ParamSpec("P")
 
 
 def devices() -> list[Identity]:
     """All OpenCL devices, in the order of their numbers. Raises: UsageError without pyopencl."""
     return [_identity(d) for d in _devices()]
+
+
+def shuffled(places: int, piece: int) -> NDArray[np.uint32]:
+    """0..places - 1 in a random order in which `piece` neighbours come together, pieces in a random order, too."""
+    r = np.random.default_rng(places)
+    if piece >= places:
+        return r.permutation(places).astype(np.uint32)
+    pieces = -(-places // piece)
+    within = np.argsort(r.random((pieces, piece), np.float32), axis=1).astype(np.uint32)
+    order = (within + (np.arange(pieces, dtype=np.uint32) * np.uint32(piece))[:, None])[r.permutation(pieces)].ravel()
+    return order[order < places]
 
 
 def _devices() -> list[Any]:
@@ -58,6 +72,18 @@ def _identity(d: Any) -> Identity:
                     str(d.driver_version).strip(), str(d.version).strip())
 
 
+def _subgroup(d: Any) -> int:
+    """Threads of a subgroup as the vendor's queries state them (cl_nv_device_attribute_query,
+    cl_amd_device_attribute_query, cl_intel_required_subgroup_size: the widest); 0 if none does."""
+    for name in ("warp_size_nv", "wavefront_width_amd", "sub_group_sizes_intel"):
+        try:
+            found = getattr(d, name)
+        except Exception:
+            continue
+        return int(max(found)) if isinstance(found, list | tuple) and found else int(found or 0)
+    return 0
+
+
 def open_device(number: int = 0) -> OpenCL:
     """Device `number` of `devices()`. Raises: DeviceError if there is none; UsageError without pyopencl."""
     found = _devices()
@@ -69,8 +95,34 @@ def open_device(number: int = 0) -> OpenCL:
     return OpenCL(found[number])
 
 
+class Overstated(CapacityError):  # noqa: N818 - the device's limits are  # noqa: N818 - the device's limits are
+    """A device that refuses what its limits allow: a group or local memory of this size."""
+
+
+def shrinking(experiment: Callable[Concatenate[OpenCL, P], Timing]) -> Callable[Concatenate[OpenCL, P], Timing]:
+    """Done again with half of the local memory and of the group, for good, where a device has less than it states."""
+    @wraps(experiment)
+    def done(self: OpenCL, /, *args: P.args, **more: P.kwargs) -> Timing:
+        while True:
+            try:
+                return experiment(self, *args, **more)
+            except Overstated:
+                if self.words <= WORDS_MIN and self.group == 1:
+                    raise
+                if self.words > WORDS_MIN:
+                    self.words //= 2
+                else:
+                    self.group //= 2
+
+    return done
+
+
 class OpenCL:
-    """A Bench. See npulab.gpu.types."""
+    """A Bench, and Extra. See npulab.gpu.types.
+
+    group, words  threads of a group and words of local memory that experiments take: less than it states if the device
+                  was found to have less.
+    """
 
     def __init__(self, device: Any) -> None:
         import pyopencl as cl
@@ -81,19 +133,32 @@ class OpenCL:
         self.queue = cl.CommandQueue(self.context, properties=cl.command_queue_properties.PROFILING_ENABLE)
         names = set(str(device.extensions).split())
         more: set[Element] = {e for e, x in kernels.EXTENSIONS.items() if x in names}
+        if "int8x4" not in more:
+            more.add("char4")
         self.identity = _identity(device)
         self.limits = Limits(int(device.max_compute_units), int(device.max_work_group_size),
                              int(device.local_mem_size), int(device.max_mem_alloc_size),
-                             frozenset(("float32", "int32", *more)), float(device.max_clock_frequency) * 1e6)
+                             frozenset(("float32", "int32", *more)), float(device.max_clock_frequency) * 1e6,
+                             _subgroup(device))
+        self.group = min(GROUP, self.limits.group_max)
+        self.words = 1 << (min(WORDS_MAX, self.limits.local_bytes // 4).bit_length() - 1)
         self._kernel = lru_cache(maxsize=64)(self._compiled)
         self._counts: dict[tuple[Any, ...], Counted] = {}
         self._last: tuple[Any, ...] = ()  # of what was launched
 
+    @property
+    def full_groups(self) -> int:
+        """Work groups that fill the device."""
+        return self.limits.compute_units * GROUPS_A_UNIT
+
     # experiments
 
     def chase(self, footprint: int, stride: int) -> Timing:
+        return self.chase_pieces(footprint, stride, footprint)
+
+    def chase_pieces(self, footprint: int, stride: int, piece: int) -> Timing:
         places = max(2, footprint // stride)
-        order = np.random.default_rng(places).permutation(places).astype(np.uint32) * np.uint32(stride // 4)
+        order = shuffled(places, max(1, piece // stride)) * np.uint32(stride // 4)
         cells = np.zeros(places * (stride // 4), np.uint32)
         cells[order] = np.roll(order, -1)
         at = {int(x): i for i, x in enumerate(order[:1])}
@@ -114,12 +179,13 @@ class OpenCL:
 
         return self._measured(run, Asked("loads", {"load bytes": 4 * kernels.CHASED}, 4))
 
+    @shrinking
     def stream(self, footprint: int, stride: int, width: int, way: Way) -> Timing:
         size = footprint // width
-        group = min(GROUP, self.limits.group_max)
+        group = self.group
         if size < 1 or width not in (4, 8, 16):
             raise UnsupportedError("a stream has no room", got=f"{footprint} bytes in vectors of {width}")
-        groups = self.limits.compute_units * GROUPS_A_UNIT
+        groups = self.full_groups
         data = (np.arange(footprint // 4, dtype=np.uint32) * np.uint32(2654435761)) >> np.uint32(7)
         buffer = self._buffer(data if way != "copy" else np.concatenate([data, np.zeros_like(data)]))
         out = self._buffer(np.zeros(groups * group, np.uint32))
@@ -160,6 +226,7 @@ class OpenCL:
                 return f"thread {spot} did not read what is there"
         return ""
 
+    @shrinking
     def chain(self, operation: Operation, element: Element, width: int, chains: int, threads: int) -> Timing:
         if element not in self.limits.elements:
             raise UnsupportedError(f"the device does not compute on {element}")
@@ -167,7 +234,7 @@ class OpenCL:
         kind = np.float32 if element.startswith("float") else np.uint32
         a, b = (kind(v) for v in operands(operation, element))
         one = kind(1)
-        group = min(threads, GROUP, self.limits.group_max)
+        group = min(threads, self.group)
         threads = max(group, threads // group * group)
         out = self._buffer(np.zeros(threads, kind))
         lids = [0] if group == 1 else [0, group // 2, threads - 1]
@@ -181,7 +248,7 @@ class OpenCL:
                 starts = [(i % group & 7) + c + 1 for c in range(chains)]
                 ends = [chained(operation, element, s, turns) for s in starts]
                 want = sum(ends) * width
-                if element == "int32":
+                if not element.startswith("float"):
                     right = int(found[i]) == int(want) % (1 << 32)
                 else:
                     right = bool(np.isclose(float(found[i]), want, rtol=2e-2 if element == "float16" else 1e-6))
@@ -190,14 +257,18 @@ class OpenCL:
             return seconds, ""
 
         most = (1 << 24) // kernels.STEPS - 64 if element == "float32" else TURNS_MAX
-        asked = Asked("operations", {f"{operation} {element}": kernels.STEPS * chains * width},
+        each = kernels.STEPS * chains * width * OPERATIONS_A_STEP[element]
+        if element == "char4":  # compilers make products of bytes by products of other widths, several for one
+            return self._measured(run, lambda turns: {"operations": float(turns) * each * threads}, most)
+        asked = Asked("operations", {"fma int8" if element == "int8x4" else f"{operation} {element}": each},
                       pads=width * chains > 1 and (width == 2 or width * chains % 4 != 0))
         return self._measured(run, asked, most)
 
+    @shrinking
     def diverge(self, period: int) -> Timing:
         kernel = self._kernel(self.kernels.DIVERGE, "diverge")
-        group = min(GROUP, self.limits.group_max)
-        threads = group * self.limits.compute_units * GROUPS_A_UNIT
+        group = self.group
+        threads = group * self.full_groups
         out = self._buffer(np.zeros(threads, np.uint32))
         a, b = 1664525, 1013904223
 
@@ -214,9 +285,10 @@ class OpenCL:
 
         return self._measured(run, Asked("operations", {"fma int32": kernels.DIVERGED}))
 
+    @shrinking
     def hold(self, registers: int, threads: int) -> Timing:
         kernel = self._kernel(self.kernels.hold(registers), "hold")
-        group = min(HELD_GROUP, self.limits.group_max, threads)
+        group = min(HELD_GROUP, self.group, threads)
         threads = max(group, threads // group * group)
         out = self._buffer(np.zeros(threads, np.float32))
 
@@ -228,11 +300,12 @@ class OpenCL:
 
         return self._measured(run, Asked("operations", {"fma float32": registers}))
 
+    @shrinking
     def local(self, stride: int) -> Timing:
-        words = 1 << (min(WORDS_MAX, self.limits.local_bytes // 4).bit_length() - 1)
+        words = self.words
         kernel = self._kernel(self.kernels.local(words), "local_loads")
-        group = min(GROUP, self.limits.group_max)
-        threads = group * self.limits.compute_units * GROUPS_A_UNIT
+        group = self.group
+        threads = group * self.full_groups
         out = self._buffer(np.zeros(threads, np.uint32))
         cells = (np.arange(words, dtype=np.uint64) * 2654435761) % (1 << 32)
 
@@ -258,9 +331,10 @@ class OpenCL:
             found.append(time.perf_counter() - start)
         return Timing(tuple(found[REPEATS:]), {"launches": 1})
 
+    @shrinking
     def barrier(self) -> Timing:
         kernel = self._kernel(self.kernels.BARRIER, "meet")
-        group = min(GROUP, self.limits.group_max)
+        group = self.group
         out = self._buffer(np.zeros(group, np.uint32))
 
         def run(turns: int) -> tuple[float, str]:
@@ -284,6 +358,21 @@ class OpenCL:
             found.append(time.perf_counter() - start)
         self._do(lambda: self.cl.enqueue_copy(self.queue, back, buffer).wait())
         return Timing(tuple(found[1:]), {"bytes": float(size)}, "" if (back == host).all() else "bytes were lost")
+
+    @shrinking
+    def image(self, footprint: int) -> Timing:
+        return extras.image(self, footprint)
+
+    @shrinking
+    def constant(self, spread: bool) -> Timing:
+        return extras.constant(self, spread)
+
+    @shrinking
+    def local_write(self, stride: int) -> Timing:
+        return extras.local_write(self, stride)
+
+    def map(self, size: int) -> Timing:
+        return extras.map_buffer(self, size, 8 * REPEATS)
 
     # how they are done
 
@@ -313,7 +402,10 @@ class OpenCL:
         if turns < whole:
             wrong = wrong or f"a cached buffer: {turns} turns go through {turns / whole:.2g} of it"
         if not wrong and turns >= 8 and min(found) < SCALES * min(run(turns // 2)[0] for _ in range(REPEATS)):
-            doubtful = "twice the turns of the loop do not take longer in proportion"
+            # in turns, now: what a neighbour on a busy machine does in between meets both
+            pairs = [(run(turns)[0], run(turns // 2)[0]) for _ in range(2 * REPEATS)]
+            if min(p[0] for p in pairs) < SCALES * min(p[1] for p in pairs):
+                doubtful = "twice the turns of the loop do not take longer in proportion"
         if not isinstance(work, Asked):
             return Timing(tuple(found), dict(work(turns)), wrong, doubtful, counting.STATED)
         counted, threads = self._count()
@@ -344,6 +436,10 @@ class OpenCL:
         except self.cl.MemoryError as e:
             raise CapacityError(f"{self.identity.name} has no room for an experiment", got=str(e)[:200]) from None
         except self.cl.Error as e:
+            status = self.cl.status_code
+            if e.code in (status.INVALID_WORK_GROUP_SIZE, status.INVALID_WORK_ITEM_SIZE, status.OUT_OF_RESOURCES):
+                raise Overstated(f"{self.identity.name} does not take what its limits allow", got=str(e)[:200],
+                                 want=f"a group of {self.group} threads, {self.words} words of local memory") from None
             raise DeviceError(f"{self.identity.name} failed in an experiment", got=str(e).strip()[:300],
                               try_="update the driver; run the others with this one left out") from None
 

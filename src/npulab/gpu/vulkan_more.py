@@ -9,6 +9,7 @@ import numpy as np
 
 from npulab.errors import UnsupportedError
 from npulab.gpu import opencl, shaders
+from npulab.gpu.counting import Asked
 from npulab.gpu.types import Timing
 
 MAPPABLE = "mappable-primary-buffers"
@@ -47,7 +48,7 @@ class More(opencl.OpenCL):
             right = (self._read(out, threads).reshape(-1, group) == want).all()
             return seconds, "" if right else "local memory does not hold what was stored"
 
-        return self._measured(run, lambda turns: {"stores": float(turns) * shaders.LOADED * threads}, 1 << 18)
+        return self._measured(run, Asked("stores", {"store bytes": 4 * shaders.LOADED}, 4), 1 << 18)
 
     def constant(self, spread: bool) -> Timing:
         """All threads read vectors of constant memory (a uniform block), all of a group the same one or (`spread`) each
@@ -68,7 +69,7 @@ class More(opencl.OpenCL):
                     return seconds, f"thread {i} read {found[i]}, not {want}"
             return seconds, ""
 
-        return self._measured(run, lambda turns: {"bytes": float(turns) * shaders.LOADED * 16 * threads}, 1 << 18)
+        return self._measured(run, Asked("bytes", {"load bytes": 16 * shaders.LOADED}), 1 << 18)
 
     def map(self, size: int) -> Timing:
         """A buffer of `size` bytes made visible to the host, one word changed, and given back. work: "bytes"."""
@@ -118,8 +119,8 @@ class More(opencl.OpenCL):
                                  np.uint32(turns), view)
             return seconds, self._checked("read", out, sums, spots, group, offset, 1, group % size, turns)
 
-        each = shaders.STREAMED["read"] * 16 * threads
-        return self._measured(run, lambda turns: {"bytes": float(turns) * each})
+        each = shaders.STREAMED["read"]
+        return self._measured(run, Asked("bytes", {"load bytes": 16 * each}), whole=-(-size // (threads * each)))
 
     def _crowd(self) -> tuple[int, int, Any]:
         """(threads of a group, threads that fill the device, a word for each)."""
