@@ -24,17 +24,12 @@ from npulab.gpu.compute import attention_gpu, chain, vectors
 from npulab.gpu.compute.problems import Attention
 from npulab.gpu.compute.types import Argument, Buffer, Kernel, Launch, Lowered, Traits
 
-VECTORS = 2
-"""Of queries in a tile, on a CPU: with ROWS keys each they fill the registers of AVX-512."""
+VECTORS = 4
+"""Of queries in a tile, on a CPU: with 6 keys they are 24 sums, in 32 registers of AVX-512."""
 SUMS = 24
 """Vectors that are summed at a time, of 32 registers."""
 KEYS = 96
 """In a tile: its scores stay in the first cache."""
-LOG2E = 1.44269504
-LN2 = (0.693145752, 1.42860677e-6)
-"""ln 2 in two parts: products of the first with whole numbers below 256 are exact."""
-EXP = (4.999999341e-01, 1.666652011e-01, 4.166839422e-02, 8.368780429e-03, 1.381446674e-03)
-"""exp(r) = 1 + r + r r q(r) for |r| <= ln(2) / 2, q by rising powers: fitted, 3e-9 off at most."""
 
 
 def lower(what: Attention, traits: Traits, choice: Mapping[str, int] | None = None) -> Lowered:
@@ -73,7 +68,7 @@ def _on_cpu(what: Attention, traits: Traits, choice: Mapping[str, int]
     last = -(-rest // w)  # vectors of the last tile: fewer, if that is enough
     if last == many:
         tiles, last = tiles + 1, 0
-    text = vectors.preamble(what.number, w) + _exponential(w) + vectors.transposition(w)
+    text = vectors.preamble(what.number, w) + vectors.exponential(w) + vectors.transposition(w)
     text += "".join(_tile(what, w, n, keys) for n in sorted({many, last or many}))
     end = f"else tile_{last}(q, k, v, o, {tiles * many * w}, queries, keys, scale);" if last else ""
     source = text + f"""
@@ -88,22 +83,6 @@ __kernel {vectors.attribute((1, 1))} void attention(__global const T *q, __globa
 }}
 """
     return Kernel(source, "attention"), (tiles + bool(last), what.batch), (1, 1)
-
-
-def _exponential(w: int) -> str:
-    """exp of what is not above 0, of -INFINITY too; 3e-7 of it off at most. No library's special cases."""
-    q = "\n    ".join(f"q = fma(q, r, (V)({c}f));" for c in (*reversed(EXP[:-1]), 1.0, 1.0))
-    return f"""
-V exponential(V x) {{
-    V t = fma(x, (V)({LOG2E}f), (V)(12582912.0f));  // 1.5 * 2**23: rounds to a whole number, in the lowest bits
-    V n = t - 12582912.0f;
-    V r = fma(n, (V)({-LN2[1]}f), fma(n, (V)({-LN2[0]}f), x));
-    V q = (V)({EXP[-1]}f);
-    {q}
-    q = as_float{w if w > 1 else ""}(as_int{w if w > 1 else ""}(q) + (as_int{w if w > 1 else ""}(t) << 23));
-    return x < -87.0f ? (V)(0.0f) : q;
-}}
-"""
 
 
 def _tile(what: Attention, w: int, many: int, keys: int) -> str:
