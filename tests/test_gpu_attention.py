@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from npulab.errors import CapacityError, InvariantError, UnsupportedError
 from npulab.gpu import opencl
-from npulab.gpu.compute import activations, attention, depthwise, elementwise, normalize, pool, softmax, vectors
+from npulab.gpu.compute import activations, attention, depthwise, elementwise, integers, normalize, pool, softmax, vectors
 from npulab.gpu.compute.problems import Attention, Convolution, LayerNorm, Softmax
 from npulab.gpu.compute.types import Activation, Buffer, Kernel, Launch, Lowered, Traits
+from npulab.reference import requantize
 
 EPS = 2.0**-24
 HALF = 2.0**-11
@@ -504,3 +505,89 @@ def test_resize(device, traits, kind, coordinates, out):
     want = session.run(None, {"x": np.ascontiguousarray(x.transpose(0, 3, 1, 2))})[0].transpose(0, 2, 3, 1)
     found = computed(device, elementwise.resize(x.shape, out, kind, coordinates, traits), [x], want.shape)
     within(found, want, 0 if kind == "nearest" else 2e-6 * np.abs(x).max())
+
+
+# integers
+
+
+def integers_of(what: Convolution, x, w, bias, zero_in, multipliers, shifts, zero_out, low, high):
+    """Sums in int64, wrapped to 32 bits; npulab's reference rounds them."""
+    top, left, bottom, right = what.pads
+    x = np.pad(x.astype(np.int64) - zero_in, ((0, 0), (top, bottom), (left, right), (0, 0)))
+    h, wd = what.out
+    sums = np.zeros((what.batch, h, wd, what.filters), np.int64) + (0 if bias is None else bias)
+    for ky, kx in product(*map(range, what.kernel)):
+        y0, x0 = ky * what.dilations[0], kx * what.dilations[1]
+        part = x[:, y0:y0 + (h - 1) * what.strides[0] + 1:what.strides[0],
+                 x0:x0 + (wd - 1) * what.strides[1] + 1:what.strides[1]]
+        if what.groups > 1:
+            sums += np.repeat(part, what.filters // what.channels, 3) * w[:, ky, kx, 0].astype(np.int64)
+        else:
+            sums += part @ w[:, ky, kx].T.astype(np.int64)
+    sums = requantize.multiply(requantize.wrapped(sums), np.array(multipliers), np.array(shifts))
+    return np.clip(sums + zero_out, low, high).astype(np.int8)
+
+
+INTEGERS = {
+    "1x1": Convolution(2, 5, 7, 19, 33, number="int8"),
+    "3x3": Convolution(1, 7, 9, 5, 20, (3, 3), pads=(1, 1, 1, 1), number="int8"),
+    "strided, dilated": Convolution(1, 13, 14, 3, 9, (3, 2), (2, 3), (2, 1), (1, 0, 2, 1), number="int8"),
+    "depthwise": Convolution(1, 8, 9, 37, 37, (3, 3), (2, 2), pads=(0, 0, 1, 1), groups=37, number="int8"),
+    "multiplier": Convolution(1, 6, 6, 5, 20, (3, 3), pads=(1, 1, 1, 1), groups=5, number="int8"),
+}
+
+
+def check_integers(device, traits, what: Convolution, seed=0, shifts=None, big=False, low=-128, high=127):
+    rng = np.random.default_rng(seed)
+    x = rng.integers(-128, 128, (what.batch, what.height, what.width, what.channels)).astype(np.int8)
+    w = rng.integers(-127, 128, (what.filters, *what.kernel, what.channels // what.groups)).astype(np.int8)
+    bias = rng.integers(-2**31 if big else -9999, 2**31 if big else 9999, what.filters)
+    m = rng.integers(2**30, 2**31, what.filters)
+    shifts = shifts if shifts is not None else rng.integers(-9, -4, what.filters)
+    zero_in, zero_out = int(rng.integers(-128, 128)), int(rng.integers(-40, 40))
+    lowered = integers.convolution(what, traits, w, bias, zero_in, m, shifts, zero_out, low, high)
+    shape = (what.batch, *what.out, what.filters)
+    found = computed(device, lowered, [x], shape, "int8")
+    want = integers_of(what, x, w, bias, zero_in, m, shifts, zero_out, low, high)
+    assert big or len(np.unique(want)) > 20
+    assert (found == want).all()
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integers_are_the_reference_byte_for_byte(device, traits, name):
+    check_integers(device, traits, INTEGERS[name])
+
+
+def test_integers_are_clamped(device, traits):
+    check_integers(device, traits, INTEGERS["3x3"], low=-10, high=30)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sums_of_all_sizes_are_rounded_right(device, traits, seed):
+    """Every shift there is, sums of up to 32 bits that wrap."""
+    what = Convolution(1, 1, 40, 1, 62, number="int8")
+    check_integers(device, traits, what, seed, np.arange(-31, 31), big=True)
+
+
+def test_ties_are_rounded_as_twice(device, traits):
+    """Sums of -20..20 halved, quartered...: every tie of both roundings."""
+    x = np.arange(-20, 21, dtype=np.int8).reshape(1, 1, 41, 1)
+    what = Convolution(1, 1, 41, 1, 8, number="int8")
+    m, shifts, w = [2**30] * 4 + [3 * 2**29] * 4, [0, -1, -2, -3] * 2, np.ones((8, 1, 1, 1), np.int8)
+    found = computed(device, integers.convolution(what, traits, w, None, 0, m, shifts, 0), [x], (1, 1, 41, 8), "int8")
+    assert (found == integers_of(what, x, w, None, 0, m, shifts, 0, -128, 127)).all()
+
+
+def test_integer_products(device, traits):
+    rng = np.random.default_rng(5)
+    x, w = rng.integers(-128, 128, (2, 7, 37)).astype(np.int8), rng.integers(-127, 128, (21, 37)).astype(np.int8)
+    m, shifts = [2**30 + 12345] * 21, [-7] * 21
+    found = computed(device, integers.product(2, 7, 37, 21, traits, w, None, 3, m, shifts, -1), [x], (2, 7, 21), "int8")
+    sums = (x.astype(np.int64) - 3) @ w.T.astype(np.int64)
+    assert (found == np.clip(requantize.multiply(sums, np.array(m), np.array(shifts)) - 1, -128, 127)).all()
+
+
+def test_integer_groups_are_refused():
+    with pytest.raises(InvariantError, match="one group"):
+        integers.convolution(Convolution(1, 2, 2, 4, 4, groups=2, number="int8"), CPU, np.zeros((4, 1, 1, 2), np.int8),
+                             None, 0, [0] * 4, [0] * 4, 0)
