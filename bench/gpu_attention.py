@@ -64,7 +64,8 @@ def main(number=0, turns=9):
     traits = assumed(device)
     before = peak(number, traits.compute_units)
     print(f"{device.identity.name}\n{device.identity.driver}")
-    print(f"{'shape':14} {'fused ms':>9} {'chain ms':>9} {'ORT ms':>8} {'ratio':>6} {'95 %':>13} {'G op/s':>7} {'of peak':>8}")
+    print(f"{'shape':14} {'fused ms':>9} {'chain ms':>9} {'ORT ms':>8} {'ratio':>6} {'95 %':>13} {'G op/s':>7} "
+          f"{'of peak':>8}")
     for name, (batch, length, depth) in SHAPES.items():
         what = Attention(batch, length, length, depth, depth, depth**-0.5)
         rng = np.random.default_rng(0)

@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 
 from npulab.errors import CapacityError, InvariantError, UnsupportedError
 from npulab.gpu import opencl
-from npulab.gpu.compute import activations, attention, depthwise, elementwise, integers, normalize, pool, softmax, vectors
+from npulab.gpu.compute import (
+    activations,
+    attention,
+    depthwise,
+    elementwise,
+    integers,
+    normalize,
+    pool,
+    softmax,
+    vectors,
+)
 from npulab.gpu.compute.problems import Attention, Convolution, LayerNorm, Softmax
 from npulab.gpu.compute.types import Activation, Buffer, Kernel, Launch, Lowered, Traits
 from npulab.reference import requantize
@@ -24,9 +34,10 @@ HALF = 2.0**-11
 CPU = Traits("a CPU", cpu=True, compute_units=2, vector=16, registers=512, warp=1, local_bytes=1 << 20, group_max=4096,
              caches=(48 << 10, 1280 << 10))
 SMALL_CPU = replace(CPU, vector=4, registers=128)
-GPU = Traits("a GPU", cpu=False, compute_units=4, vector=1, registers=64, warp=32, local_bytes=48 << 10, group_max=256)
+GPU = Traits("a GPU", cpu=False, compute_units=4, vector=1, registers=64, warp=16, local_bytes=48 << 10, group_max=16)
 MALI = replace(GPU, vector=4, warp=8, local_bytes=32 << 10)
 TRAITS = {"cpu": CPU, "small cpu": SMALL_CPU, "gpu": GPU, "mali": MALI}
+"""Groups of the GPUs are small: PoCL takes seconds to compile larger ones."""
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +49,7 @@ def device():
     return Device(0)
 
 
-@pytest.fixture(params=TRAITS)
+@pytest.fixture(params=["cpu", "gpu"])
 def traits(request):
     return TRAITS[request.param]
 
@@ -88,8 +99,11 @@ def softmax_bound(x, scale=1.0):
     return (4 * x + 18) * EPS
 
 
-@pytest.mark.parametrize("number", ["float32", "float16"])
-@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (7, 16), (3, 17), (9, 31), (33, 197), (2, 1000), (1, 5000)])
+ROWS = [((1, 1), "float32"), ((5, 3), "float32"), ((7, 16), "float32"), ((3, 17), "float32"), ((33, 197), "float32"),
+        ((1, 5000), "float32"), ((3, 2), "float16"), ((9, 31), "float16")]
+
+
+@pytest.mark.parametrize(("shape", "number"), ROWS)
 def test_softmax(device, traits, shape, number):
     x = (numbers(shape) * 5).astype(number)
     want = softmax_of(x, 0.5)
@@ -114,10 +128,9 @@ def test_softmax_in_place(device, traits):
     within(found, softmax_of(x), softmax_of(x) * softmax_bound(x))
 
 
-@pytest.mark.parametrize("number", ["float32", "float16"])
-@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (7, 16), (3, 17), (33, 197), (1, 5000)])
-@pytest.mark.parametrize("affine", [True, False])
-def test_layer_norm(device, traits, shape, number, affine):
+@pytest.mark.parametrize(("shape", "number"), ROWS)
+def test_layer_norm(device, traits, shape, number):
+    affine = shape[1] % 3 > 0
     x = (numbers(shape) + 10).astype(number)
     gamma, beta = (numbers(shape[1], seed=1), numbers(shape[1], seed=2)) if affine else (None, None)
     found = computed(device, normalize.lower(LayerNorm(*shape, 1e-5, number), traits, gamma, beta), [x], shape, number)
@@ -201,6 +214,25 @@ def test_depthwise(device, traits, name):
     check_depthwise(device, traits, DEPTHWISE[name])
 
 
+@pytest.mark.parametrize("name", ["small cpu", "mali"])
+def test_vectors_of_four(device, name):
+    check_depthwise(device, TRAITS[name], DEPTHWISE["stride 2"])
+    check_depthwise(device, TRAITS[name], DEPTHWISE["multiplier"])
+    x = numbers((5, 37))
+    found = computed(device, softmax.lower(Softmax(5, 37), TRAITS[name]), [x], x.shape)
+    within(found, softmax_of(x), softmax_of(x) * softmax_bound(x))
+
+
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 20), st.integers(1, 4), st.integers(1, 4),
+       st.integers(1, 3), st.integers(0, 2), st.sampled_from(sorted(TRAITS)))
+def test_depthwise_of_any_size(device, height, width, channels, kh, kw, stride, pad, traits):
+    if height + 2 * pad < kh or width + 2 * pad < kw:
+        return
+    check_depthwise(device, TRAITS[traits], Convolution(1, height, width, channels, channels, (kh, kw), (stride, 1),
+                                                        pads=(pad,) * 4, groups=channels))
+
+
 def test_depthwise_as_chosen(device):
     check_depthwise(device, CPU, DEPTHWISE["3x3"], biased=False, choice={"pixels": 3, "width": 8})
 
@@ -242,7 +274,7 @@ def test_every_activation_is_tested():
     assert set(ACTIVATIONS) == set(get_args(Activation))
 
 
-@pytest.mark.parametrize("width", [1, 4, 16])
+@pytest.mark.parametrize("width", [1, 16])
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_activations(device, kind, width):
     x = np.concatenate([np.linspace(-13, 13, 4001), np.linspace(-90, 90, 3871), np.logspace(-30, 0, 60),
@@ -312,13 +344,13 @@ def test_attention_as_chosen(device, choice):
     check_attention(device, ATTENTION["ragged"], attention.lower(ATTENTION["ragged"], CPU, choice))
 
 
-@pytest.mark.parametrize("choice", [(16, 16, 4), (8, 4, 2), (1, 1, 1), (2, 8, 3)])
+@pytest.mark.parametrize("choice", [(4, 2, 2), (1, 1, 1), (2, 4, 3)])
 def test_attention_as_chosen_on_a_gpu(device, choice):
     choice = dict(zip(("across", "down", "each"), choice, strict=True))
     check_attention(device, ATTENTION["ragged"], attention.lower(ATTENTION["ragged"], GPU, choice))
 
 
-@pytest.mark.parametrize("name", [n for n, a in ATTENTION.items() if not a.causal])
+@pytest.mark.parametrize("name", ["one of each", "ragged", "narrow", "wide", "half"])
 def test_attention_unfused(device, traits, name):
     what = ATTENTION[name]
     # as halves, scores of up to s are stored a 2**-11 off, and so are their exponentials
@@ -350,7 +382,7 @@ def test_attention_with_growing_scores(device, traits):
     within(found, want, bound)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40), st.integers(1, 20), st.integers(1, 20),
        st.booleans(), st.sampled_from(sorted(TRAITS)))
 def test_attention_of_any_size(device, batch, queries, keys, depth, width, causal, traits):
@@ -455,10 +487,10 @@ def test_unary(device, traits):
     assert (found == np.where(x < 0, x / 4, x)).all()
 
 
-@pytest.mark.parametrize("number", ["float32", "float16"])
-@pytest.mark.parametrize("shape, order", [((2, 3, 4, 37), (0, 2, 1, 3)), ((5, 37), (1, 0)), ((2, 6, 5, 3), (0, 3, 1, 2)),
-                                          ((1, 1, 4), (2, 0, 1))])
-def test_transpose(device, traits, shape, order, number):
+@pytest.mark.parametrize(("shape", "order"), [((2, 3, 4, 37), (0, 2, 1, 3)), ((5, 37), (1, 0)),
+                                              ((1, 1, 4), (2, 0, 1)), ((2, 6, 5, 3), (0, 3, 1, 2))])
+def test_transpose(device, traits, shape, order):
+    number = "float16" if len(shape) == 3 else "float32"
     x = numbers(shape, number)
     want = x.transpose(order)
     assert (computed(device, elementwise.transpose(shape, order, traits, number), [x], want.shape, number)
@@ -478,7 +510,8 @@ def test_concat(device, traits, axis):
 def test_crop(device, traits):
     x = numbers((4, 9, 37))
     want = x[1:3, 8:2:-2, 3:36]
-    found = computed(device, elementwise.crop(x.shape, (1, 8, 3), want.shape, traits, steps=(1, -2, 1)), [x], want.shape)
+    lowered = elementwise.crop(x.shape, (1, 8, 3), want.shape, traits, steps=(1, -2, 1))
+    found = computed(device, lowered, [x], want.shape)
     assert (found == want).all()
 
 
@@ -489,7 +522,7 @@ def test_nothing_is_not_launched():
 
 @pytest.mark.parametrize("coordinates", ["half_pixel", "asymmetric", "align_corners"])
 @pytest.mark.parametrize("kind", ["nearest", "bilinear"])
-@pytest.mark.parametrize("out", [(10, 14), (3, 5), (7, 1), (5, 7)])
+@pytest.mark.parametrize("out", [(10, 14), (3, 1)])
 def test_resize(device, traits, kind, coordinates, out):
     """ONNX Runtime is the witness."""
     ort, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
@@ -562,7 +595,7 @@ def test_integers_are_clamped(device, traits):
     check_integers(device, traits, INTEGERS["3x3"], low=-10, high=30)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_sums_of_all_sizes_are_rounded_right(device, traits, seed):
     """Every shift there is, sums of up to 32 bits that wrap."""
     what = Convolution(1, 1, 40, 1, 62, number="int8")

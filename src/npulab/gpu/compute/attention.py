@@ -96,12 +96,12 @@ def _tile(what: Attention, w: int, many: int, keys: int) -> str:
     half = what.number == "float16"
     # scores: `rows` keys by `many` vectors of queries
     score_sums = " ".join(f"V s{m}_{n} = (V)(0.0f);" for m in range(rows) for n in ns)
-    score_rows = "\n".join(f"            {'float' if half else '__global const T'} *k{m} = {'kf' if half else 'k'} + "
-                           f"{'(' if half else '(size_t)('}{'' if half else 'key + '}min(at + {m}, count - 1)) * {depth};"
-                           for m in range(rows))
+    row = f"float *k{{0}} = kf + min(at + {{0}}, count - 1) * {depth};" if half else \
+        f"__global const T *k{{0}} = k + (size_t)(key + min(at + {{0}}, count - 1)) * {depth};"
+    score_rows = "\n".join(f"            {row.format(m)}" for m in range(rows))
     score_step = " ".join(f"V q{n} = qt[d * {many} + {n}];" for n in ns) + "\n" + "\n".join(
-        f"                {{ float e = k{m}[d]; " + " ".join(f"s{m}_{n} = fma((V)(e), q{n}, s{m}_{n});" for n in ns) + " }"
-        for m in range(rows))
+        f"                {{ float e = k{m}[d]; "
+        + " ".join(f"s{m}_{n} = fma((V)(e), q{n}, s{m}_{n});" for n in ns) + " }" for m in range(rows))
     mask = "\n".join(f"                s{m}_{n} = key + at + {m} > seen{n} ? (V)(-INFINITY) : s{m}_{n};"
                      for m in range(rows) for n in ns)
     masked = f"if (key + at + {rows - 1} > first) {{\n{mask}\n            }}" if what.causal else ""
@@ -113,8 +113,10 @@ def _tile(what: Attention, w: int, many: int, keys: int) -> str:
     column = [f"at + {m}" if width % rows_wide == 0 else f"min(at + {m}, {width - 1})" for m in range(rows_wide)]
     columns = " ".join(f"int c{m} = {c};" for m, c in enumerate(column))
     out_step = " ".join(f"V e{n} = p[i * {many} + {n}];" for n in ns) + "\n" + "\n".join(
-        f"                {{ float e = x[c{m}]; " + " ".join(f"o{m}_{n} = fma((V)(e), e{n}, o{m}_{n});" for n in ns) + " }"
-        for m in range(rows_wide))
+        f"                {{ float e = x[c{m}]; "
+        + " ".join(f"o{m}_{n} = fma((V)(e), e{n}, o{m}_{n});" for n in ns) + " }" for m in range(rows_wide))
+    weights = " ".join(f"V e{n} = exponential(p[i * {many} + {n}] - high{n}); "
+                       f"p[i * {many} + {n}] = e{n}; sum{n} += e{n};" for n in ns)
     out_ends = "\n".join(f"            ot[(at + {m}) * {many} + {n}] = o{m}_{n};" for m in range(rows_wide) for n in ns)
     converted = f"""
         for (int i = 0; i < count * {depth}; i++) kf[i] = LOAD1(k + (size_t)key * {depth} + i);
@@ -143,7 +145,7 @@ void tile_{many}(__global const T *q, __global const T *k, __global const T *v, 
         }}
         {" ".join(f"V part{n} = exponential(before{n} - high{n}); sum{n} *= part{n};" for n in ns)}
         for (int i = 0; i < count; i++) {{
-            {" ".join(f"V e{n} = exponential(p[i * {many} + {n}] - high{n}); p[i * {many} + {n}] = e{n}; sum{n} += e{n};" for n in ns)}
+            {weights}
         }}
         for (int at = 0; at < {padded}; at += {rows_wide}) {{
             {columns}

@@ -203,7 +203,8 @@ __kernel {vectors.attribute(group)} void resize(__global const T *input, __globa
     count = batch * channels * (height * width + math.prod(out))
     launch = Launch(Kernel(source, "resize"), size, group, arguments, "resize", 0.0,
                     float(vectors.number_bytes(number) * count))
-    return Lowered((launch,), {"rows": rows[0], "row_parts": rows[1], "columns": columns[0], "column_parts": columns[1]})
+    return Lowered((launch,), {"rows": rows[0], "row_parts": rows[1], "columns": columns[0],
+                               "column_parts": columns[1]})
 
 
 def _table(size: int, out: int, kind: str, coordinates: Coordinates) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -2,7 +2,8 @@
 
     convolution(what, traits, weights, bias, zero_in, multipliers, shifts, zero_out, low, high) -> Lowered
         "input" int8 [batch, height, width, channels] -> "output" int8 [batch, *out, filters]
-    product(batch, rows, inner, columns, traits, weights, ...) -> Lowered       the same for "input" [batch, rows, inner]
+    product(batch, rows, inner, columns, traits, weights, ...) -> Lowered
+        "input" int8 [batch, rows, inner] -> "output" int8 [batch, rows, columns]
 
     sum = bias + S (x - zero_in) w in int32; output = clamp(zero_out + sum * multiplier * 2**(shift - 31), low, high)
 
@@ -74,12 +75,15 @@ def _source(what: Convolution, w: int, pixels: int, each: int, group: tuple[int,
     n = "" if w == 1 else str(w)
     (kh, kw), (sy, sx), (dy, dx), (top, left) = what.kernel, what.strides, what.dilations, what.pads[:2]
     many = what.filters // what.channels
-    load = (lambda p: f"*({p})") if w == 1 else (lambda p: f"vload{n}(0, {p})")
     ps = range(pixels)
+
+    def load(at: str) -> str:
+        return f"*({at})" if w == 1 else f"vload{n}(0, {at})"
+
     sums = " ".join(f"I s{p} = start_sum;" for p in ps)
     lines = "\n".join(f"            int x{p} = (ox + {p}) * {sx} - {left} + kx * {dx}; "
-                      f"bool in{p} = inside && x{p} >= 0 && x{p} < width;\n"
-                      f"            __global const char *l{p} = image + ((long)y * width + x{p}) * channels;" for p in ps)
+                      f"bool in{p} = inside && x{p} >= 0 && x{p} < width;\n            "
+                      f"__global const char *l{p} = image + ((long)y * width + x{p}) * channels;" for p in ps)
     if depthwise:
         if many == 1:
             value = f"convert_int{n}({load('l{0} + f')})"
@@ -91,13 +95,13 @@ def _source(what: Convolution, w: int, pixels: int, each: int, group: tuple[int,
         body = f"            I k = convert_int{n}({load('weights + (size_t)tap * filters + f')});\n{steps}"
     else:
         steps = "\n".join(f"                s{p} += (I)(in{p} ? (int)l{p}[c] : {zero_in}) * k;" for p in ps)
-        body = (f"            for (int c = 0; c < channels; c++) {{\n"
-                f"                I k = convert_int{n}({load('weights + ((size_t)tap * channels + c) * filters + f')});\n"
+        at = load("weights + ((size_t)tap * channels + c) * filters + f")
+        body = (f"            for (int c = 0; c < channels; c++) {{\n                I k = convert_int{n}({at});\n"
                 f"{steps}\n            }}")
-    store = (lambda v, p: f"*({p}) = {v}") if w == 1 else (lambda v, p: f"vstore{n}({v}, 0, {p})")
-    ends = "\n".join(f"        if (ox + {p} < out_width) "
-                     + store(f"requantized(s{p}, m, shift)",
-                             f"output + ((size_t)row * out_width + ox + {p}) * filters + f") + ";" for p in ps)
+    to = "output + ((size_t)row * out_width + ox + {0}) * filters + f"
+    store = f"*({to}) = r" if w == 1 else f"vstore{n}(r, 0, {to})"
+    ends = "\n".join(f"        if (ox + {p} < out_width) {{ C r = requantized(s{p}, m, shift); {store.format(p)}; }}"
+                     for p in ps)
     return f"""
 typedef int{n} I;
 typedef long{n} L;

@@ -111,8 +111,8 @@ float {name}(float x, __local float *room) {{
 
 
 def transposition(width: int) -> str:
-    """gather(from, first, rows, columns, many, scale, to): rows first.. of a matrix into lanes: to[c * many + n], `many`
-    vectors a column; rows beyond the last repeat it. scatter(from, first, rows, columns, many, to): back."""
+    """gather(from, first, rows, columns, many, scale, to): rows first.. of a matrix into lanes: to[c * many + n],
+    `many` vectors a column; rows beyond the last repeat it. scatter(from, first, rows, columns, many, to): back."""
     if width == 1:
         return """
 void gather(__global const T *from, int first, int rows, int columns, int many, float scale, V *to) {
@@ -149,7 +149,8 @@ void gather(__global const T *from, int first, int rows, int columns, int many, 
         if (columns < {w}) {{
             for (int c = 0; c < columns; c++)
                 for (int i = 0; i < {w}; i++)
-                    ((float *)(to + c * many + n))[i] = LOAD1(from + (size_t)min(row + i, rows - 1) * columns + c) * scale;
+                    ((float *)(to + c * many + n))[i] =
+                        LOAD1(from + (size_t)min(row + i, rows - 1) * columns + c) * scale;
         }} else for (int block = 0; block < columns; block += {w}) {{
             {at}
 {loads}
