@@ -12,7 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from layers import litert
 from npulab.errors import CapacityError, InvariantError, UnsupportedError
+from npulab.exporters.tflite_builder import ModelBuilder
 from npulab.gpu import opencl
 from npulab.gpu.compute import (
     activations,
@@ -527,8 +529,9 @@ def test_resize(device, traits, kind, coordinates, out):
     """ONNX Runtime is the witness."""
     ort, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
     x = numbers((2, 5, 7, 19))
-    how = {"nearest_mode": "floor" if coordinates == "asymmetric" else "round_prefer_floor"} if kind == "nearest" else {}
-    node = onnx.helper.make_node("Resize", ["x", "", "", "s"], ["y"], mode="nearest" if kind == "nearest" else "linear",
+    rounding = "floor" if coordinates == "asymmetric" else "round_prefer_floor"
+    how = {"nearest_mode": rounding} if kind == "nearest" else {}
+    node = onnx.helper.make_node("Resize", ["x", "", "", "s"], ["y"], mode={"bilinear": "linear"}.get(kind, kind),
                                  coordinate_transformation_mode=coordinates, **how)
     sizes = onnx.numpy_helper.from_array(np.array([2, 19, *out], np.int64), "s")
     info = onnx.helper.make_tensor_value_info
@@ -624,3 +627,38 @@ def test_integer_groups_are_refused():
     with pytest.raises(InvariantError, match="one group"):
         integers.convolution(Convolution(1, 2, 2, 4, 4, groups=2, number="int8"), CPU, np.zeros((4, 1, 1, 2), np.int8),
                              None, 0, [0] * 4, [0] * 4, 0)
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integers_are_litert_byte_for_byte(device, traits, name):
+    """Scales of each channel; LiteRT's reference kernels are the witness."""
+    pytest.importorskip("ai_edge_litert")
+    what, rng = replace(INTEGERS[name], batch=1), np.random.default_rng(7)
+    if any(what.pads) and what.kernel != (3, 3):
+        what = replace(what, pads=(0, 0, 0, 0))  # TFLite pads less often
+    depth = what.groups > 1
+    x = rng.integers(-128, 128, (1, what.height, what.width, what.channels)).astype(np.int8)
+    w = rng.integers(-127, 128, (what.filters, *what.kernel, what.channels // what.groups)).astype(np.int8)
+    bias = rng.integers(-999, 999, what.filters).astype(np.int32)
+    scale_in, scale_out, zero_in, zero_out = np.float32(0.05), np.float32(0.8), -11, 5
+    scales = rng.uniform(0.002, 0.02, what.filters).astype(np.float32)
+    model = ModelBuilder("integers")
+    a = model.tensor("x", x.shape, "int8", scale=float(scale_in), zero_point=zero_in)
+    kernel = w.transpose(3, 1, 2, 0) if depth else w
+    b = model.tensor("w", kernel.shape, "int8", scales=[float(s) for s in scales], axis=3 if depth else 0, data=kernel)
+    c = model.tensor("b", bias.shape, "int32", scales=[float(scale_in) * float(s) for s in scales], data=bias)
+    d = model.tensor("y", (1, *what.out, what.filters), "int8", scale=float(scale_out), zero_point=zero_out)
+    model.op("DEPTHWISE_CONV_2D" if depth else "CONV_2D", [a, b, c], [d], padding="SAME" if any(what.pads) else "VALID",
+             stride_h=what.strides[0], stride_w=what.strides[1], dilation_h_factor=what.dilations[0],
+             dilation_w_factor=what.dilations[1], fused_activation_function="NONE",
+             **({"depth_multiplier": what.filters // what.channels} if depth else {}))
+    want = litert(model.build([a], [d]), {"x": x})["y"]
+    if any(what.pads):
+        from npulab.reference.accumulate import same_pads
+        top, left, bottom, right = same_pads((what.height, what.width), what.kernel, what.strides, what.dilations)
+        what = replace(what, pads=(top, left, bottom, right))
+    factors = [requantize.quantized_multiplier(float(scale_in) * float(s) / float(scale_out)) for s in scales]
+    lowered = integers.convolution(what, traits, w, bias, zero_in, *zip(*factors, strict=True), zero_out)
+    found = computed(device, lowered, [x], want.shape, "int8")
+    assert len(np.unique(want)) > 20
+    assert (found == want).all()
