@@ -276,8 +276,7 @@ def test_every_activation_is_tested():
     assert set(ACTIVATIONS) == set(get_args(Activation))
 
 
-@pytest.mark.parametrize("width", [1, 16])
-@pytest.mark.parametrize("kind", ACTIVATIONS)
+@pytest.mark.parametrize(("kind", "width"), [*((k, 16) for k in ACTIVATIONS), ("gelu", 1), ("tanh", 1)])
 def test_activations(device, kind, width):
     x = np.concatenate([np.linspace(-13, 13, 4001), np.linspace(-90, 90, 3871), np.logspace(-30, 0, 60),
                         -np.logspace(-30, 0, 60), [0.0, 1e30, -1e30, 3, -3, 6, 3.0000002, -3.0000002]])
@@ -338,6 +337,8 @@ ATTENTION = {
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention(device, traits, name):
     what = ATTENTION[name]
+    if not traits.cpu and name in ("narrow", "odd heads", "long", "one of each"):
+        pytest.skip("PoCL takes seconds to compile these; any size is tested below")
     check_attention(device, what, attention.lower(what, traits))
 
 
@@ -352,7 +353,7 @@ def test_attention_as_chosen_on_a_gpu(device, choice):
     check_attention(device, ATTENTION["ragged"], attention.lower(ATTENTION["ragged"], GPU, choice))
 
 
-@pytest.mark.parametrize("name", ["one of each", "ragged", "narrow", "wide", "half"])
+@pytest.mark.parametrize("name", ["ragged", "narrow", "half"])
 def test_attention_unfused(device, traits, name):
     what = ATTENTION[name]
     # as halves, scores of up to s are stored a 2**-11 off, and so are their exponentials
@@ -432,8 +433,8 @@ def test_pools(device, traits, name):
     within(mean, want, 12 * EPS * np.nanmean(np.abs(windows), 0) + stored(want, what.number))
 
 
-@pytest.mark.parametrize("kind", ["sum", "mean", "max", "min"])
-@pytest.mark.parametrize("shape", [(2, 49, 37), (3, 1, 5), (1, 1027, 1), (1, 6, 64)])
+@pytest.mark.parametrize(("kind", "shape"), [("mean", (2, 49, 37)), ("sum", (3, 1, 5)), ("sum", (1, 1027, 1)),
+                                             ("max", (2, 6, 35)), ("min", (1, 7, 64))])
 def test_reductions(device, traits, kind, shape):
     x = numbers(shape)
     found = computed(device, pool.reduce(kind, *shape, traits), [x], (shape[0], shape[2]))
