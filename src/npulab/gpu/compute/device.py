@@ -46,6 +46,10 @@ class Device:
                                 want=f"at most {self.limits.buffer_max}")
         return self._do(lambda: self.cl.Buffer(self.context, self.cl.mem_flags.READ_WRITE, max(1, size)))
 
+    def part(self, buffer: Any, offset: int, size: int) -> Any:
+        """A piece of a buffer, as a buffer. The offset is a multiple of the device's alignment."""
+        return self._do(lambda: buffer.get_sub_region(offset, max(1, size)))
+
     def upload(self, array: NDArray[Any], buffer: Any = None) -> Any:
         """The array in `buffer`, or in a new one."""
         array = np.ascontiguousarray(array)

@@ -125,7 +125,7 @@ __kernel void pool(__global const float *x, __global float *y, const int batch, 
                    const int right) {
     const int c = get_global_id(0), j = get_global_id(1), bi = get_global_id(2);
     if (c >= channels || j >= columns || bi >= batch * rows) return;
-    const int b = bi / rows, i = bi % rows;
+    const int b = bi / rows, i = bi %% rows;
     float s = %(start)s;
     int count = 0;
     for (int p = 0; p < kh; p++) {
