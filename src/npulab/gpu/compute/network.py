@@ -224,6 +224,7 @@ class Session:
         self._buffers: dict[str, Any] = {
             name: self.device.part(buffers[arena], at, sizes[name]) for name, (arena, at) in self.arenas.places.items()}
         self._buffers |= {name: self.device.upload(a) for name, a in plan.constants.items()}
+        self._launch = self.device.prepared([s.launch for s in plan.steps], self._buffers)
 
     def run(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
         """The outputs by their names. Arrays are float32 of the model's own shapes.
@@ -231,7 +232,7 @@ class Session:
         Raises: UsageError for other names, types and shapes; DeviceError if the device fails.
         """
         self.feed(arrays)
-        self.device.run([s.launch for s in self.plan.steps], self._buffers)
+        self._launch()
         return {name: self.device.download(self._buffers[b], shape) for name, (b, shape) in self.plan.outputs.items()}
 
     def profile(self, arrays: Mapping[str, NDArray[Any]], runs: int = 5
@@ -240,12 +241,11 @@ class Session:
         import time
 
         outputs = self.run(arrays)
-        launches = [s.launch for s in self.plan.steps]
         times, walls = [], []
         for _ in range(max(1, runs)):
             self.feed(arrays)
             start = time.perf_counter()
-            times.append(self.device.run(launches, self._buffers))
+            times.append(self._launch())
             walls.append(time.perf_counter() - start)
         each = [median(column) for column in zip(*times, strict=True)]
         return outputs, Profile(tuple(timed(self.plan, each)), median(sum(t) for t in times), median(walls), len(times))
