@@ -9,6 +9,7 @@ them), memory (memory). The whole network is one list of launches.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
@@ -18,12 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npulab.errors import CapacityError, InvariantError, UsageError
-from npulab.gpu.compute import convolution, matrices, moves, operators, tiles, windows
+from npulab.gpu.compute import convolution, matrices, moves, operators, windows
 from npulab.gpu.compute.device import Device
-from npulab.gpu.compute.fusing import Group, groups, normal
+from npulab.gpu.compute.fusing import groups, normal
 from npulab.gpu.compute.layers import Layer, Network
 from npulab.gpu.compute.memory import Arenas, Need, arranged
 from npulab.gpu.compute.problems import Attention, Convolution, LayerNorm, Product, Softmax
+from npulab.gpu.compute.profiling import Profile, timed
 from npulab.gpu.compute.types import Buffer, Launch, Lowered, Traits
 from npulab.gpu.compute.views import Shape
 from npulab.ir import Graph
@@ -172,30 +174,6 @@ def lives(steps: Sequence[Step], network: Network, inputs: set[str], outputs: se
     return [Need(n, network.tensors[int(n[1:])].bytes, f, last[n]) for n, f in first.items()]
 
 
-@dataclass(frozen=True, slots=True)
-class Timed:
-    """Launches of one layer by the device's clock. seconds: of the median run. bound: what limits it, "" if unknown."""
-
-    title: str
-    operators: str
-    kernel: str
-    launches: int
-    seconds: float
-    operations: float
-    traffic: float
-
-
-@dataclass(frozen=True, slots=True)
-class Profile:
-    """layers: in order. seconds: of all launches, in the median run.   runs: how many.     wall: seconds from the first
-    launch to the last one's end, as the host saw it; uploads and downloads are not in it."""
-
-    layers: tuple[Timed, ...]
-    seconds: float
-    wall: float
-    runs: int
-
-
 @dataclass(eq=False)
 class Session:
     """A plan on a device. Inputs may be given again and again."""
@@ -203,6 +181,8 @@ class Session:
     plan: Plan
     device: Device
     arenas: Arenas = field(init=False)
+    opened: float = field(init=False)
+    """Seconds of compiling kernels and uploading weights."""
 
     def __post_init__(self) -> None:
         info, plan = self.device.device, self.plan
@@ -217,6 +197,7 @@ class Session:
                 f"'{plan.network.name}' does not fit {self.device.identity.name}",
                 got=f"{need} bytes: {self.arenas.bytes} for tensors, {plan.weights} for weights",
                 want=f"at most {have} bytes, {largest} in one buffer", try_="--device onnxruntime")
+        start = time.perf_counter()
         for kernel in dict.fromkeys(s.launch.kernel for s in plan.steps):
             self.device.kernel(kernel)
         buffers = [self.device.allocate(size) for size in self.arenas.sizes]
@@ -225,6 +206,7 @@ class Session:
             name: self.device.part(buffers[arena], at, sizes[name]) for name, (arena, at) in self.arenas.places.items()}
         self._buffers |= {name: self.device.upload(a) for name, a in plan.constants.items()}
         self._launch = self.device.prepared([s.launch for s in plan.steps], self._buffers)
+        self.opened = time.perf_counter() - start
 
     def run(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
         """The outputs by their names. Arrays are float32 of the model's own shapes.
@@ -238,8 +220,6 @@ class Session:
     def profile(self, arrays: Mapping[str, NDArray[Any]], runs: int = 5
                 ) -> tuple[dict[str, NDArray[np.float32]], Profile]:
         """The outputs, and how long each layer takes: medians of `runs` runs behind one that is not counted."""
-        import time
-
         outputs = self.run(arrays)
         times, walls = [], []
         for _ in range(max(1, runs)):
@@ -248,7 +228,10 @@ class Session:
             times.append(self._launch())
             walls.append(time.perf_counter() - start)
         each = [median(column) for column in zip(*times, strict=True)]
-        return outputs, Profile(tuple(timed(self.plan, each)), median(sum(t) for t in times), median(walls), len(times))
+        layers = self.plan.network.layers
+        steps = [(layers[s.layer].title, layers[s.layer].operators, s.launch.label, s.launch.operations,
+                  s.launch.traffic) for s in self.plan.steps]
+        return outputs, Profile(timed(steps, each), median(sum(t) for t in times), median(walls), len(times))
 
     def feed(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         wanted = self.plan.inputs
@@ -265,22 +248,3 @@ class Session:
         for name, (buffer, _) in wanted.items():
             if buffer in self._buffers:
                 self.device.upload(np.asarray(arrays[name]), self._buffers[buffer])
-
-
-def timed(plan: Plan, seconds: Sequence[float]) -> list[Timed]:
-    """Steps of the same nodes together, in the order of their first."""
-    found: dict[str, list[int]] = {}
-    for i, s in enumerate(plan.steps):
-        found.setdefault(plan.network.layers[s.layer].title, []).append(i)
-    out = []
-    for title, steps in found.items():
-        launches = [plan.steps[i].launch for i in steps]
-        longest = max(steps, key=lambda i: seconds[i])
-        out.append(Timed(title, plan.network.layers[plan.steps[steps[0]].layer].operators,
-                         plan.steps[longest].launch.label, len(steps), sum(seconds[i] for i in steps),
-                         sum(x.operations for x in launches), sum(x.traffic for x in launches)))
-    return out
-
-
-__all__ = ["Arenas", "Group", "Plan", "Profile", "Session", "Step", "Timed", "compile_network", "lowered", "planned",
-           "tiles"]
