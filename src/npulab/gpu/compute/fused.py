@@ -66,13 +66,13 @@ inline float one(__global const N *p, int i) {{ return {one}; }}
 inline V many(__global const N *p) {{ return {many}; }}
 inline void put(V v, __global N *p) {{ {put}; }}
 inline V floats(__global const float *p) {{ return {"*p" if width == 1 else f"vload{w}(0, p)"}; }}
-inline V some(__global const N *p, int left) {{
+__attribute__((noinline)) V some(__global const N *p, int left) {{
     if (left >= W) return many(p);
     float t[W];
     for (int i = 0; i < W; i++) t[i] = i < left ? one(p, i) : 0.0f;
     return {gather};
 }}
-inline void put_some(V v, __global N *p, int left) {{
+__attribute__((noinline)) void put_some(V v, __global N *p, int left) {{
     if (left >= W) {{ put(v, p); return; }}
     float t[W];
     {spread};

@@ -225,13 +225,13 @@ def _prelude(number: Number, wide: int) -> str:
     gather = "*t" if wide == 1 else f"vload{wide}(0, t)"
     return f"""{fused.prelude(number, wide)}
 inline void put_floats(V v, __global float *p) {{ {put}; }}
-inline void put_floats_some(V v, __global float *p, int left) {{
+__attribute__((noinline)) void put_floats_some(V v, __global float *p, int left) {{
     if (left >= W) {{ put_floats(v, p); return; }}
     float t[W];
     {spread};
     for (int i = 0; i < left; i++) p[i] = t[i];
 }}
-inline V floats_some(__global const float *p, int left) {{
+__attribute__((noinline)) V floats_some(__global const float *p, int left) {{
     if (left >= W) return floats(p);
     float t[W];
     for (int i = 0; i < W; i++) t[i] = i < left ? p[i] : 0.0f;
