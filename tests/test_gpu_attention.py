@@ -9,11 +9,13 @@ from itertools import product
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from npulab.errors import InvariantError, UnsupportedError
+from npulab.errors import CapacityError, InvariantError, UnsupportedError
 from npulab.gpu import opencl
-from npulab.gpu.compute import activations, depthwise, normalize, softmax, vectors
-from npulab.gpu.compute.problems import Convolution, LayerNorm, Softmax
+from npulab.gpu.compute import activations, attention, depthwise, normalize, softmax, vectors
+from npulab.gpu.compute.problems import Attention, Convolution, LayerNorm, Softmax
 from npulab.gpu.compute.types import Activation, Buffer, Kernel, Launch, Lowered, Traits
 
 EPS = 2.0**-24
@@ -257,3 +259,109 @@ __kernel void f(__global const float *x, __global float *y) {{
         want = ACTIVATIONS[kind](x.astype(np.float64), 0.2)
     hard = 1e-7 * np.abs(x) * (kind == "hardswish") + 1e-7 * (kind == "hardsigmoid")  # near -3: what x + 3 is off by
     within(found, want, 1e-6 * np.abs(want) + hard + 1e-36)  # where exp() is infinite or a denormal, nothing
+
+
+# attention
+
+
+def attention_of(what: Attention, q, k, v):
+    """In float64, and what each output is off by at most when computed in float32."""
+    q, k, v = (x.astype(np.float64) for x in (q, k, v))
+    scores, size = q @ k.swapaxes(1, 2) * what.scale, np.abs(q) @ np.abs(k).swapaxes(1, 2) * abs(what.scale)
+    if what.causal:
+        scores = np.where(np.arange(what.keys) > np.arange(what.queries)[:, None], -np.inf, scores)
+    part = softmax_of(scores)
+    # a score is off by so much, twice (it and the largest); exp is off by 5 units, the sum by one a key
+    off = 2 * (what.depth + 3) * EPS * size.max(-1, keepdims=True) * 2 + (2 * what.keys + 20) * EPS
+    return part @ v, (part @ np.abs(v)) * off
+
+
+def check_attention(device, what: Attention, lowered: Lowered, spread=1.0, extra=0.0):
+    q, k, v = (numbers((what.batch, n, d), what.number, i) for i, (n, d) in enumerate(
+        ((what.queries, what.depth), (what.keys, what.depth), (what.keys, what.width))))
+    q = (q * spread).astype(what.number)
+    shape = (what.batch, what.queries, what.width)
+    found = computed(device, lowered, [q, k, v], shape, what.number)
+    want, bound = attention_of(what, q, k, v)
+    within(found, want, bound + stored(want, what.number) + extra)
+
+
+ATTENTION = {
+    "one of each": Attention(1, 1, 1, 1, 1, 1.0),
+    "ragged": Attention(3, 37, 53, 24, 20, 0.2),
+    "narrow": Attention(2, 5, 7, 3, 5, 0.5),
+    "odd heads": Attention(1, 33, 100, 33, 17, 0.17),
+    "long": Attention(1, 18, 331, 16, 16, 0.25),
+    "wide": Attention(1, 40, 20, 8, 70, 0.3),
+    "causal": Attention(2, 45, 45, 16, 16, 0.25, causal=True),
+    "causal, more keys": Attention(1, 21, 64, 8, 8, 0.3, causal=True),
+    "causal, fewer keys": Attention(1, 64, 21, 8, 8, 0.3, causal=True),
+    "half": Attention(2, 35, 43, 16, 20, 0.25, number="float16"),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention(device, traits, name):
+    what = ATTENTION[name]
+    check_attention(device, what, attention.lower(what, traits))
+
+
+@pytest.mark.parametrize("choice", [{"vectors": 1, "keys": 16}, {"vectors": 3, "keys": 500}, {"vectors": 4, "keys": 7}])
+def test_attention_as_chosen(device, choice):
+    check_attention(device, ATTENTION["ragged"], attention.lower(ATTENTION["ragged"], CPU, choice))
+
+
+@pytest.mark.parametrize("choice", [(16, 16, 4), (8, 4, 2), (1, 1, 1), (2, 8, 3)])
+def test_attention_as_chosen_on_a_gpu(device, choice):
+    choice = dict(zip(("across", "down", "each"), choice, strict=True))
+    check_attention(device, ATTENTION["ragged"], attention.lower(ATTENTION["ragged"], GPU, choice))
+
+
+@pytest.mark.parametrize("name", [n for n, a in ATTENTION.items() if not a.causal])
+def test_attention_unfused(device, traits, name):
+    what = ATTENTION[name]
+    # as halves, scores of up to s are stored a 2**-11 off, and so are their exponentials
+    half = what.number == "float16"
+    check_attention(device, what, attention.unfused(what, traits), extra=4 * HALF * 8 if half else 0.0)
+
+
+def test_attention_with_large_scores(device, traits):
+    """exp() of them is infinite or nothing."""
+    check_attention(device, ATTENTION["ragged"], attention.lower(ATTENTION["ragged"], traits), spread=3000)
+
+
+@pytest.mark.parametrize("score", [-1e30, 0.0, 1e30])
+def test_attention_with_equal_scores(device, traits, score):
+    """The mean of the values."""
+    what = Attention(1, 19, 23, 1, 5, 1.0)
+    q, k, v = np.full((1, 19, 1), score, np.float32), np.ones((1, 23, 1), np.float32), numbers((1, 23, 5))
+    found = computed(device, attention.lower(what, traits), [q, k, v], (1, 19, 5))
+    within(found, np.broadcast_to(v.astype(np.float64).mean(1, keepdims=True), found.shape), 60 * EPS)
+
+
+def test_attention_with_growing_scores(device, traits):
+    """Each key is better than all before: what was summed is scaled down at every tile."""
+    what = Attention(1, 17, 300, 1, 3, 1.0)
+    q, v = np.ones((1, 17, 1), np.float32), numbers((1, 300, 3))
+    k = np.arange(300, dtype=np.float32).reshape(1, 300, 1) * 0.7
+    found = computed(device, attention.lower(what, traits), [q, k, v], (1, 17, 3))
+    want, bound = attention_of(what, q, k, v)
+    within(found, want, bound)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40), st.integers(1, 20), st.integers(1, 20),
+       st.booleans(), st.sampled_from(sorted(TRAITS)))
+def test_attention_of_any_size(device, batch, queries, keys, depth, width, causal, traits):
+    what = Attention(batch, queries, keys, depth, width, depth**-0.5, causal)
+    check_attention(device, what, attention.lower(what, TRAITS[traits]))
+
+
+def test_attention_without_room():
+    with pytest.raises(CapacityError, match="no room in local memory"):
+        attention.lower(Attention(1, 8, 8, 4096, 4096, 1.0), replace(GPU, local_bytes=1024))
+
+
+def test_the_chain_has_no_mask():
+    with pytest.raises(UnsupportedError, match="no mask"):
+        attention.unfused(ATTENTION["causal"], CPU)

@@ -103,3 +103,69 @@ float {name}(float x, __local float *room) {{
     return at[0];
 }}
 """
+
+
+def transposition(width: int) -> str:
+    """gather(from, first, rows, columns, many, scale, to): rows first.. of a matrix into lanes: to[c * many + n], `many`
+    vectors a column; rows beyond the last repeat it. scatter(from, first, rows, columns, many, to): back."""
+    if width == 1:
+        return """
+void gather(__global const T *from, int first, int rows, int columns, int many, float scale, V *to) {
+    for (int n = 0; n < many; n++)
+        for (int c = 0; c < columns; c++)
+            to[c * many + n] = LOAD1(from + (size_t)min(first + n, rows - 1) * columns + c) * scale;
+}
+void scatter(const V *from, int first, int rows, int columns, int many, __global T *to) {
+    for (int n = 0; n < many && first + n < rows; n++)
+        for (int c = 0; c < columns; c++) STORE1(from[c * many + n], to + (size_t)(first + n) * columns + c);
+}
+"""
+    w, half = width, width // 2
+    loads = "\n".join(f"            V a{i} = LOAD(from + (size_t)min(row + {i}, rows - 1) * columns + c) * scale;"
+                      for i in range(w))
+    reads = "\n".join(f"            V a{i} = from[(c + {i}) * many + n];" for i in range(w))
+    steps, names = [], [f"a{i}" for i in range(w)]
+    for step in range(w.bit_length() - 1):  # so many perfect shuffles of the rows transpose them
+        fresh = [f"{'bcde'[step]}{i}" for i in range(w)]
+        for i in range(half):
+            for j, base in enumerate((0, half)):
+                pairs = ", ".join(f"{names[i + side * half]}.s{base + k:x}" for k in range(half) for side in (0, 1))
+                steps.append(f"            V {fresh[2 * i + j]} = (V)({pairs});")
+        names = fresh
+    shuffled = "\n".join(steps)
+    writes = "\n".join(f"            to[(c + {i}) * many + n] = {x};" for i, x in enumerate(names))
+    stores = "\n".join(f"            if (row + {i} < rows) STORE({x}, to + (size_t)(row + {i}) * columns + c);"
+                       for i, x in enumerate(names))
+    at = f"int c = min(block, columns - {w});  // the last block overlaps the one before"
+    return f"""
+void gather(__global const T *from, int first, int rows, int columns, int many, float scale, V *to) {{
+    for (int n = 0; n < many; n++) {{
+        int row = first + n * {w};
+        if (columns < {w}) {{
+            for (int c = 0; c < columns; c++)
+                for (int i = 0; i < {w}; i++)
+                    ((float *)(to + c * many + n))[i] = LOAD1(from + (size_t)min(row + i, rows - 1) * columns + c) * scale;
+        }} else for (int block = 0; block < columns; block += {w}) {{
+            {at}
+{loads}
+{shuffled}
+{writes}
+        }}
+    }}
+}}
+void scatter(const V *from, int first, int rows, int columns, int many, __global T *to) {{
+    for (int n = 0; n < many; n++) {{
+        int row = first + n * {w};
+        if (columns < {w}) {{
+            for (int c = 0; c < columns; c++)
+                for (int i = 0; i < {w} && row + i < rows; i++)
+                    STORE1(((const float *)(from + c * many + n))[i], to + (size_t)(row + i) * columns + c);
+        }} else for (int block = 0; block < columns; block += {w}) {{
+            {at}
+{reads}
+{shuffled}
+{stores}
+        }}
+    }}
+}}
+"""
