@@ -113,7 +113,10 @@ def lowered(layer: Layer, traits: Traits, choose: Choose | None = None) -> Lower
         case Attention():
             from npulab.gpu.compute import attention
 
-            return attention.lower(what, traits)
+            try:
+                return attention.lower(what, traits)
+            except CapacityError:  # no room in local memory
+                return attention.unfused(what, traits)
         case moves.Map():
             return moves.lower_map(what, traits)
         case moves.Take():
