@@ -193,8 +193,9 @@ def test_operators_compute_what_onnx_runtime_does(name, device, traits):
 
 
 ACTIVATIONS = {
-    "Relu": {}, "Sigmoid": {}, "Tanh": {}, "HardSwish": {}, "HardSigmoid": {"alpha": 1 / 6, "beta": 0.5}, "LeakyRelu": {},
-    "Gelu": {}, "Clip": {}, "Elu": {}, "Celu": {"alpha": 0.7}, "Selu": {}, "ThresholdedRelu": {"alpha": 0.3},
+    "Relu": {}, "Sigmoid": {}, "Tanh": {}, "HardSwish": {}, "HardSigmoid": {"alpha": 1 / 6, "beta": 0.5},
+    "LeakyRelu": {}, "Gelu": {}, "Clip": {},
+    "Elu": {}, "Celu": {"alpha": 0.7}, "Selu": {}, "ThresholdedRelu": {"alpha": 0.3},
     "Softplus": {}, "Softsign": {}, "Mish": {}, "Exp": {}, "Abs": {}, "Neg": {}, "Floor": {}, "Ceil": {}, "Round": {},
     "Erf": {}, "Sin": {}, "Cos": {}, "Sign": {}, "Reciprocal": {},
 }
@@ -239,10 +240,6 @@ def residual(first):
     """conv -> bn -> relu -> conv -> bn, plus the input, -> relu; the sum in both orders."""
     ones = {f"{k}{i}": np.abs(floats(8)) + 0.5 for i in "12" for k in "gbmv"}
     return model(
-        [node("Conv", "x w1", "c1", pads=[1] * 4), node("BatchNormalization", "c1 g1 b1 m1 v1", "n1"),
-         node("Relu", "n1", "r1"), node("Conv", "r1 w2", "c2", pads=[1] * 4),
-         node("BatchNormalization", "c2 g2 b2 m2 v2", "n2"), node("Add", "n2 r" if first else "r n2", "a"),
-         node("Relu", "a", "y")][:0] +
         [node("Relu", "x", "r"), node("Conv", "r w1", "c1", pads=[1] * 4),
          node("BatchNormalization", "c1 g1 b1 m1 v1", "n1"), node("Relu", "n1", "r1"),
          node("Conv", "r1 w2", "c2", pads=[1] * 4), node("BatchNormalization", "c2 g2 b2 m2 v2", "n2"),
@@ -314,7 +311,7 @@ def causal(tokens, low=-np.inf):
 @pytest.mark.parametrize("scaled", ["Mul", "Div"])
 def test_attention_is_one_launch(scaled, device, traits):
     graph = attention(scaled=scaled)
-    (found,), whole = problems(graph, Attention)
+    (found,), _ = problems(graph, Attention)
 
     assert found[0] == f"MatMul+{scaled}+Softmax+MatMul"
     assert (found[1].batch, found[1].queries, found[1].keys, found[1].depth, found[1].width) == (6, 12, 12, 8, 8)
@@ -700,7 +697,7 @@ def test_a_kernel_that_does_not_compile_is_said(device, traits, monkeypatch):
 
 
 def test_importing_needs_no_driver():
-    code = ("import sys, npulab.gpu.compute.network; assert not {'pyopencl', 'onnx', 'onnxruntime'} & set(sys.modules), "
-            "sorted(sys.modules)")
+    code = ("import sys, npulab.gpu.compute.network; "
+            "assert not {'pyopencl', 'onnx', 'onnxruntime'} & set(sys.modules)")
 
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -84,8 +84,8 @@ def run(
 ) -> None:
     """Compile, execute on the virtual NPU and the host, answer.
 
-    An ONNX network runs in ONNX Runtime on this machine, or with --device on an OpenCL device. MODEL.post.json, which npulab patch writes for a network whose
-    head it cut off, finds the objects.
+    An ONNX network runs in ONNX Runtime on this machine, or with --device on an OpenCL device. MODEL.post.json, which
+    npulab patch writes for a network whose head it cut off, finds the objects.
 
     Exit code 1: --compare found a layer further than one step from LiteRT's.
     """

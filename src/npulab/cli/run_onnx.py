@@ -1,4 +1,4 @@
-"""npulab run in ONNX Runtime on this machine: of ONNX networks, because npulab compiles no ONNX yet, and where asked."""
+"""npulab run in ONNX Runtime on this machine: ONNX networks, because npulab compiles none yet, and what is asked to."""
 
 from __future__ import annotations
 

@@ -80,20 +80,20 @@ class Device:
     def prepared(self, launches: Sequence[Launch], buffers: Mapping[str, Any]) -> Callable[[], list[float]]:
         """`run` of these, to be called again and again: arguments are set once, which takes longer than many a launch
         (on PoCL 250 us of 300)."""
-        ready = []
-        for x in launches:
+        def made(x: Launch) -> tuple[Any, tuple[int, ...], tuple[int, ...]]:
             program = self.kernel(x.kernel).get_info(self.cl.kernel_info.PROGRAM)
-            kernel = self._do(lambda program=program, x=x: self.cl.Kernel(program, x.kernel.entry))
-            self._do(lambda kernel=kernel, x=x: kernel.set_args(
-                *(buffers[a.role] if isinstance(a, Buffer) else a for a in x.arguments)))
-            ready.append((kernel, x.size, x.group))
+            kernel = self.cl.Kernel(program, x.kernel.entry)
+            kernel.set_args(*(buffers[a.role] if isinstance(a, Buffer) else a for a in x.arguments))
+            return kernel, x.size, x.group
+
+        ready: list[Any] = self._do(lambda: [made(x) for x in launches])
 
         def run() -> list[float]:
             events = [self.cl.enqueue_nd_range_kernel(self.queue, *r) for r in ready]
             self.queue.finish()
             return [(e.profile.end - e.profile.start) * 1e-9 for e in events]
 
-        return lambda: self._do(run)  # type: ignore[no-any-return]
+        return lambda: list(self._do(run))
 
     def _do(self, what: Callable[[], Any]) -> Any:
         try:

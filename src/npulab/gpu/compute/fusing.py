@@ -168,7 +168,7 @@ class _Looking:
                     break
             else:
                 break
-            if n.op.name == "Div" and not number:
+            if number is None or (n.op.name == "Div" and not number):
                 break
             c = c * number if n.op.name == "Mul" else c / number
             value = x
@@ -254,7 +254,7 @@ def is_causal(mask: NDArray[np.generic], shape: Sequence[int]) -> bool:
     queries, keys = shape[-2:]
     if queries != keys or mask.shape[-2:] != (queries, keys) or mask.size != queries * keys:
         return False
-    square = mask.reshape(queries, keys)
+    square = mask.reshape(queries, keys).astype(np.float64)
     lower = np.tril(np.ones((queries, keys), bool))
     return bool((square[lower] == 0).all() and (square[~lower] <= MASKED).all())
 

@@ -152,11 +152,12 @@ def _gemm(b: Builder, g: Group) -> None:
     reads = [b.dense_of(left, sides)]
     if matrix is None:
         reads.append(b.dense(n.inputs[1]))
-    bias = b.numbers(n.inputs[2]) if len(n.inputs) > 2 and n.inputs[2] >= 0 else None
-    third = n.inputs[2] if len(n.inputs) > 2 and n.inputs[2] >= 0 and (
-        bias is None or bias.size not in (1, columns) or bias.shape[-1:] == (1,) != (columns,) and bias.size > 1) else -1
-    if third >= 0 and (g.residual >= 0 or g.activation != "none" or beta != 1.0):
-        raise RefusedError("it adds a matrix, and something follows it")
+    third = n.inputs[2] if len(n.inputs) > 2 else -1
+    bias = b.numbers(third) if third >= 0 else None
+    if bias is not None and (bias.size == 1 or bias.shape in ((columns,), (1, columns))):
+        third = -1  # a row
+    if third >= 0 and (g.residual >= 0 or beta != 1.0):
+        raise RefusedError("it adds a matrix with a factor, or two")
     row = None
     if bias is not None and third < 0:
         row = np.ascontiguousarray(np.broadcast_to(beta * bias.reshape(-1), (columns,)), np.float32)

@@ -101,7 +101,8 @@ def lowered(layer: Layer, traits: Traits, choose: Choose | None = None) -> Lower
             assert weights is not None
             return convolution.lower(what, traits, weights, bias, choose(what) if choose else None)
         case Product():
-            return matrices.lower(what, traits, *layer.packed, choose(what) if choose else None)
+            b, row = layer.packed
+            return matrices.lower(what, traits, b, row, choose(what) if choose else None)
         case Softmax():
             from npulab.gpu.compute import softmax
 
@@ -239,8 +240,8 @@ class Session:
     def feed(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         wanted = self.plan.inputs
         if missing := [n for n in wanted if n not in arrays]:
-            raise UsageError(f"'{self.plan.network.name}' has inputs that are not given", got=", ".join(arrays) or "none",
-                             want=", ".join(missing))
+            raise UsageError(f"'{self.plan.network.name}' has inputs that are not given",
+                             got=", ".join(arrays) or "none", want=", ".join(missing))
         if strange := [n for n in arrays if n not in wanted]:
             raise UsageError(f"'{self.plan.network.name}' has no input '{strange[0]}'", want=", ".join(wanted))
         for name, (_, shape) in wanted.items():

@@ -91,8 +91,9 @@ def lower_reduce(what: Reduce, traits: Traits) -> Lowered:
     size, group = span(total, traits=traits)
     arguments: tuple[Argument, ...] = (Buffer("input"), Buffer("output"), *map(np.int32, numbers),
                                        np.float32(count))
-    return Lowered((Launch(reduce_kernel(what.kind, len(out), len(inner)), size, group, arguments, f"reduce {what.kind}",
-                           float(total * count), 4.0 * (total * count + total)),))
+    kernel = reduce_kernel(what.kind, len(out), len(inner))
+    return Lowered((Launch(kernel, size, group, arguments, f"reduce {what.kind}", float(total * count),
+                           4.0 * (total * count + total)),))
 
 
 @cache
