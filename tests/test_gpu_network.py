@@ -201,23 +201,36 @@ ACTIVATIONS = {
 }
 
 
-def test_functions_of_one_number_alone_and_behind_a_convolution(device, traits):
-    """All in one network: each as a launch of its own, and behind a convolution, which takes up those it can."""
-    nodes, outputs = [], []
-    variants = [(op, own) for op, own in ACTIVATIONS.items()] + [
-        ("LeakyRelu", {"alpha": 0.3}), ("HardSigmoid", {}), ("Gelu", {"approximate": "tanh"})]
-    for i, (op, own) in enumerate(variants):
-        more = " zero six" if op == "Clip" else ""
-        nodes += [node(op, f"x{more}", f"a{i}", **own), node("Conv", "x w", f"c{i}"),
-                  node(op, f"c{i}{more}", f"b{i}", **own)]
-        outputs += [f"a{i}", f"b{i}"]
-    graph = model(nodes, {"x": [1, 3, 5, 7]}, outputs, opset=20, w=floats(4, 3, 1, 1), zero=np.float32(0),
+def test_functions_of_one_number(device, traits):
+    """A few of them in each launch, which are added: kernels take long to compile."""
+    more = {"Clip": " zero six"}
+    variants = [*ACTIVATIONS.items(), ("LeakyRelu", {"alpha": 0.3}), ("HardSigmoid", {}), ("Gelu", {"approximate": "tanh"})]
+    nodes = [node(op, f"x{more.get(op, '')}", f"a{i}", **own) for i, (op, own) in enumerate(variants)]
+    sums = [range(i, min(i + 5, len(variants))) for i in range(0, len(variants), 5)]
+    nodes += [node("Sum", " ".join(f"a{i}" for i in part), f"s{k}") for k, part in enumerate(sums)]
+    graph = model(nodes, {"x": [4, 300]}, [f"s{k}" for k in range(len(sums))], opset=20, zero=np.float32(0),
                   six=np.float32(6))
-    plan = agrees(graph, device, traits, 5e-6, {"x": floats(1, 3, 5, 7, scale=3)})
-    taken = {x.operators for x in plan.network.layers if isinstance(x.what, Convolution)}
+    plan = agrees(graph, device, traits, 2e-6, {"x": floats(4, 300, scale=2)})
 
-    assert {"Conv+Relu", "Conv+Clip", "Conv+Sigmoid", "Conv+Gelu", "Conv+HardSwish", "Conv+LeakyRelu"} <= taken
-    assert "Conv+Erf" not in taken
+    assert len(plan.steps) == len(sums)
+
+
+FUSED = ("Relu", "Clip", "Sigmoid", "Tanh", "Gelu", "HardSwish", "HardSigmoid", "LeakyRelu", "Swish")
+
+
+def test_activations_behind_a_convolution_are_its_own(device, traits):
+    """And those with other numbers, which kernels do not have, are not."""
+    nodes = [node("Conv", "x w", "c0"), node("Sigmoid", "c0", "s"), node("Mul", "c0 s", "y0")]
+    for i, op in enumerate(FUSED[:-1], 1):
+        nodes += [node("Conv", "x w", f"c{i}"), node(op, f"c{i}{' zero six' if op == 'Clip' else ''}", f"y{i}",
+                                                     **ACTIVATIONS[op])]
+    nodes += [node("Conv", "x w", "c9"), node("HardSigmoid", "c9", "y9")]
+    graph = model(nodes, {"x": [1, 3, 5, 7]}, [f"y{i}" for i in range(10)], opset=20, w=floats(4, 3, 1, 1),
+                  zero=np.float32(0), six=np.float32(6))
+    plan = agrees(graph, device, traits, 2e-6, {"x": floats(1, 3, 5, 7, scale=2)})
+    found = [x.operators for x in plan.network.layers if isinstance(x.what, Convolution)]
+
+    assert found == ["Conv+Swish", *(f"Conv+{op}" for op in FUSED[:-1]), "Conv"]
 
 
 def test_softmax_of_old_opsets_goes_over_all_that_follows(device, traits):
@@ -258,8 +271,8 @@ def test_a_residual_block_is_two_launches(first, device, traits):
 
 
 def test_of_two_convolutions_that_are_added_the_later_takes_the_sum(device, traits):
-    graph = model([node("Conv", "x a", "p"), node("Conv", "x b", "q"), node("Add", "p q", "s"), node("Relu", "s", "y")],
-                  {"x": [1, 3, 5, 5]}, ["y"], a=floats(4, 3, 1, 1), b=floats(4, 3, 1, 1))
+    graph = model([node("Relu", "x", "r"), node("Conv", "x a", "p"), node("Conv", "r b", "q"), node("Add", "p q", "s"),
+                   node("Relu", "s", "y")], {"x": [1, 3, 5, 5]}, ["y"], a=floats(4, 3, 1, 1), b=floats(4, 3, 1, 1))
     found, _ = problems(graph, Convolution)
 
     assert [o for o, _ in found] == ["Conv", "Conv+Add+Relu"]
@@ -326,7 +339,7 @@ def test_a_causal_mask_is_the_kernels_own_and_others_are_added(device, traits):
     assert found[1].causal
     agrees(graph, device, traits)
 
-    for mask in (causal(12, low=-1.0), floats(12, 12), causal(12)[..., ::-1].copy() * 0 + floats(1, 1, 1, 12)):
+    for mask in (causal(12, low=-1.0), floats(12, 12), floats(1, 1, 1, 12)):
         graph = attention(mask)
         assert problems(graph, Attention)[0] == []
         agrees(graph, device, traits)
@@ -480,8 +493,7 @@ def test_a_network_that_does_not_fit_is_refused_before_anything_is_allocated(dev
 
 
 @pytest.mark.parametrize(("name", "size"), [
-    ("repvgg-a2", 32), ("mobilenet-v2", 64), ("mobilenet-v3", 64), ("squeezenet", 64), ("yolov8n", 64), ("yolov5s", 64),
-    ("vit-tiny", 64)])
+    ("repvgg-a2", 32), ("mobilenet-v2", 32), ("yolov5s", 32), ("vit-tiny", 32)])
 def test_networks_of_the_zoo(name, size, device, traits):
     graph = load(zoo.build(name, size))
 
@@ -509,13 +521,13 @@ def test_what_is_not_a_number_stays_so(device, traits):
 
 
 @needs_shared
-@pytest.mark.parametrize("name", ["ad01_fp32", "kws_ref_model_float32", "vww_96_float", "face_detection_short_range"])
+@pytest.mark.parametrize("name", ["ad01_fp32", "kws_ref_model_float32", "vww_96_float"])
 def test_tflite_networks_against_litert(name, device, traits):
     interpreter = pytest.importorskip("ai_edge_litert.interpreter").Interpreter(
         str(MODELS / "float" / f"{name}.tflite"), num_threads=1)
     interpreter.allocate_tensors()
     graph = load(MODELS / "float" / f"{name}.tflite")
-    feeds = random_inputs(graph, 0)
+    feeds = random_inputs(to_onnx(graph, keep_layout=True), 0)
     for d in interpreter.get_input_details():
         interpreter.set_tensor(d["index"], feeds[d["name"]])
     interpreter.invoke()

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from npulab.dialects import to_onnx
 from npulab.errors import CapacityError, InvariantError, UsageError
 from npulab.gpu.compute import convolution, matrices, moves, operators, windows
 from npulab.gpu.compute.device import Device
@@ -84,6 +85,7 @@ def compile_network(graph: Graph, traits: Traits, choose: Choose | None = None) 
     Raises: UnsupportedError naming every node that there are no kernels for; CapacityError for tensors beyond counting;
     UsageError for inputs without a fixed size, or without the package onnx.
     """
+    graph = to_onnx(graph, keep_layout=True)
     for v in (graph.values[i] for i in graph.inputs):
         if v.dynamic_axes or not v.has_shape:
             raise UsageError(f"the input '{v.name}' of '{graph.name}' has no fixed size", got=str(v),
