@@ -204,7 +204,8 @@ ACTIVATIONS = {
 def test_functions_of_one_number(device, traits):
     """A few of them in each launch, which are added: kernels take long to compile."""
     more = {"Clip": " zero six"}
-    variants = [*ACTIVATIONS.items(), ("LeakyRelu", {"alpha": 0.3}), ("HardSigmoid", {}), ("Gelu", {"approximate": "tanh"})]
+    variants = [*ACTIVATIONS.items(), ("LeakyRelu", {"alpha": 0.3}), ("HardSigmoid", {}),
+                ("Gelu", {"approximate": "tanh"})]
     nodes = [node(op, f"x{more.get(op, '')}", f"a{i}", **own) for i, (op, own) in enumerate(variants)]
     sums = [range(i, min(i + 5, len(variants))) for i in range(0, len(variants), 5)]
     nodes += [node("Sum", " ".join(f"a{i}" for i in part), f"s{k}") for k, part in enumerate(sums)]

@@ -80,6 +80,11 @@ def run(
     probe: Annotated[Path | None, typer.Option(
         "--probe", metavar="FILE", show_default=False,
         help="What npulab probe --json wrote: how far each layer is from the device's roofline.")] = None,
+    tuned: Annotated[Path | None, typer.Option(
+        "--tuned", metavar="DIR", show_default=False,
+        help="On OpenCL devices: the folder of what tuning found; kernels are chosen by it.")] = None,
+    tune: Annotated[float, typer.Option("--tune", min=0, max=86400, metavar="SECONDS", show_default=False,
+                                        help="Tune kernels into that folder first, for so long at most.")] = 0,
     json: Json = False,
 ) -> None:
     """Compile, execute on the virtual NPU and the host, answer.
@@ -98,14 +103,15 @@ def run(
     from npulab.runtime.objects import answer_with, post_beside
     from npulab.runtime.session import tensor_names
 
-    place = _device(device, target, probe)
+    place = _device(device, target, {"--probe": probe, "--tuned": tuned, "--tune": tune})
     if place is not None:
         from npulab.cli.run_opencl import run_opencl
 
         if compare or draw is not None:
             raise UsageError(f"{'--compare' if compare else '--draw'} is not for OpenCL devices",
                              try_="npulab run without it")
-        run_opencl(model, place, inputs or [], output, labels, top, score, fit, normalize, repeat, probe, json)
+        run_opencl(model, place, inputs or [], output, labels, top, score, fit, normalize, repeat, probe, tuned, tune,
+                   json)
         return
     if (model.suffix == ".onnx" or device) and target is None:
         if compare:
@@ -162,10 +168,12 @@ def run(
         raise typer.Exit(1)
 
 
-def _device(text: str | None, target: str | None, probe: Path | None) -> int | None:
+def _device(text: str | None, target: str | None, own: dict[str, object]) -> int | None:
     """The number of an OpenCL device; None for ONNX Runtime, and for what the network is compiled for.
 
-    Raises: UsageError for another device, and beside --target.
+    `own`: options that only OpenCL devices take.
+
+    Raises: UsageError for another device, beside --target, and for options of `own` without one.
     """
     from npulab.errors import UsageError
 
@@ -173,9 +181,11 @@ def _device(text: str | None, target: str | None, probe: Path | None) -> int | N
     if text is not None and target is not None:
         raise UsageError("--device runs the network here, --target compiles it for a chip", want="one of them")
     if text is None or text == "onnxruntime":
-        if probe is not None:
-            raise UsageError("--probe is for OpenCL devices", try_="--device opencl:0")
+        if given := [name for name, value in own.items() if value]:
+            raise UsageError(f"{given[0]} is for OpenCL devices", try_="--device opencl:0")
         return None
+    if own["--tune"] and not own["--tuned"]:
+        raise UsageError("--tune needs a folder for what it finds", try_="--tuned DIR")
     if not (number.isdecimal() and number.isascii()) or len(number) > 4:
         raise UsageError(f"there is no device '{text[:60]}'", want="; ".join(_devices()))
     return int(number)

@@ -6,15 +6,20 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from npulab.cli.run import Fit
+    from npulab.gpu.compute.device import Device
+    from npulab.gpu.compute.layers import Network
     from npulab.gpu.compute.network import Session
     from npulab.gpu.compute.profiling import Profile, Roof
+    from npulab.gpu.compute.types import Traits
 
 
 def run_opencl(model: Path, number: int, given: list[str], output: Path | None, labels: Path | None, top: int,
-               score: float, fit: Fit, normalize: str | None, repeat: int, probe: Path | None, json: bool) -> None:
+               score: float, fit: Fit, normalize: str | None, repeat: int, probe: Path | None,
+               tuned: Path | None, tune: float, json: bool) -> None:
     """The verb, as `npulab run` gives it its options."""
     from npulab import api
     from npulab.cli.printing import progress, say, write_json
@@ -22,9 +27,10 @@ def run_opencl(model: Path, number: int, given: list[str], output: Path | None, 
     from npulab.cli.run_onnx import answer_of, as_data, inputs_of
     from npulab.gpu.ceilings import read_result
     from npulab.gpu.compute.device import Device
-    from npulab.gpu.compute.network import compile_network
+    from npulab.gpu.compute.network import layers_of, planned
     from npulab.gpu.compute.profiling import roof_of
     from npulab.gpu.compute.traits import traits_of
+    from npulab.gpu.compute.tuner import best
     from npulab.postprocess import apply
     from npulab.runtime import answers
     from npulab.runtime.objects import answer_with, post_beside
@@ -38,8 +44,13 @@ def run_opencl(model: Path, number: int, given: list[str], output: Path | None, 
     found = labels or answers.labels_beside(model)
     names = answers.read_labels(found) if found else None
     wanted = inputs_of(graph)
-    session = compile_network(graph, traits_of(device)).open(device)
     arrays, _, notes = _inputs(wanted, given, fit, normalize)
+    traits = traits_of(device, json_of(probe) if probe is not None else None)
+    network = layers_of(graph)
+    if tuned is not None and tune:
+        tune_all(network, device, traits, tuned, tune, progress)
+    choose = (lambda what: best(tuned, device, traits, what)) if tuned is not None else None
+    session = planned(network, traits, choose).open(device)
     progress(f"running {graph.name} on {device.identity.name}")
     outputs, profile = session.profile({str(name): a for name, a in arrays.items()}, repeat)
     answer = answer_with(post, outputs, names, score) if post else answer_of(graph, outputs, names, top)
@@ -54,6 +65,34 @@ def run_opencl(model: Path, number: int, given: list[str], output: Path | None, 
     print_profile(session, profile, roof)
     if output is not None:
         print(f"\nwrote {output}")
+
+
+def json_of(probe: Path) -> Any:
+    """The file as plain data. `read_result` has looked at it."""
+    import json
+
+    from npulab.gpu.ceilings import LIMIT
+    from npulab.program.files import read_bounded
+
+    return json.loads(bytes(read_bounded(probe, "a probe's result", LIMIT)))
+
+
+def tune_all(network: Network, device: Device, traits: Traits, store: Path, seconds: float,
+             tell: Callable[[str], None]) -> None:
+    """Each problem that has candidates, those with most to do first; each gets a fair part of the time that is left."""
+    import time
+
+    from npulab.gpu.compute.network import tunable
+    from npulab.gpu.compute.tuner import tune
+
+    end = time.monotonic() + seconds
+    todo = sorted(tunable(network), key=lambda w: -w.operations)
+    for i, what in enumerate(todo):
+        left = end - time.monotonic()
+        if left <= 0:
+            break
+        tell(f"tuning {i + 1} of {len(todo)}: {what}")
+        tune(device, traits, what, store, left / (len(todo) - i), tell)
 
 
 def details(session: Session, profile: Profile, roof: Roof | None) -> dict[str, Any]:

@@ -85,13 +85,24 @@ def compile_network(graph: Graph, traits: Traits, choose: Choose | None = None) 
     Raises: UnsupportedError naming every node that there are no kernels for; CapacityError for tensors beyond counting;
     UsageError for inputs without a fixed size, or without the package onnx.
     """
+    return planned(layers_of(graph), traits, choose)
+
+
+def layers_of(graph: Graph) -> Network:
+    """The layers of a network, whatever the device. Raises as `compile_network`."""
     graph = to_onnx(graph, keep_layout=True)
     for v in (graph.values[i] for i in graph.inputs):
         if v.dynamic_axes or not v.has_shape:
             raise UsageError(f"the input '{v.name}' of '{graph.name}' has no fixed size", got=str(v),
                              try_="npulab patch --dim NAME=SIZE writes a network of fixed size")
     graph = normal(graph)
-    return planned(operators.network(graph, groups(graph)), traits, choose)
+    return operators.network(graph, groups(graph))
+
+
+def tunable(network: Network) -> list[Convolution | Product]:
+    """Problems whose kernels have choices, each once."""
+    found = {x.what: None for x in network.layers if isinstance(x.what, Convolution | Product)}
+    return [w for w in found if not isinstance(w, Convolution) or w.groups == 1 or w.groups != w.channels]
 
 
 def lowered(layer: Layer, traits: Traits, choose: Choose | None = None) -> Lowered:
