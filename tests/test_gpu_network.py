@@ -522,7 +522,7 @@ def test_what_is_not_a_number_stays_so(device, traits):
 
 
 @needs_shared
-@pytest.mark.parametrize("name", ["ad01_fp32", "kws_ref_model_float32", "vww_96_float"])
+@pytest.mark.parametrize("name", ["ad01_fp32", "vww_96_float", "pretrainedResnet"])
 def test_tflite_networks_against_litert(name, device, traits):
     interpreter = pytest.importorskip("ai_edge_litert.interpreter").Interpreter(
         str(MODELS / "float" / f"{name}.tflite"), num_threads=1)
@@ -538,6 +538,14 @@ def test_tflite_networks_against_litert(name, device, traits):
     assert set(found) == set(wanted)
     for n, x in found.items():
         np.testing.assert_allclose(x, wanted[n], rtol=1e-4, atol=1e-5 * max(1.0, float(np.abs(wanted[n]).max())))
+
+
+@needs_shared
+def test_weights_that_are_stored_as_integers_are_floats(device, traits):
+    """LiteRT would round the activations of such a network, too; ONNX Runtime does not."""
+    graph = to_onnx(load(MODELS / "float" / "kws_ref_model_float32.tflite"), keep_layout=True)
+
+    agrees(graph, device, traits, 1e-5, random_inputs(graph, 0))
 
 
 # what cannot be
