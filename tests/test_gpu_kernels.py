@@ -70,7 +70,7 @@ def right(found, want, bound):
 
 
 CHOICES = {
-    "processor": (PROCESSOR, Tile(6, 4, 16)), "processor, small": (PROCESSOR, Tile(3, 1, 8, 4)),
+    "processor": (PROCESSOR, Tile(3, 2, 16)), "processor, small": (PROCESSOR, Tile(3, 1, 8, 4)),
     "one number": (PROCESSOR, Tile(1, 1, 1)), "graphics": (BARE, Tile(4, 2, 4, 2, (8, 4))),
     "local memory": (GRAPHICS, Tile(4, 1, 4, 1, (8, 4), 8)), "uneven": (GRAPHICS, Tile(2, 2, 2, 1, (4, 6), 5)),
 }
@@ -88,21 +88,26 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("shape", SHAPES)
+EVERY = [(shape, "processor") for shape in SHAPES] + [
+    ("a batch", "processor, small"), ("flat kernel", "one number"),
+    ("three channels", "graphics"), ("groups", "graphics"),
+    ("three channels", "local memory"), ("each its own", "local memory"), ("a batch", "uneven")]
+
+
+@pytest.mark.parametrize(("shape", "choice"), EVERY)
 def test_direct_convolutions_are_right(device, shape, choice):
     traits, tile = CHOICES[choice]
     right(*convolved(device, SHAPES[shape], traits, Direct(tile)))
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", ["processor", "local memory"])
 def test_convolutions_of_one_tap_are_products(device, choice):
     what = Convolution(2, 5, 7, 24, 40, residual=True, activation="hardswish")
     traits, tile = CHOICES[choice]
     right(*convolved(device, what, traits, Matrix(tile)))
 
 
-@pytest.mark.parametrize("choice", ["processor", "graphics", "local memory"])
+@pytest.mark.parametrize("choice", ["processor", "graphics"])
 @pytest.mark.parametrize("size", tiles.SIZES)
 @pytest.mark.parametrize("what", [
     Convolution(1, 8, 8, 16, 32, (3, 3), pads=(1, 1, 1, 1)),
@@ -116,8 +121,8 @@ def test_winograd_is_right(device, what, size, choice):
 
 @pytest.mark.parametrize("size", tiles.SIZES)
 def test_winograd_is_about_as_exact_as_promised(device, size):
-    """The bound above holds for the worst signs. On random numbers the largest error, of the largest output: F(2x2) 1e-6,
-    F(4x4) 5e-6 with 64 channels."""
+    """The bound above holds for the worst signs. On random numbers the largest error, of the largest output: F(2x2)
+    1e-6, F(4x4) 5e-6 with 64 channels."""
     what = Convolution(1, 16, 16, 64, 64, (3, 3), pads=(1, 1, 1, 1))
     found, want, _ = convolved(device, what, PROCESSOR, Winograd(Tile(6, 4, 16), size))
     assert np.abs(found - want).max() / np.abs(want).max() < {2: 1e-6, 4: 5e-6}[size]
@@ -134,8 +139,8 @@ def test_winograd_matrices_are_exact(size):
                 int(j - i == o) for o in range(size)]
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("constant", [True, False])
+@pytest.mark.parametrize(("constant", "choice"), [
+    (True, "processor"), (False, "processor"), (False, "graphics"), (True, "local memory")])
 @pytest.mark.parametrize("what", [
     Product(1, 33, 17, 40), Product(2, 5, 64, 48, scale=0.5), Product(1, 1, 100, 10, transposed=True),
     Product(3, 8, 16, 24, batched=True, transposed=True, scale=-2.0, residual=True, activation="gelu"),
@@ -156,7 +161,7 @@ def test_products_are_right(device, what, constant, choice):
               *checks.product(what, a, b, bias, others[-1] if what.residual else None))
 
 
-@pytest.mark.parametrize("choice", ["processor", "one number", "local memory"])
+@pytest.mark.parametrize("choice", ["processor, small", "graphics"])
 def test_half_floats_are_stored_and_floats_computed(device, choice):
     traits, tile = CHOICES[choice]
     what = Convolution(1, 6, 7, 5, 10, (3, 3), pads=(1, 1, 1, 1), residual=True, activation="relu", number="float16")
@@ -170,7 +175,7 @@ def test_half_floats_are_stored_and_floats_computed(device, choice):
                   np.float16), *checks.product(product, a, b))
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_convolution_is_right(device, data):
     def whole(low, high):
@@ -180,8 +185,8 @@ def test_any_convolution_is_right(device, data):
     kernel, strides, dilations = ((whole(1, 4), whole(1, 4)), (whole(1, 3), whole(1, 3)), (whole(1, 2), whole(1, 2)))
     pads = tuple(whole(0, k - 1) for k in (*kernel, *kernel))
     height, width = ((k - 1) * d + whole(1, 9) for k, d in zip(kernel, dilations, strict=True))
-    what = Convolution(whole(1, 2), height, width, groups * whole(1, 6), groups * whole(1, 20), kernel, strides, dilations,
-                       pads, groups, data.draw(st.booleans()))
+    what = Convolution(whole(1, 2), height, width, groups * whole(1, 6), groups * whole(1, 20), kernel, strides,
+                       dilations, pads, groups, data.draw(st.booleans()))
     traits, tile = CHOICES[data.draw(st.sampled_from(["processor", "local memory"]))]
     right(*convolved(device, what, traits, Direct(tile)))
 
@@ -215,14 +220,16 @@ def test_a_wrong_number_is_beyond_the_bound():
 
 @pytest.mark.parametrize("kind", fused._FORMS)
 def test_activations_are_exact(device, kind):
-    x = np.concatenate([np.linspace(-30, 30, 4001), [0.0, -0.0, 1e-30, -1e-30, 87.0, -87.0, 1e4, -1e4]]).astype(np.float32)
+    x = np.concatenate([np.linspace(-30, 30, 4001), [0.0, -0.0, 1e-30, -1e-30, 87.0, -87.0, 1e4, -1e4]])
+    x = x.astype(np.float32)
     x = np.resize(x, -(-x.size // 4) * 4)
     source = f"""__kernel void f(__global const float4 *a, __global float4 *b, __global float *c) {{
         size_t i = get_global_id(0); float4 x = a[i]; b[i] = {fused.activation(kind, "x", "float4", 0.2)};
         for (int j = 0; j < 4; j++) {{ float y = ((__global const float *)a)[4 * i + j];
             c[4 * i + j] = {fused.activation(kind, "y", "float", 0.2)}; }} }}"""
     buffers = {"a": device.upload(x), "b": device.allocate(x.nbytes), "c": device.allocate(x.nbytes)}
-    device.run([Launch(Kernel(source, "f"), (x.size // 4,), (1,), (Buffer("a"), Buffer("b"), Buffer("c")), "")], buffers)
+    arguments = tuple(map(Buffer, buffers))
+    device.run([Launch(Kernel(source, "f"), (x.size // 4,), (1,), arguments, "")], buffers)
     with np.errstate(over="ignore"):
         want = checks.activated(kind, x.astype(np.float64), 0.2)
     scale = np.abs(x) if kind == "gelu" else np.abs(want)
@@ -310,9 +317,9 @@ def test_panels_keep_every_number():
 
 
 def probe(device, **more):
-    quantities = {"warp width": (32, "work items"), "register file": (65536, "bytes"), "resident threads": (512, "threads"),
-                  "L1 size": (49152, "bytes"), "L2 size": (1 << 20, "bytes"), "fma float32 rate": (1e11, "operations/s"),
-                  "memory bandwidth": (20, "GB/s")}
+    quantities = {"warp width": (32, "work items"), "register file": (65536, "bytes"),
+                  "resident threads": (512, "threads"), "L1 size": (49152, "bytes"), "L2 size": (1 << 20, "bytes"),
+                  "fma float32 rate": (1e11, "operations/s"), "memory bandwidth": (20, "GB/s")}
     found = [{"name": n, "value": v, "unit": u, "status": "measured"} for n, (v, u) in quantities.items()]
     return {"identity": {"name": device.identity.name, "driver": device.identity.driver}, "quantities": found} | more
 

@@ -28,15 +28,15 @@ def activated(kind: str, x: Array, slope: float = 0.01) -> Array:
         case "relu6":
             return np.clip(x, 0, 6)
         case "sigmoid":
-            return 1 / (1 + np.exp(-x))
+            return np.asarray(1 / (1 + np.exp(-x)))
         case "silu":
-            return x / (1 + np.exp(-x))
+            return np.asarray(x / (1 + np.exp(-x)))
         case "hardsigmoid":
-            return np.clip(x + 3, 0, 6) / 6
+            return np.asarray(np.clip(x + 3, 0, 6) / 6)
         case "hardswish":
-            return x * np.clip(x + 3, 0, 6) / 6
+            return np.asarray(x * np.clip(x + 3, 0, 6) / 6)
         case "tanh":
-            return np.tanh(x)
+            return np.asarray(np.tanh(x))
         case "gelu":
             return np.asarray(x * np.vectorize(math.erfc, otypes=[float])(-x / math.sqrt(2)) / 2)
         case "leaky":

@@ -61,7 +61,8 @@ def _packing(what: Product, tile: Tile, panels: int, batch: int, cpu: bool) -> L
     """B as panels. On a CPU a work item makes a step of a panel, on a GPU one number."""
     place = "column * inner + k" if what.transposed else "k * columns + column"
     body = f"""    int column = panel * TILE + i;
-    packed[((z * panels + panel) * inner + k) * TILE + i] = column < columns ? matrix[z * inner * columns + {place}] : 0;"""
+    size_t at_packed = ((z * panels + panel) * inner + k) * TILE + i;
+    packed[at_packed] = column < columns ? matrix[z * inner * columns + {place}] : 0;"""
     number = "ushort" if what.number == "float16" else "float"  # bits are moved
     group = (1, 1, 1) if cpu else (min(64, tile.columns), 1, 1)
     head = ("int panel = get_global_id(0);\n    for (int i = 0; i < TILE; i++) {" if cpu else

@@ -30,7 +30,7 @@ def traits_of(device: Device, result: Mapping[str, Any] | None = None) -> Traits
     sources["vector"] = "stated" if cpu else "assumed"
     vector = max(w for w in (1, 2, 4, 8, 16) if w <= vector)
 
-    def choose(name: str, measured: float | None, otherwise: Any, standing: str = "assumed") -> Any:
+    def choose(name: str, measured: Any, otherwise: Any, standing: str = "assumed") -> Any:
         sources[name] = "measured" if measured is not None else standing
         return measured if measured is not None else otherwise
 

@@ -57,6 +57,7 @@ class Trials:
         def some(*shape: int) -> Any:
             return r.uniform(-1, 1, shape).astype(kind)
 
+        outputs: tuple[int, ...]
         if isinstance(what, Convolution):
             outputs = (what.batch, *what.out, what.filters)
             self.inputs = {"input": some(what.batch, what.height, what.width, what.channels)}
@@ -93,7 +94,8 @@ class Trials:
         if not beyond.any():
             return ""
         at = tuple(int(i) for i in np.argwhere(beyond)[0])
-        return f"{int(beyond.sum())} of {found.size} numbers are wrong, the first at {at}: {found[at]:g}, not {want[at]:g}"
+        return (f"{int(beyond.sum())} of {found.size} numbers are wrong, the first at {at}: {found[at]:g}, not"
+                f" {want[at]:g}")
 
     def run(self, choice: Choice) -> float:
         """Seconds, of all launches."""

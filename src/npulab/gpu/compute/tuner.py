@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
 from importlib import metadata
@@ -83,10 +84,8 @@ def tune(device: Device, traits: Traits, what: Convolution | Product, store: Pat
         open_.sort(key=lambda w: w != found.trying)
     if not open_ or time.monotonic() >= end:
         return _best(tried) or ways[0]
-    try:
+    with suppress(OSError):  # the write says it better
         store.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        pass  # the write says it better
     child: _Child | None = None
     try:
         for i, choice in enumerate(open_):
@@ -167,7 +166,7 @@ def _read(path: Path, key: dict[str, Any], ways: Sequence[Choice]) -> Tuned:
         return Tuned(key)
     known = set(ways)
     tried = tuple({t.choice: t for t in found.tried
-                   if t.choice in known and (t.why or 0 < t.ratio < 1e6 and 0 < t.seconds < 1e6)}.values())
+                   if t.choice in known and (t.why or (0 < t.ratio < 1e6 and 0 < t.seconds < 1e6))}.values())
     trying = found.trying if found.trying in known and found.trying not in {t.choice for t in tried} else None
     return Tuned(key, tried, trying, found.attempts if trying is not None else 0)
 
@@ -188,13 +187,17 @@ class _Child:
         self.process = subprocess.Popen(list(worker), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=subprocess.DEVNULL, env=environment)
         self.lines: queue.Queue[bytes | None] = queue.Queue()
-        threading.Thread(target=self._listen, daemon=True).start()
+        self.listener = threading.Thread(target=self._listen, daemon=True)
+        self.listener.start()
         self._send(problem)
 
     def _listen(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.put(line)
+        try:
+            for line in self.process.stdout:
+                self.lines.put(line)
+        except ValueError:  # closed meanwhile
+            pass
         self.lines.put(None)
 
     def _send(self, what: Any) -> None:
@@ -224,9 +227,8 @@ class _Child:
     def end(self) -> None:
         self.process.kill()
         self.process.wait()
+        self.listener.join(timeout=5)
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
-                try:
+                with suppress(OSError):
                     pipe.close()
-                except OSError:
-                    pass

@@ -92,13 +92,14 @@ def lower(what: Convolution, traits: Traits, weights: NDArray[Any], bias: NDArra
     if bias is not None:
         constants["bias"] = blocks.pack_bias(bias, 1, tile)
     scratch = {"patches": 4 * n * n * patches * what.channels, "products": 4 * n * n * patches * what.filters}
-    wide = max(1, min(16 if traits.cpu else 4, traits.vector if traits.cpu else 4))
+    wide = [max((w for w in (16, 8, 4) if w <= (traits.vector if traits.cpu else 4) and n % w == 0), default=4)
+            for n in (what.channels, what.filters)]
     return Lowered((
-        _to_patches(what, m, wide, (down, across), traits),
+        _to_patches(what, m, wide[0], (down, across), traits),
         blocks.launch(blocks.Rows(patches, what.channels, what.channels, n * n), blocks.Columns(what.filters),
                       blocks.Ending(), tile, "float32", {"rows": "patches", "columns": "weights", "output": "products"},
                       f"winograd {m}x{m} {what.channels} to {what.filters}", what.operations),
-        _from_products(what, m, wide, (down, across), bias is not None, traits)), constants, scratch)
+        _from_products(what, m, wide[1], (down, across), bias is not None, traits)), constants, scratch)
 
 
 def _to_patches(what: Convolution, m: int, wide: int, grid: tuple[int, int], traits: Traits) -> Launch:
@@ -108,15 +109,16 @@ def _to_patches(what: Convolution, m: int, wide: int, grid: tuple[int, int], tra
     ragged = what.channels % wide != 0
     parts = -(-what.channels // wide)
     load = "some(p, left)" if ragged else "many(p)"
-    lines = []
-    for y in range(n):
-        for x in range(n):
-            inside = f"(uint)(y + {y}) < (uint)height && (uint)(x + {x}) < (uint)width"
-            lines.append(f"    V d{y}_{x} = (V)(0.0f); if ({inside}) {{ __global const N *p = from + "
-                         f"((size_t){y} * width + {x}) * channels; d{y}_{x} = {load}; }}")
-    for x in range(n):
-        for i in range(n):
-            lines.append(f"    V t{i}_{x} = {_sum(b[i], [f'd{y}_{x}' for y in range(n)])};")
+    lines = [f"    V {', '.join(f't{i}_{x}' for i in range(n) for x in range(n))};"]
+    for x in range(n):  # a column after the other: few numbers live
+        lines.append("    {\n    V " + ", ".join(f"d{y} = (V)(0.0f)" for y in range(n)) + ";")
+        lines.append(f"    if ((uint)(x + {x}) < (uint)width) {{")
+        for y in range(n):
+            lines.append(f"        if ((uint)(y + {y}) < (uint)height) {{ __global const N *p = from + "
+                         f"((size_t){y} * width + {x}) * channels; d{y} = {load}; }}")
+        lines.append("    }")
+        lines += [f"    t{i}_{x} = {_sum(b[i], [f'd{y}' for y in range(n)])};" for i in range(n)]
+        lines.append("    }")
     for i in range(n):
         for j in range(n):
             value = _sum(b[j], [f"t{i}_{x}" for x in range(n)])
