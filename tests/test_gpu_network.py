@@ -178,6 +178,14 @@ CASES = {
                                coordinate_transformation_mode="pytorch_half_pixel")], {"s": i64(1, 6, 13, 4)}),
     "resize corners": (X, [node("Resize", "x - - s", "y", mode="linear",
                                 coordinate_transformation_mode="align_corners")], {"s": i64(1, 6, 20, 3)}),
+    "whole vectors": (
+        {"x": [2, 32, 9, 7]},
+        [node("Conv", "x w", "c"), node("MaxPool", "c", "m", kernel_shape=[3, 2], strides=[2, 1], pads=[1, 1, 1, 0]),
+         node("AveragePool", "m", "a", kernel_shape=[2, 2], pads=[1, 0, 0, 1], count_include_pad=1),
+         node("Resize", "a - - s", "r", mode="linear"), node("GlobalMaxPool", "r", "g"),
+         node("ReduceMean", "r", "n", axes=[2]), node("ReduceMin", "n", "l", axes=[2], keepdims=0),
+         node("Mul", "g n", "y"), node("ReduceL2", "l", "z", axes=[0])],
+        {"w": floats(32, 32, 1, 1, scale=0.2), "s": i64(2, 32, 11, 9)}),
     "a constant output": (X, [node("Relu", "x", "y"), node("Identity", "k", "z")], {"k": floats(2, 3)}),
     "an input as output": (X, [node("Identity", "x", "y"), node("Transpose", "x", "z")], {}),
     "large sums": ({"x": [1, 2, 300, 300]}, [node("ReduceMean", "x", "y", axes=[2, 3])], {}),
@@ -519,6 +527,11 @@ def test_what_is_not_a_number_stays_so(device, traits):
     found = compile_network(graph, traits).open(device).run({"x": x})["y"]
 
     assert np.isfinite(np.delete(found.reshape(4, 9), 4, 1)).all()
+    graph = model([node("MaxPool", "x", "y", kernel_shape=[2, 2]), node("ReduceMax", "x", "z", axes=[2]),
+                   node("Add", "x x", "w")], {"x": [1, 2, 3, 3]}, ["y", "z", "w"])
+    found = compile_network(graph, traits).open(device).run({"x": x})
+    for name, y in zip(found, reference(graph, {"x": x}), strict=True):
+        np.testing.assert_array_equal(found[name], y)
 
 
 @needs_shared
