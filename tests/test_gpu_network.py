@@ -591,6 +591,16 @@ def test_nodes_are_refused_with_the_reason():
     assert "TopK: its result is of int64 (1: v)" in str(e.value)
 
 
+def test_nodes_that_break_the_rules_are_refused():
+    graph = model([node("Conv", "x w", "y", strides=[2]), node("LeakyRelu", "x", "z", alpha="steep")],
+                  {"x": [1, 3, 4, 4]}, ["y", "z"], w=floats(2, 3, 1, 1))
+    with pytest.raises(UnsupportedError) as e:
+        operators.network(graph, fusing.groups(graph))
+
+    assert "Conv: the size of its result is known only when it runs (1: y)" in str(e.value)
+    assert "LeakyRelu: its attributes or operands do not fit it, ValueError: " in str(e.value)
+
+
 def test_inputs_that_are_no_floats_are_refused():
     graph = onnx.helper.make_graph(
         [node("Cast", "x", "y", to=F)], "n", [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.INT64, [2])],

@@ -20,6 +20,8 @@ from npulab.ir.ops import OnnxOp
 
 LISTED = 30
 """Nodes that an error names."""
+MISFITS = (KeyError, ValueError, TypeError, IndexError, AttributeError, ArithmeticError, AssertionError)
+"""What a node that breaks ONNX's rules ends in."""
 
 ONE: dict[str, str] = {
     "Relu": "relu_({0})", "Sigmoid": "sigmoid_({0})", "Tanh": "tanh({0})", "HardSwish": "hardswish_({0})",
@@ -47,15 +49,22 @@ def network(graph: Graph, groups: Sequence[Group]) -> Network:
         if v.dtype is not DType.FLOAT32:
             raise UnsupportedError(f"the input '{v.name}' of '{graph.name}' is not of floats", got=str(v),
                                    want="float32", try_="--device onnxruntime, or a float network")
+        if not v.elements:
+            raise UnsupportedError(f"the input '{v.name}' of '{graph.name}' is empty", got=str(v))
         tensor = b.tensor(v.elements)
         inputs[v.name] = (tensor, v.shape)
         b.held[v.index] = b.as_held(dense(tensor, v.shape))
     for g in groups:
         b.title, b.operators = g.title, g.operators
+        why = ""
         try:
             _one(b, g)
         except RefusedError as e:
-            refused.append((g.anchor, str(e)))
+            why = str(e)
+        except MISFITS as e:
+            why = f"its attributes or operands do not fit it, {type(e).__name__}: {e}"[:150].rstrip(": ")
+        if why:
+            refused.append((g.anchor, why))
             for i in (i for n in g.nodes for i in n.outputs if i >= 0):  # so that the others are looked at, too
                 b.held[i] = b.as_held(dense(b.tensor(graph.values[i].elements), graph.values[i].shape))
     if refused:
@@ -63,7 +72,7 @@ def network(graph: Graph, groups: Sequence[Group]) -> Network:
     outputs = {}
     b.title, b.operators = "outputs", ""
     for v in (graph.values[i] for i in graph.outputs):
-        if b.constant(v.index) is None and not is_float32(graph, v.index):
+        if not is_float32(graph, v.index):
             raise UnsupportedError(f"the output '{v.name}' of '{graph.name}' is not of floats", got=str(v),
                                    want="float32", try_="--device onnxruntime")
         held = b.get(v.index)
@@ -100,6 +109,8 @@ def _one(b: Builder, g: Group) -> None:
     for v in n.outputs:
         if v >= 0 and (b.graph.values[v].dynamic_axes or not b.graph.values[v].has_shape):
             raise RefusedError("the size of its result is known only when it runs")
+        if v >= 0 and not b.graph.values[v].elements:
+            raise RefusedError("its result is empty")
         if v >= 0 and not is_float32(b.graph, v):
             raise RefusedError(f"its result is of {b.graph.values[v].dtype.value}")
     if g.kind == "convolution":
