@@ -3,9 +3,10 @@
 Each problem is run by all in turns, on the same OpenCL device and queue (ONNX Runtime: on the CPU, with as many threads
 as the device has compute units): calls one after the other for 3 ms at least, from the first to the end of the last,
 medians of 15 such series, each after a rest, in which the others' threads go to sleep. Rates are 10^9 multiply-adds a
-second of the plain convolution, whatever the algorithm: Winograd's may exceed the peak, that of `direct` cannot. The peak is
-that of chains of multiply-adds: the best of several widths, chains and threads is found first, and runs in turns with
-the others. All results are checked. With `tuned` each problem is tuned for so many seconds first.
+second of the plain convolution, whatever the algorithm: Winograd's may exceed the peak, that of direct sums cannot. The
+peak is that of chains of multiply-adds: the best of several widths and chains is found first, and runs in turns with
+the others; the last column is direct sums (dir.) over it. All results are checked. With `tuned` each problem is tuned
+for so many seconds first.
 
 CLBlast (Apache-2.0, apt install libclblast1) is called through ctypes: SGEMM, and of convolutions the quicker of its
 convgemm and its im2col with SGEMM. CLBlast's tuning tables know PoCL's CPU no better than by vendor and kind.
@@ -14,6 +15,7 @@ convgemm and its im2col with SGEMM. CLBlast's tuning tables know PoCL's CPU no b
 from __future__ import annotations
 
 import ctypes
+import random
 import statistics
 import sys
 import tempfile
@@ -35,6 +37,10 @@ from npulab.gpu.compute.trials import Trials
 from npulab.gpu.compute.types import Buffer, Kernel, Launch, Traits
 
 ROUNDS = 15
+THREADS = 4096
+"""A compute unit, in groups of 256: one that waits for a core of a busy machine does not hold up the rest."""
+WIDTH = 6
+"""Of a column."""
 SERIES, REST = 3e-3, 10e-3
 """Seconds."""
 ROW_MAJOR, AS_IS, TRANSPOSED, CROSS_CORRELATION = 101, 111, 112, 151
@@ -72,39 +78,45 @@ def main() -> int:
     clblast = _library()
     peak = _peak(device, number, traits.compute_units)
     print(f"{device.identity.name}\n{device.identity.platform}, {traits.compute_units} compute units\n")
-    names = ("ours", "direct", "F(2x2)", "F(4x4)", "CLBlast", "ORT", "peak")
-    print(f"{'G multiply-adds/s':19}" + "".join(f"{n:>7}" for n in names) + f"{'/CLB':>6}{'/peak':>6}")
+    names = ("ours", "dir.", "F(2)", "F(4)", "CLB", "ORT", "peak")
+    print(f"{'G multiply-adds/s':18}" + "".join(f"{n:>{WIDTH}}" for n in names)
+          + f"{'/CLB':>6}{'/peak':>6}{'dir.':>6}")
     worst = 9.9e9
     with tempfile.TemporaryDirectory() as folder:
         for title, what in PROBLEMS:
             best = tuner.tune(device, traits, what, Path(folder), tuning) if tuning else None
-            medians = _medians({**contenders(device, traits, what, clblast, best), "peak": peak[0]})
+            runs, ours = contenders(device, traits, what, clblast, best)
+            medians = _medians({**runs, "peak": peak[0]})
+            medians["ours"] = medians[ours]
             rates = {n: (peak[1] if n == "peak" else what.operations / 2) / s for n, s in medians.items()}
-            cells = "".join(f"{rates[n] / 1e9:7.1f}" if n in rates else f"{'-':>7}" for n in names)
-            ratio = rates["ours"] / rates["CLBlast"] if "CLBlast" in rates else float("nan")
+            cells = "".join(f"{rates[n] / 1e9:{WIDTH}.1f}" if n in rates else f"{'-':>{WIDTH}}" for n in names)
+            ratio = rates["ours"] / rates["CLB"] if "CLB" in rates else float("nan")
             worst = min(worst, ratio if ratio == ratio else worst)
-            print(f"{title:19}{cells}{ratio:6.1f}{rates['ours'] / rates['peak']:6.2f}", flush=True)
+            print(f"{title:18}{cells}{ratio:6.1f}{rates['ours'] / rates['peak']:6.2f}"
+                  f"{rates['dir.'] / rates['peak']:6.2f}", flush=True)
     print(f"\nleast of ours over CLBlast: {worst:.2f}" if clblast else "\nno CLBlast: apt install libclblast1")
     return int(clblast is not None and worst < 1)
 
 
 def contenders(device: Device, traits: Traits, what: Convolution | Product, clblast: Any,
-               best: Choice | None) -> dict[str, Run]:
-    """Name -> a run of it. Ours are the model's first, or `best`."""
+               best: Choice | None) -> tuple[dict[str, Run], str]:
+    """Name -> a run of it; the name that is ours: the model's first, or `best`."""
     found: dict[str, Run] = {}
     ways = tiles.candidates(what, traits)
     firsts = {"ours": best or ways[0]}
-    firsts["direct"] = next((w for w in ways if isinstance(w, Direct | Matrix)), ways[0])
-    firsts |= {f"F({s}x{s})": w for s in tiles.SIZES for w in reversed(ways) if isinstance(w, Winograd) and w.size == s}
+    firsts["dir."] = next((w for w in ways if isinstance(w, Direct | Matrix)), ways[0])
+    firsts |= {f"F({s})": w for s in tiles.SIZES for w in reversed(ways) if isinstance(w, Winograd) and w.size == s}
     trials = Trials(device, traits, what)
     for name, choice in firsts.items():
-        found[name] = _ours(trials, choice)
-    want = _ours_output(trials, firsts["direct"])
+        if name != "ours" or choice not in [c for n, c in firsts.items() if n != "ours"]:
+            found[name] = _ours(trials, choice)
+    same = next((n for n, c in firsts.items() if n != "ours" and c == firsts["ours"]), "ours")
+    want = _ours_output(trials, firsts["dir."])
     if clblast is not None:
-        found["CLBlast"] = _clblast(clblast, device, trials, what, want)
+        found["CLB"] = _clblast(clblast, device, trials, what, want)
     with suppress(ImportError):
         found["ORT"] = _onnxruntime(traits.compute_units, trials, what, want)
-    return found
+    return found, same
 
 
 def _ours(trials: Trials, choice: Choice) -> Run:
@@ -138,10 +150,11 @@ def _ours_output(trials: Trials, choice: Choice) -> Any:
 def _medians(runs: dict[str, Run]) -> dict[str, float]:
     found: dict[str, list[float]] = {n: [] for n in runs}
     times = {n: max(1, round(SERIES / min(run(1), run(1)))) for n, run in runs.items()}
+    order = random.Random(0)
     for _ in range(ROUNDS):
-        for name, run in runs.items():
+        for name in order.sample(list(runs), len(runs)):
             time.sleep(REST)
-            found[name].append(run(times[name]))
+            found[name].append(runs[name](times[name]))
     return {n: statistics.median(s) for n, s in found.items()}
 
 
@@ -151,15 +164,15 @@ def _peak(device: Device, number: int, units: int) -> tuple[Run, float]:
     rates = {}
     for width in (4, 8, 16):
         for chains in (4, 8, 16):
-            t = bench.chain("fma", "float32", width, chains, 256 * units)
+            t = bench.chain("fma", "float32", width, chains, THREADS * units)
             if not t.wrong and not t.doubtful:
                 rates[t.work["operations"] / statistics.median(t.seconds)] = width, chains
     width, chains = rates[max(rates)]
-    turns = max(1, round(max(rates) * SERIES / (256 * units * kernels.STEPS * width * chains)))
-    launch = Launch(Kernel(kernels.chain("fma", "float32", width, chains), "chain"), (256 * units,), (256,), (
+    turns = max(1, round(max(rates) * SERIES / (THREADS * units * kernels.STEPS * width * chains)))
+    launch = Launch(Kernel(kernels.chain("fma", "float32", width, chains), "chain"), (THREADS * units,), (256,), (
         Buffer("out"), np.uint32(turns), np.float32(1), np.float32(1), np.float32(1)), "chains")
-    return (_launches(device, (launch,), {"out": device.allocate(4 * 256 * units)}),
-            float(turns) * kernels.STEPS * chains * width * 256 * units)
+    return (_launches(device, (launch,), {"out": device.allocate(4 * THREADS * units)}),
+            float(turns) * kernels.STEPS * chains * width * THREADS * units)
 
 
 # others

@@ -131,15 +131,15 @@ def _cycles(traits: Traits, t: Tile, rows: int, inner: int, columns: int, batch:
                                         if fed <= 0.8 * size), 6.0)
         loads = t.rows + parts
         issue = max(t.rows * parts / 2, loads / 2, _LATENCY, panel)
-        cycles = issue + 0.15 * loads + 0.01 * t.unroll
+        cycles = issue + 0.15 * loads + 0.2 * (t.unroll - 2)
         once = 4.0 * batch * inner * columns / _streamed(traits)  # columns come from memory, whoever needs them
         return math.ceil(groups / traits.compute_units) * (inner * cycles + 40 + 6 * t.rows * parts) + once
     items = t.group[0] * t.group[1]
     accumulators = t.rows * t.vectors * t.width
     used = accumulators + t.vectors * t.width + t.rows + 16
     occupancy = min(1.0, 2 * traits.registers / used)  # half full is enough to hide latencies
-    loads = (t.rows + t.vectors * t.width) * (1.0 if t.depth else 2.5)
-    step = float(accumulators + loads) / max(0.25, occupancy) + (8.0 / t.depth if t.depth else 0.0)
+    read = (t.rows + t.vectors * t.width) * (1.0 if t.depth else 2.5)
+    step = (accumulators + read) / max(0.25, occupancy) + (8.0 / t.depth if t.depth else 0.0)
     if t.depth:
         step += (t.block + t.columns) / items * 3
     turns = math.ceil(groups / (2 * traits.compute_units)) * 2

@@ -18,7 +18,7 @@ from npulab.gpu.compute.problems import Convolution, Product
 from npulab.gpu.compute.tiles import Choice
 from npulab.gpu.compute.types import Lowered, Traits
 
-REPEATS = 7
+REPEATS = 11
 WARM = 2
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import queue
+import statistics
 import subprocess
 import sys
 import threading
@@ -39,17 +40,20 @@ LIMIT = 4 << 20
 """Bytes of a file of the store."""
 ATTEMPTS = 2
 """At a candidate that the tuner ended at."""
+MOST = 0.7
+"""Of the turns, that a candidate must be quicker in than the best so far: with 11 of them, equal ones do in 11 %."""
 FAIR = 10.0
 """Seconds that a candidate must have had if the end of time is to count as an attempt."""
 
 
 class Tried(msgspec.Struct, frozen=True):
-    """seconds: median. ratio: to the model's first candidate, less is better; of the best's at its time by which it
-    was measured in turns. why: it is out."""
+    """seconds, rival: medians of its own and of the best so far, run in turns. won: it is the best from here on.
+    why: it is out."""
 
     choice: Choice
     seconds: float = 0.0
-    ratio: float = 0.0
+    rival: float = 0.0
+    won: bool = False
     why: str = ""
 
 
@@ -106,7 +110,7 @@ def tune(device: Device, traits: Traits, what: Convolution | Product, store: Pat
                         write_atomically(path, msgspec.json.encode(Tuned(key, tuple(tried))))
                     break
                 answer = Answer("the process died of it")
-            tried.append(_judged(choice, rival, answer, tried))
+            tried.append(_judged(choice, rival, answer))
             found = Tuned(key, tuple(tried))
             write_atomically(path, msgspec.json.encode(found))
             if tell:
@@ -123,17 +127,20 @@ def best(store: Path, device: Device, traits: Traits, what: Convolution | Produc
     return _best(_read(path, key, tiles.candidates(what, traits)).tried)
 
 
-def _judged(choice: Choice, rival: Choice | None, answer: Answer, tried: Sequence[Tried]) -> Tried:
+def _judged(choice: Choice, rival: Choice | None, answer: Answer) -> Tried:
+    """The candidate wins by a lower median and most of the turns: one of many that are as quick would win by luck."""
     if answer.why or not answer.seconds:
         return Tried(choice, why=answer.why or "no times")
-    median = sorted(answer.seconds)[len(answer.seconds) // 2]
-    base = next((t.ratio for t in tried if t.choice == rival), 1.0)
-    against = sorted(answer.rival)[len(answer.rival) // 2] if answer.rival else median
-    return Tried(choice, median, base * median / against if against > 0 else base)
+    own = statistics.median(answer.seconds)
+    if rival is None or not answer.rival:
+        return Tried(choice, own, own, rival is None)
+    against = statistics.median(answer.rival)
+    turns = [a < b for a, b in zip(answer.seconds, answer.rival, strict=False)]
+    return Tried(choice, own, against, own < against and sum(turns) >= MOST * len(turns))
 
 
 def _best(tried: Sequence[Tried]) -> Choice | None:
-    return min((t for t in tried if not t.why), key=lambda t: t.ratio, default=Tried(None)).choice  # type: ignore[arg-type]
+    return next((t.choice for t in reversed(tried) if t.won), None)
 
 
 def _place(store: Path, device: Device, what: Convolution | Product) -> tuple[Path, dict[str, Any]]:
@@ -166,7 +173,7 @@ def _read(path: Path, key: dict[str, Any], ways: Sequence[Choice]) -> Tuned:
         return Tuned(key)
     known = set(ways)
     tried = tuple({t.choice: t for t in found.tried
-                   if t.choice in known and (t.why or (0 < t.ratio < 1e6 and 0 < t.seconds < 1e6))}.values())
+                   if t.choice in known and (t.why or 0 < t.seconds < 1e6) and not (t.why and t.won)}.values())
     trying = found.trying if found.trying in known and found.trying not in {t.choice for t in tried} else None
     return Tuned(key, tried, trying, found.attempts if trying is not None else 0)
 
