@@ -24,17 +24,12 @@ from npulab.gpu.compute import attention_gpu, chain, vectors
 from npulab.gpu.compute.problems import Attention
 from npulab.gpu.compute.types import Argument, Buffer, Kernel, Launch, Lowered, Traits
 
-VECTORS = 2
-"""Of queries in a tile, on a CPU: with ROWS keys each they fill the registers of AVX-512."""
+VECTORS = 4
+"""Of queries in a tile, on a CPU: with 6 keys they are 24 sums, in 32 registers of AVX-512."""
 SUMS = 24
 """Vectors that are summed at a time, of 32 registers."""
 KEYS = 96
 """In a tile: its scores stay in the first cache."""
-LOG2E = 1.44269504
-LN2 = (0.693145752, 1.42860677e-6)
-"""ln 2 in two parts: products of the first with whole numbers below 256 are exact."""
-EXP = (4.999999341e-01, 1.666652011e-01, 4.166839422e-02, 8.368780429e-03, 1.381446674e-03)
-"""exp(r) = 1 + r + r r q(r) for |r| <= ln(2) / 2, q by rising powers: fitted, 3e-9 off at most."""
 
 
 def lower(what: Attention, traits: Traits, choice: Mapping[str, int] | None = None) -> Lowered:
@@ -73,7 +68,7 @@ def _on_cpu(what: Attention, traits: Traits, choice: Mapping[str, int]
     last = -(-rest // w)  # vectors of the last tile: fewer, if that is enough
     if last == many:
         tiles, last = tiles + 1, 0
-    text = vectors.preamble(what.number, w) + _exponential(w) + vectors.transposition(w)
+    text = vectors.preamble(what.number, w) + vectors.exponential(w) + vectors.transposition(w)
     text += "".join(_tile(what, w, n, keys) for n in sorted({many, last or many}))
     end = f"else tile_{last}(q, k, v, o, {tiles * many * w}, queries, keys, scale);" if last else ""
     source = text + f"""
@@ -90,22 +85,6 @@ __kernel {vectors.attribute((1, 1))} void attention(__global const T *q, __globa
     return Kernel(source, "attention"), (tiles + bool(last), what.batch), (1, 1)
 
 
-def _exponential(w: int) -> str:
-    """exp of what is not above 0, of -INFINITY too; 3e-7 of it off at most. No library's special cases."""
-    q = "\n    ".join(f"q = fma(q, r, (V)({c}f));" for c in (*reversed(EXP[:-1]), 1.0, 1.0))
-    return f"""
-V exponential(V x) {{
-    V t = fma(x, (V)({LOG2E}f), (V)(12582912.0f));  // 1.5 * 2**23: rounds to a whole number, in the lowest bits
-    V n = t - 12582912.0f;
-    V r = fma(n, (V)({-LN2[1]}f), fma(n, (V)({-LN2[0]}f), x));
-    V q = (V)({EXP[-1]}f);
-    {q}
-    q = as_float{w if w > 1 else ""}(as_int{w if w > 1 else ""}(q) + (as_int{w if w > 1 else ""}(t) << 23));
-    return x < -87.0f ? (V)(0.0f) : q;
-}}
-"""
-
-
 def _tile(what: Attention, w: int, many: int, keys: int) -> str:
     """`many` vectors of queries against all keys."""
     depth, width = what.depth, what.width
@@ -117,12 +96,12 @@ def _tile(what: Attention, w: int, many: int, keys: int) -> str:
     half = what.number == "float16"
     # scores: `rows` keys by `many` vectors of queries
     score_sums = " ".join(f"V s{m}_{n} = (V)(0.0f);" for m in range(rows) for n in ns)
-    score_rows = "\n".join(f"            {'float' if half else '__global const T'} *k{m} = {'kf' if half else 'k'} + "
-                           f"{'(' if half else '(size_t)('}{'' if half else 'key + '}min(at + {m}, count - 1)) * {depth};"
-                           for m in range(rows))
+    row = f"float *k{{0}} = kf + min(at + {{0}}, count - 1) * {depth};" if half else \
+        f"__global const T *k{{0}} = k + (size_t)(key + min(at + {{0}}, count - 1)) * {depth};"
+    score_rows = "\n".join(f"            {row.format(m)}" for m in range(rows))
     score_step = " ".join(f"V q{n} = qt[d * {many} + {n}];" for n in ns) + "\n" + "\n".join(
-        f"                {{ float e = k{m}[d]; " + " ".join(f"s{m}_{n} = fma((V)(e), q{n}, s{m}_{n});" for n in ns) + " }"
-        for m in range(rows))
+        f"                {{ float e = k{m}[d]; "
+        + " ".join(f"s{m}_{n} = fma((V)(e), q{n}, s{m}_{n});" for n in ns) + " }" for m in range(rows))
     mask = "\n".join(f"                s{m}_{n} = key + at + {m} > seen{n} ? (V)(-INFINITY) : s{m}_{n};"
                      for m in range(rows) for n in ns)
     masked = f"if (key + at + {rows - 1} > first) {{\n{mask}\n            }}" if what.causal else ""
@@ -134,8 +113,10 @@ def _tile(what: Attention, w: int, many: int, keys: int) -> str:
     column = [f"at + {m}" if width % rows_wide == 0 else f"min(at + {m}, {width - 1})" for m in range(rows_wide)]
     columns = " ".join(f"int c{m} = {c};" for m, c in enumerate(column))
     out_step = " ".join(f"V e{n} = p[i * {many} + {n}];" for n in ns) + "\n" + "\n".join(
-        f"                {{ float e = x[c{m}]; " + " ".join(f"o{m}_{n} = fma((V)(e), e{n}, o{m}_{n});" for n in ns) + " }"
-        for m in range(rows_wide))
+        f"                {{ float e = x[c{m}]; "
+        + " ".join(f"o{m}_{n} = fma((V)(e), e{n}, o{m}_{n});" for n in ns) + " }" for m in range(rows_wide))
+    weights = " ".join(f"V e{n} = exponential(p[i * {many} + {n}] - high{n}); "
+                       f"p[i * {many} + {n}] = e{n}; sum{n} += e{n};" for n in ns)
     out_ends = "\n".join(f"            ot[(at + {m}) * {many} + {n}] = o{m}_{n};" for m in range(rows_wide) for n in ns)
     converted = f"""
         for (int i = 0; i < count * {depth}; i++) kf[i] = LOAD1(k + (size_t)key * {depth} + i);
@@ -164,7 +145,7 @@ void tile_{many}(__global const T *q, __global const T *k, __global const T *v, 
         }}
         {" ".join(f"V part{n} = exponential(before{n} - high{n}); sum{n} *= part{n};" for n in ns)}
         for (int i = 0; i < count; i++) {{
-            {" ".join(f"V e{n} = exponential(p[i * {many} + {n}] - high{n}); p[i * {many} + {n}] = e{n}; sum{n} += e{n};" for n in ns)}
+            {weights}
         }}
         for (int at = 0; at < {padded}; at += {rows_wide}) {{
             {columns}

@@ -48,10 +48,10 @@ def _source(what: Attention, across: int, down: int, each: int) -> str:
         f"float k{j} = kv[(x + {j * across}) * {pitch} + d];" for j in rs)
     score_sums = " ".join(f"s{i}_{j} = fma(q{i}, k{j}, s{i}_{j});" for i in rs for j in rs)
     hidden = " || key + x + {0} > first + y * {1} + {2}" if what.causal else ""
-    mask = "\n".join(f"        if (key + x + {j * across} >= keys{hidden.format(j * across, each, i)}) s{i}_{j} = -INFINITY;"
-                     for i in rs for j in rs)
-    highest = "\n".join("        most[(y * {0} + {1}) * {2} + x] = {3};".format(
-        each, i, across, _most([f"s{i}_{j}" for j in rs])) for i in rs)
+    mask = "\n".join(f"        if (key + x + {j * across} >= keys{hidden.format(j * across, each, i)}) "
+                     f"s{i}_{j} = -INFINITY;" for i in rs for j in rs)
+    highest = "\n".join(f"        most[(y * {each} + {i}) * {across} + x] = {_most([f's{i}_{j}' for j in rs])};"
+                        for i in rs)
     softmax = "\n".join(f"""        {{
             float high = high{i};
             for (int j = 0; j < {across}; j++) high = fmax(high, most[(y * {each} + {i}) * {across} + j]);

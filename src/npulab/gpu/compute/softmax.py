@@ -39,7 +39,7 @@ def _on_cpu(what: Softmax, traits: Traits) -> tuple[Kernel, tuple[int, ...], tup
     """A work item has rows. The last vector of a row overlaps the one before; it is read first, as output may be
     input."""
     w = vectors.fitting(traits, what.columns)
-    source = vectors.preamble(what.number, w) + f"""
+    source = vectors.preamble(what.number, w) + vectors.exponential(w) + f"""
 __kernel {vectors.attribute((1,))} void softmax(__global const T *input, __global T *output, int rows, int columns,
                                                 int each, float scale) {{
     int first = get_global_id(0) * each, most = min(first + each, rows);
@@ -51,17 +51,17 @@ __kernel {vectors.attribute((1,))} void softmax(__global const T *input, __globa
         V last = LOAD(x + tail) * scale, high = last;
         for (int i = 0; i < whole; i += {w}) high = fmax(high, LOAD(x + i) * scale);
         float top = {vectors.across(w, "high", vectors.MAX)};
-        last = exp(last - top);
+        last = exponential(last - top);
         V sums = last * fresh;
         for (int i = 0; i < whole; i += {w}) {{
-            V e = exp(LOAD(x + i) * scale - top);
+            V e = exponential(LOAD(x + i) * scale - top);
             sums += e;
             {"STORE(e, y + i);" if what.number == "float32" else ""}
         }}
         float part = 1.0f / ({vectors.across(w, "sums", vectors.SUM)});
         for (int i = 0; i < whole; i += {w})
             {"STORE(LOAD(y + i) * part, y + i);" if what.number == "float32"
-             else "STORE(exp(LOAD(x + i) * scale - top) * part, y + i);"}
+             else "STORE(exponential(LOAD(x + i) * scale - top) * part, y + i);"}
         STORE(last * part, y + tail);
     }}
 }}

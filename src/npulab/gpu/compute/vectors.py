@@ -12,6 +12,11 @@ WIDTHS = (1, 2, 4, 8, 16)
 """Of vectors (OpenCL C 1.2, section 6.1.2; 3 is left out, as it lies in memory like 4)."""
 GROUP = 64
 """Work items of a group on a GPU, unless a warp is more: two warps or one, and rooms for many groups."""
+LOG2E = 1.44269504
+LN2 = (0.693145752, 1.42860677e-6)
+"""ln 2 in two parts: products of the first with whole numbers below 256 are exact."""
+EXP = (4.999999341e-01, 1.666652011e-01, 4.166839422e-02, 8.368780429e-03, 1.381446674e-03)
+"""exp(r) = 1 + r + r r q(r) for |r| <= ln(2) / 2, q by rising powers: fitted, 3e-9 off at most."""
 
 
 def fitting(traits: Traits, size: int) -> int:
@@ -106,8 +111,8 @@ float {name}(float x, __local float *room) {{
 
 
 def transposition(width: int) -> str:
-    """gather(from, first, rows, columns, many, scale, to): rows first.. of a matrix into lanes: to[c * many + n], `many`
-    vectors a column; rows beyond the last repeat it. scatter(from, first, rows, columns, many, to): back."""
+    """gather(from, first, rows, columns, many, scale, to): rows first.. of a matrix into lanes: to[c * many + n],
+    `many` vectors a column; rows beyond the last repeat it. scatter(from, first, rows, columns, many, to): back."""
     if width == 1:
         return """
 void gather(__global const T *from, int first, int rows, int columns, int many, float scale, V *to) {
@@ -144,7 +149,8 @@ void gather(__global const T *from, int first, int rows, int columns, int many, 
         if (columns < {w}) {{
             for (int c = 0; c < columns; c++)
                 for (int i = 0; i < {w}; i++)
-                    ((float *)(to + c * many + n))[i] = LOAD1(from + (size_t)min(row + i, rows - 1) * columns + c) * scale;
+                    ((float *)(to + c * many + n))[i] =
+                        LOAD1(from + (size_t)min(row + i, rows - 1) * columns + c) * scale;
         }} else for (int block = 0; block < columns; block += {w}) {{
             {at}
 {loads}
@@ -167,5 +173,21 @@ void scatter(const V *from, int first, int rows, int columns, int many, __global
 {stores}
         }}
     }}
+}}
+"""
+
+
+def exponential(w: int) -> str:
+    """exp of what is not above 0, of -INFINITY too; 3e-7 of it off at most. No library's special cases."""
+    q = "\n    ".join(f"q = fma(q, r, (V)({c}f));" for c in (*reversed(EXP[:-1]), 1.0, 1.0))
+    return f"""
+V exponential(V x) {{
+    V t = fma(x, (V)({LOG2E}f), (V)(12582912.0f));  // 1.5 * 2**23: rounds to a whole number, in the lowest bits
+    V n = t - 12582912.0f;
+    V r = fma(n, (V)({-LN2[1]}f), fma(n, (V)({-LN2[0]}f), x));
+    V q = (V)({EXP[-1]}f);
+    {q}
+    q = as_float{w if w > 1 else ""}(as_int{w if w > 1 else ""}(q) + (as_int{w if w > 1 else ""}(t) << 23));
+    return x < -87.0f ? (V)(0.0f) : q;
 }}
 """
