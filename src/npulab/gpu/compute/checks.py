@@ -1,0 +1,106 @@
+"""What a product or convolution is in float64, and how far a right kernel can be from it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from npulab.gpu.compute import winograd
+from npulab.gpu.compute.problems import Convolution, Product
+from npulab.gpu.compute.tiles import Choice, Winograd
+
+Array = NDArray[np.float64]
+_UNIT = 2.0 ** -24
+"""Largest relative error of rounding to float32."""
+_HALF = 2.0 ** -11
+_STEEPEST = 1.5
+"""Of the activations, hardswish's at 3."""
+
+
+def activated(kind: str, x: Array, slope: float = 0.01) -> Array:
+    """In float64; what the kinds are: `fused.activation`."""
+    match kind:
+        case "relu":
+            return np.maximum(x, 0)
+        case "relu6":
+            return np.clip(x, 0, 6)
+        case "sigmoid":
+            return np.asarray(1 / (1 + np.exp(-x)))
+        case "silu":
+            return np.asarray(x / (1 + np.exp(-x)))
+        case "hardsigmoid":
+            return np.asarray(np.clip(x + 3, 0, 6) / 6)
+        case "hardswish":
+            return np.asarray(x * np.clip(x + 3, 0, 6) / 6)
+        case "tanh":
+            return np.asarray(np.tanh(x))
+        case "gelu":
+            return np.asarray(x * np.vectorize(math.erfc, otypes=[float])(-x / math.sqrt(2)) / 2)
+        case "leaky":
+            return np.where(x >= 0, x, slope * x)
+    return x
+
+
+def product(what: Product, a: NDArray[Any], b: NDArray[Any], bias: NDArray[Any] | None = None,
+            residual: NDArray[Any] | None = None) -> tuple[Array, Array]:
+    """The result, and for each of its numbers how far a kernel that adds in any order may be from it."""
+    left, right = a.astype(np.float64), b.astype(np.float64)
+    right = right.swapaxes(-1, -2) if what.transposed else right
+    sums, sizes = left @ right * what.scale, np.abs(left) @ np.abs(right) * abs(what.scale)
+    return _ended(what, sums, sizes, what.inner, bias, residual)
+
+
+def convolution(what: Convolution, x: NDArray[Any], weights: NDArray[Any], bias: NDArray[Any] | None = None,
+                residual: NDArray[Any] | None = None, choice: Choice | None = None) -> tuple[Array, Array]:
+    """x: NHWC, weights: OHWI. The result and the bound on errors, of Winograd's algorithm a larger one."""
+    top, left, bottom, right = what.pads
+    padded = np.pad(x.astype(np.float64), ((0, 0), (top, bottom), (left, right), (0, 0)))
+    w = weights.astype(np.float64)
+    (height, width), groups, inner = what.out, what.groups, what.channels // what.groups
+    sums = np.zeros((what.batch, height, width, what.filters))
+    sizes = np.zeros_like(sums)
+    each = what.filters // groups
+    for ky in range(what.kernel[0]):
+        for kx in range(what.kernel[1]):
+            y0, x0 = ky * what.dilations[0], kx * what.dilations[1]
+            part = padded[:, y0: y0 + (height - 1) * what.strides[0] + 1: what.strides[0],
+                          x0: x0 + (width - 1) * what.strides[1] + 1: what.strides[1]]
+            for g in range(groups):
+                a = part[..., g * inner: (g + 1) * inner]
+                b = w[g * each: (g + 1) * each, ky, kx].T
+                sums[..., g * each: (g + 1) * each] += a @ b
+                sizes[..., g * each: (g + 1) * each] += np.abs(a) @ np.abs(b)
+    terms = inner * math.prod(what.kernel)
+    if isinstance(choice, Winograd):
+        sizes = np.full_like(sizes, _amplified(choice.size) * inner * float(np.abs(padded).max(initial=0))
+                             * float(np.abs(w).max(initial=0)))
+        terms = inner + 4 * (choice.size + 2)
+    return _ended(what, sums, sizes, terms, bias, residual)
+
+
+def _amplified(size: int) -> float:
+    """How many times the largest |d| |g| the numbers can be whose sum is one output."""
+    a, g, b = (np.abs(np.array(m, np.float64)) for m in winograd.matrices(size))
+    once = float((a * g.sum(1) * b.sum(1)).sum(1).max())
+    return once * once
+
+
+def _ended(what: Product | Convolution, sums: Array, sizes: Array, terms: int, bias: NDArray[Any] | None,
+           residual: NDArray[Any] | None) -> tuple[Array, Array]:
+    """Sums of n terms are within (n + 3) units of the sum of sizes, in any order; a fused multiply-add rounds once.
+
+    Source: Higham, Accuracy and Stability of Numerical Algorithms, 2nd edition, 3.1.
+    """
+    for more in (bias, residual):
+        if more is not None:
+            sums, sizes = sums + more, sizes + np.abs(more)
+    bound = (terms + 3) * _UNIT * sizes
+    result = activated(what.activation, sums, what.slope)
+    if what.activation != "none":
+        bound = max(_STEEPEST, abs(what.slope)) * bound + 1e-6 * np.maximum(np.abs(sums), np.abs(result))
+    if what.number == "float16":
+        bound = bound + _HALF * (np.abs(result) + bound) + 2.0 ** -25
+    return result, bound + 1e-37

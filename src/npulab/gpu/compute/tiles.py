@@ -1,0 +1,173 @@
+"""How products and convolutions can be cut into work items, and a model that says which cut to try first.
+
+The model counts cycles of one core (on a GPU: of one work item's lane) for each step of the inner loop: multiply-adds
+that padding adds included, loads, what registers do not hold, the panel of columns from the cache that it fits, and
+cores without work at the end. It orders; it does not predict times.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import msgspec
+
+from npulab.gpu.compute.problems import Convolution, Product
+from npulab.gpu.compute.types import Traits
+
+
+class Tile(msgspec.Struct, frozen=True):
+    """What a work item computes, and how many go together.
+
+    rows, vectors, width   of the output in registers: rows x vectors of `width` float32.
+    unroll                 steps of the inner loop written out.
+    group                  work items across columns and down rows. (1, 1): rows next to each other follow in time.
+    depth                  steps of rows and columns that a group copies to local memory; 0: none.
+    """
+
+    rows: int = 4
+    vectors: int = 1
+    width: int = 4
+    unroll: int = 1
+    group: tuple[int, int] = (1, 1)
+    depth: int = 0
+
+    @property
+    def columns(self) -> int:
+        """Of a panel, which a group computes."""
+        return self.vectors * self.width * self.group[0]
+
+    @property
+    def block(self) -> int:
+        """Rows of a group."""
+        return self.rows * self.group[1]
+
+    @property
+    def local_bytes(self) -> int:
+        return 4 * self.depth * (self.columns + self.block) + 12 * self.block if self.depth else 0
+
+
+class Matrix(msgspec.Struct, frozen=True, tag="matrix"):
+    """A product; of convolutions those of one tap and stride. packed: columns copied to panels first."""
+
+    tile: Tile
+    packed: bool = True
+
+
+class Direct(msgspec.Struct, frozen=True, tag="direct"):
+    """A convolution as a product whose rows are read from the image (implicit GEMM)."""
+
+    tile: Tile
+
+
+class Winograd(msgspec.Struct, frozen=True, tag="winograd"):
+    """F(size x size, 3 x 3)."""
+
+    tile: Tile
+    size: int = 2
+
+
+Choice = Matrix | Direct | Winograd
+
+
+def candidates(what: Convolution | Product, traits: Traits) -> list[Choice]:
+    """The likely best first. Deterministic. Never empty."""
+    ways: list[tuple[float, Choice]] = []
+    tiles = _tiles(traits)
+    if isinstance(what, Product):
+        rows, batch = (what.rows, what.batch) if what.batched else (what.rows * what.batch, 1)
+        ways = [(_cycles(traits, t, rows, what.inner, what.columns, batch), Matrix(t)) for t in tiles]
+    else:
+        rows = what.batch * math.prod(what.out)
+        inner = what.channels // what.groups * math.prod(what.kernel)
+        filters = what.filters // what.groups
+        pointwise = is_pointwise(what)
+        for t in tiles:
+            cycles = _cycles(traits, t, rows, inner, filters, what.groups)
+            ways.append((cycles, Matrix(t) if pointwise else Direct(t)))
+        if suits_winograd(what):
+            ways += [(_winograd(what, traits, t, size), Winograd(t, size)) for t in tiles for size in SIZES]
+    return [w for _, w in sorted(ways, key=lambda w: w[0])]
+
+
+SIZES = (2, 4)
+"""Of outputs of a Winograd tile, each way."""
+
+
+def is_pointwise(what: Convolution) -> bool:
+    """Whether its rows are a matrix's."""
+    return (what.kernel, what.strides, what.groups) == ((1, 1), (1, 1), 1) and not any(what.pads)
+
+
+def suits_winograd(what: Convolution) -> bool:
+    return (what.kernel, what.strides, what.dilations, what.groups) == ((3, 3), (1, 1), (1, 1), 1)
+
+
+def _tiles(traits: Traits) -> list[Tile]:
+    if traits.cpu:
+        widths = [w for w in (4, 8, 16) if traits.vector // 2 <= w <= max(4, traits.vector)]
+        shapes = [(r, v) for r, v in product((1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14), (1, 2, 3, 4))
+                  if (r + 1) * v + 1 <= max(8, traits.registers // traits.vector)]  # one too many costs a factor
+        return [Tile(r, v, w, u) for (r, v), w, u in product(shapes, widths, (2, 4))]
+    found = []
+    for r, v, (across, down) in product((2, 4, 8), (1, 2), ((8, 8), (16, 8), (16, 16), (8, 4), (16, 4), (32, 8))):
+        if across * down > traits.group_max or across * down % min(traits.warp, across * down):
+            continue
+        for depth in (0, 8, 16):
+            t = Tile(r, v, 4, 1 if depth else 4, (across, down), depth)
+            if t.local_bytes <= traits.local_bytes or not depth:
+                found.append(t)
+    return found or [Tile(4, 1, 4)]
+
+
+def _cycles(traits: Traits, t: Tile, rows: int, inner: int, columns: int, batch: int = 1) -> float:
+    """Of `batch` products, from the first work item's start to the last one's end."""
+    groups = -(-rows // t.block) * -(-columns // t.columns) * batch
+    if traits.cpu:
+        lanes = max(1, traits.vector)
+        parts = t.vectors * max(1, t.width // lanes)
+        fed = 4.0 * t.columns * inner
+        panel = 4.0 * t.columns / next((rate for rate, size in zip((64, 32, 12), traits.caches[:3], strict=False)
+                                        if fed <= 0.8 * size), 6.0)
+        loads = t.rows + parts
+        issue = max(t.rows * parts / 2, loads / 2, _LATENCY, panel)
+        cycles = issue + 0.15 * loads + 0.2 * (t.unroll - 2)
+        once = 4.0 * batch * inner * columns / _streamed(traits)  # columns come from memory, whoever needs them
+        return math.ceil(groups / traits.compute_units) * (inner * cycles + 40 + 6 * t.rows * parts) + once
+    items = t.group[0] * t.group[1]
+    accumulators = t.rows * t.vectors * t.width
+    used = accumulators + t.vectors * t.width + t.rows + 16
+    occupancy = min(1.0, 2 * traits.registers / used)  # half full is enough to hide latencies
+    read = (t.rows + t.vectors * t.width) * (1.0 if t.depth else 2.5)
+    step = (accumulators + read) / max(0.25, occupancy) + (8.0 / t.depth if t.depth else 0.0)
+    if t.depth:
+        step += (t.block + t.columns) / items * 3
+    turns = math.ceil(groups / (2 * traits.compute_units)) * 2
+    return turns * (inner * step + 4 * accumulators) * max(traits.warp, items) / 64
+
+
+def _winograd(what: Convolution, traits: Traits, t: Tile, size: int) -> float:
+    height, width = what.out
+    points = (size + 2) ** 2
+    patches = what.batch * -(-height // size) * -(-width // size)
+    core = _cycles(traits, t, patches, what.channels, what.filters, points)
+    moved = 8.0 * points * patches * (what.channels + what.filters)  # patches and products, written and read
+    return core + moved / (_MOVED if traits.cpu else 16.0) / traits.compute_units + 2 * _LAUNCH
+
+
+_LATENCY = 4.0
+"""Cycles of a multiply-add: Cortex-A76 to Ice Lake (their vendors' optimization guides)."""
+_LAUNCH = 50_000.0
+"""Cycles of one more launch: assumed, about 20 us."""
+_MOVED = 5.0
+"""Bytes a cycle of a core that Winograd's transformations move: measured on two cores of an Ice Lake server with PoCL,
+56 x 56 x 64."""
+_STREAMED = 8.0
+"""Bytes a cycle that columns come at from memory, all cores together: measured there, 512 x 512 filters of 3 x 3."""
+
+
+def _streamed(traits: Traits) -> float:
+    """From a probe's bandwidth and clock (two multiply-adds of the widest vector a cycle) where there is one."""
+    if traits.operations and traits.bandwidth:
+        return traits.bandwidth / (traits.operations / (4 * traits.vector * traits.compute_units))
+    return _STREAMED

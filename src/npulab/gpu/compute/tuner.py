@@ -1,0 +1,241 @@
+"""The best of a problem's candidates, found by trying them within a time, and kept.
+
+A folder has one JSON file for a device, its driver, npulab's version and a problem. It is written whole before and
+after each candidate: a tuner that is killed at any moment goes on where it was. A candidate that it twice ended at
+is left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import queue
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from npulab.errors import InvariantError, NpulabError
+from npulab.gpu import opencl
+from npulab.gpu.compute import tiles
+from npulab.gpu.compute.device import Device
+from npulab.gpu.compute.problems import Convolution, Product
+from npulab.gpu.compute.tiles import Choice
+from npulab.gpu.compute.trials import Answer, Asked, Problem
+from npulab.gpu.compute.types import Traits
+from npulab.program.files import read_bounded, write_atomically
+
+WORKER = (sys.executable, "-m", "npulab.gpu.compute.trials")
+LIMIT = 4 << 20
+"""Bytes of a file of the store."""
+ATTEMPTS = 2
+"""At a candidate that the tuner ended at."""
+MOST = 0.7
+"""Of the turns, that a candidate must be quicker in than the best so far: with 11 of them, equal ones do in 11 %."""
+FAIR = 10.0
+"""Seconds that a candidate must have had if the end of time is to count as an attempt."""
+
+
+class Tried(msgspec.Struct, frozen=True):
+    """seconds, rival: medians of its own and of the best so far, run in turns. won: it is the best from here on.
+    why: it is out."""
+
+    choice: Choice
+    seconds: float = 0.0
+    rival: float = 0.0
+    won: bool = False
+    why: str = ""
+
+
+class Tuned(msgspec.Struct, frozen=True):
+    """A file. trying: what was begun, and how often."""
+
+    key: dict[str, Any]
+    tried: tuple[Tried, ...] = ()
+    trying: Choice | None = None
+    attempts: int = 0
+
+
+def tune(device: Device, traits: Traits, what: Convolution | Product, store: Path, seconds: float,
+         tell: Callable[[str], None] | None = None, worker: Sequence[str] = WORKER) -> Choice:
+    """The best found by now; the model's first where nothing was.
+
+    Candidates are tried in the model's order in a process of its own, which is ended when `seconds` are over, whatever
+    it hangs in: to that come only a write of the file and the end of the process. `tell`: a line for each candidate.
+
+    Raises: UsageError if the store cannot be written.
+    """
+    end = time.monotonic() + seconds
+    ways = tiles.candidates(what, traits)
+    path, key = _place(store, device, what)
+    found = _read(path, key, ways)
+    tried = list(found.tried)
+    if found.trying is not None and found.attempts >= ATTEMPTS:
+        tried.append(Tried(found.trying, why="the tuner ended while it was tried"))
+        found = Tuned(key, tuple(tried))
+    open_ = [w for w in ways if w not in {t.choice for t in tried}]
+    if found.trying in open_:  # where it was
+        open_.sort(key=lambda w: w != found.trying)
+    if not open_ or time.monotonic() >= end:
+        return _best(tried) or ways[0]
+    with suppress(OSError):  # the write says it better
+        store.mkdir(parents=True, exist_ok=True)
+    child: _Child | None = None
+    try:
+        for i, choice in enumerate(open_):
+            left = end - time.monotonic()
+            if left <= 0:
+                break
+            attempts = found.attempts + 1 if choice == found.trying else 1
+            found = Tuned(key, tuple(tried), choice, attempts)
+            write_atomically(path, msgspec.json.encode(found))
+            child = child or _Child(worker, _problem(device, traits, what))
+            rival = _best(tried)
+            answer = child.ask(Asked(choice, rival), end)
+            if answer is None:
+                child.end()
+                child = None
+                if time.monotonic() >= end:
+                    if left < FAIR:  # not its fault
+                        write_atomically(path, msgspec.json.encode(Tuned(key, tuple(tried))))
+                    break
+                answer = Answer("the process died of it")
+            tried.append(_judged(choice, rival, answer))
+            found = Tuned(key, tuple(tried))
+            write_atomically(path, msgspec.json.encode(found))
+            if tell:
+                tell(f"{i + 1} of {len(open_)}: " + (tried[-1].why or f"{tried[-1].seconds * 1e6:.0f} us"))
+    finally:
+        if child:
+            child.end()
+    return _best(tried) or ways[0]
+
+
+def best(store: Path, device: Device, traits: Traits, what: Convolution | Product) -> Choice | None:
+    """What tuning found; None where there was none, or the file is damaged."""
+    path, key = _place(store, device, what)
+    return _best(_read(path, key, tiles.candidates(what, traits)).tried)
+
+
+def _judged(choice: Choice, rival: Choice | None, answer: Answer) -> Tried:
+    """The candidate wins by a lower median and most of the turns: one of many that are as quick would win by luck."""
+    if answer.why or not answer.seconds:
+        return Tried(choice, why=answer.why or "no times")
+    own = statistics.median(answer.seconds)
+    if rival is None or not answer.rival:
+        return Tried(choice, own, own, rival is None)
+    against = statistics.median(answer.rival)
+    turns = [a < b for a, b in zip(answer.seconds, answer.rival, strict=False)]
+    return Tried(choice, own, against, own < against and sum(turns) >= MOST * len(turns))
+
+
+def _best(tried: Sequence[Tried]) -> Choice | None:
+    return next((t.choice for t in reversed(tried) if t.won), None)
+
+
+def _place(store: Path, device: Device, what: Convolution | Product) -> tuple[Path, dict[str, Any]]:
+    key = {"device": asdict(device.identity), "npulab": _version(), "problem": type(what).__name__, **asdict(what)}
+    key = msgspec.json.decode(msgspec.json.encode(key))
+    name = hashlib.sha256(msgspec.json.encode(key, order="sorted")).hexdigest()[:24]
+    return store / f"{name}.json", key
+
+
+@cache
+def _version() -> str:
+    """npulab's, and a digest of what makes the kernels: times of others are of no use."""
+    here = Path(__file__).parent
+    made = hashlib.sha256(b"".join((here / f"{n}.py").read_bytes() for n in (
+        "blocks", "convolution", "fused", "matrices", "winograd")))
+    try:
+        return f"{metadata.version('npulab')}+{made.hexdigest()[:12]}"
+    except metadata.PackageNotFoundError:  # run from its sources
+        return made.hexdigest()[:12]
+
+
+def _read(path: Path, key: dict[str, Any], ways: Sequence[Choice]) -> Tuned:
+    """Of a file that is not there, damaged, or of something else, nothing; of one that is right, what is among `ways`
+    and has times that can be."""
+    try:
+        found = msgspec.json.decode(read_bounded(path, "a tuner's file", LIMIT), type=Tuned)
+    except (NpulabError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return Tuned(key)
+    if found.key != key:
+        return Tuned(key)
+    known = set(ways)
+    tried = tuple({t.choice: t for t in found.tried
+                   if t.choice in known and (t.why or 0 < t.seconds < 1e6) and not (t.why and t.won)}.values())
+    trying = found.trying if found.trying in known and found.trying not in {t.choice for t in tried} else None
+    return Tuned(key, tried, trying, found.attempts if trying is not None else 0)
+
+
+def _problem(device: Device, traits: Traits, what: Convolution | Product) -> Problem:
+    numbers = [i for i, d in enumerate(opencl.devices()) if d == device.identity]
+    if not numbers:
+        raise InvariantError("the device is not among those that there are", got=device.identity.name)
+    return Problem(numbers[0], traits, what if isinstance(what, Convolution) else None,
+                   what if isinstance(what, Product) else None)
+
+
+class _Child:
+    """A worker, asked line by line."""
+
+    def __init__(self, worker: Sequence[str], problem: Problem) -> None:
+        environment: Mapping[str, str] = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        self.process = subprocess.Popen(list(worker), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.DEVNULL, env=environment)
+        self.lines: queue.Queue[bytes | None] = queue.Queue()
+        self.listener = threading.Thread(target=self._listen, daemon=True)
+        self.listener.start()
+        self._send(problem)
+
+    def _listen(self) -> None:
+        assert self.process.stdout is not None
+        try:
+            for line in self.process.stdout:
+                self.lines.put(line)
+        except ValueError:  # closed meanwhile
+            pass
+        self.lines.put(None)
+
+    def _send(self, what: Any) -> None:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(msgspec.json.encode(what) + b"\n")
+            self.process.stdin.flush()
+        except OSError:  # it is dead; who listens finds out
+            pass
+
+    def ask(self, asked: Asked, end: float) -> Answer | None:
+        """None if it died, or `end` came first."""
+        self._send(asked)
+        while (left := end - time.monotonic()) > 0:
+            try:
+                line = self.lines.get(timeout=left)
+            except queue.Empty:
+                return None
+            if line is None:
+                return None
+            try:
+                return msgspec.json.decode(line, type=Answer)
+            except (msgspec.MsgspecError, UnicodeDecodeError):
+                continue  # what a driver has to say
+        return None
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.listener.join(timeout=5)
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                with suppress(OSError):
+                    pipe.close()

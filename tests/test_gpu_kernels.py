@@ -1,0 +1,525 @@
+"""Products and convolutions on an OpenCL device against float64, on PoCL or whatever device is number 0."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from npulab.errors import InvariantError
+from npulab.gpu import opencl
+from npulab.gpu.compute import blocks, checks, convolution, fused, matrices, tiles, trials, tuner, winograd
+from npulab.gpu.compute.device import Device
+from npulab.gpu.compute.problems import Convolution, Product
+from npulab.gpu.compute.tiles import Direct, Matrix, Tile, Winograd
+from npulab.gpu.compute.traits import traits_of
+from npulab.gpu.compute.types import Buffer, Kernel, Launch, Traits
+
+PROCESSOR = Traits("a CPU", True, 2, 16, 512, 1, 0, 4096, (48 << 10, 1 << 20))
+GRAPHICS = Traits("a GPU", False, 4, 1, 64, 8, 32 << 10, 256, (16 << 10, 128 << 10))
+BARE = replace(GRAPHICS, name="a GPU without local memory", local_bytes=0, warp=16)
+
+
+@pytest.fixture(scope="module")
+def device():
+    pytest.importorskip("pyopencl", reason="needs OpenCL: pip install 'npulab[gpu]'")
+    if not opencl.devices():
+        pytest.skip("needs an OpenCL device: apt install pocl-opencl-icd")
+    return Device(0)
+
+
+def random(*shape, seed=0, kind=np.float32):
+    return np.random.default_rng([seed, *shape]).uniform(-1, 1, shape).astype(kind)
+
+
+def run(device, lowered, inputs, shape, kind=np.float32):
+    """What the launches leave in "output", which is full of NaNs before."""
+    buffers = {role: device.upload(array) for role, array in {**inputs, **lowered.constants}.items()}
+    buffers |= {role: device.allocate(size) for role, size in lowered.scratch.items()}
+    buffers["output"] = device.upload(np.full(shape, np.nan, kind))
+    device.run(lowered.launches, buffers)
+    return device.download(buffers["output"], shape, kind)
+
+
+def convolved(device, what, traits, choice, bias=True):
+    """(found, wanted, bound)"""
+    kind = np.float16 if what.number == "float16" else np.float32
+    x = random(what.batch, what.height, what.width, what.channels, kind=kind)
+    weights = random(what.filters, *what.kernel, what.channels // what.groups, seed=1, kind=kind)
+    b = random(what.filters, seed=2) if bias else None
+    outputs = (what.batch, *what.out, what.filters)
+    residual = random(*outputs, seed=3, kind=kind) if what.residual else None
+    inputs = {"input": x} | ({"input1": residual} if what.residual else {})
+    lowered = convolution.lower(what, traits, weights, b, choice)
+    found = run(device, lowered, inputs, outputs, kind)
+    return found, *checks.convolution(what, x, weights, b, residual, choice)
+
+
+def right(found, want, bound):
+    assert found.shape == want.shape
+    assert (np.abs(found - want) <= bound).all(), float((np.abs(found - want) / bound).max())
+
+
+CHOICES = {
+    "processor": (PROCESSOR, Tile(3, 1, 16)), "processor, small": (PROCESSOR, Tile(3, 1, 8, 4)),
+    "one number": (PROCESSOR, Tile(1, 1, 1)), "graphics": (BARE, Tile(4, 2, 4, 2, (8, 4))),
+    "local memory": (GRAPHICS, Tile(4, 1, 4, 1, (8, 4), 8)), "uneven": (GRAPHICS, Tile(2, 2, 2, 1, (4, 6), 5)),
+}
+SHAPES = {
+    "three channels": Convolution(1, 9, 11, 3, 10, (3, 3), (2, 2), pads=(1, 1, 1, 1)),
+    "uneven pads": Convolution(1, 6, 7, 5, 18, (3, 3), pads=(0, 1, 2, 1), activation="relu"),
+    "a batch": Convolution(3, 5, 4, 8, 16, (3, 3), pads=(1, 1, 1, 1), residual=True, activation="silu"),
+    "dilated": Convolution(1, 9, 8, 4, 6, (3, 2), dilations=(2, 3), pads=(2, 2, 2, 2)),
+    "flat kernel": Convolution(2, 6, 6, 5, 7, (5, 1), (1, 3), pads=(2, 0, 1, 0), residual=True),
+    "groups": Convolution(1, 7, 5, 12, 8, (3, 3), pads=(1, 1, 1, 1), groups=4, residual=True, activation="relu6"),
+    "each its own": Convolution(1, 7, 5, 6, 6, (3, 3), (2, 1), pads=(1, 1, 1, 1), groups=6),
+    "strided points": Convolution(2, 7, 7, 9, 20, strides=(2, 2)),
+    "padded points": Convolution(1, 4, 4, 3, 5, pads=(1, 0, 2, 1)),
+    "whole image": Convolution(1, 4, 4, 6, 96, (4, 4)),
+}
+
+
+EVERY = [(shape, "processor") for shape in SHAPES] + [
+    ("a batch", "processor, small"), ("flat kernel", "one number"),
+    ("three channels", "graphics"), ("groups", "graphics"),
+    ("three channels", "local memory"), ("each its own", "local memory"), ("a batch", "uneven")]
+
+
+@pytest.mark.parametrize(("shape", "choice"), EVERY)
+def test_direct_convolutions_are_right(device, shape, choice):
+    traits, tile = CHOICES[choice]
+    right(*convolved(device, SHAPES[shape], traits, Direct(tile)))
+
+
+@pytest.mark.parametrize("choice", ["processor", "local memory"])
+def test_convolutions_of_one_tap_are_products(device, choice):
+    what = Convolution(2, 5, 7, 24, 40, residual=True, activation="hardswish")
+    traits, tile = CHOICES[choice]
+    right(*convolved(device, what, traits, Matrix(tile)))
+
+
+@pytest.mark.parametrize("choice", ["processor", "graphics"])
+@pytest.mark.parametrize("size", tiles.SIZES)
+@pytest.mark.parametrize("what", [
+    Convolution(1, 8, 8, 16, 32, (3, 3), pads=(1, 1, 1, 1)),
+    Convolution(2, 7, 9, 8, 20, (3, 3), pads=(0, 1, 2, 1), residual=True, activation="relu"),
+    Convolution(1, 5, 3, 5, 3, (3, 3), pads=(1, 1, 1, 1), residual=True),
+], ids=["even", "uneven", "odd"])
+def test_winograd_is_right(device, what, size, choice):
+    traits, tile = CHOICES[choice]
+    right(*convolved(device, what, traits, Winograd(tile, size)))
+
+
+@pytest.mark.parametrize("size", tiles.SIZES)
+def test_winograd_is_about_as_exact_as_promised(device, size):
+    """The bound above holds for the worst signs. On random numbers the largest error, of the largest output: F(2x2)
+    1e-6, F(4x4) 5e-6 with 64 channels."""
+    what = Convolution(1, 16, 16, 64, 64, (3, 3), pads=(1, 1, 1, 1))
+    found, want, _ = convolved(device, what, PROCESSOR, Winograd(Tile(6, 4, 16), size))
+    assert np.abs(found - want).max() / np.abs(want).max() < {2: 1e-6, 4: 5e-6}[size]
+
+
+@pytest.mark.parametrize("size", tiles.SIZES)
+def test_winograd_matrices_are_exact(size):
+    """A^T (G g . B^T d) is the correlation of d and g, over the rationals."""
+    a, g, b = winograd.matrices(size)
+    for i in range(3):
+        for j in range(size + 2):
+            product = [g[k][i] * b[k][j] for k in range(size + 2)]
+            assert [sum(x * y for x, y in zip(row, product, strict=True)) for row in a] == [
+                int(j - i == o) for o in range(size)]
+
+
+@pytest.mark.parametrize(("constant", "choice"), [
+    (True, "processor"), (False, "processor"), (False, "graphics"), (True, "local memory")])
+@pytest.mark.parametrize("what", [
+    Product(1, 33, 17, 40), Product(2, 5, 64, 48, scale=0.5), Product(1, 1, 100, 10, transposed=True),
+    Product(3, 8, 16, 24, batched=True, transposed=True, scale=-2.0, residual=True, activation="gelu"),
+    Product(2, 7, 3, 5, batched=True, residual=True, activation="leaky", slope=0.25),
+], ids=["odd", "a batch", "a row", "batched", "small"])
+def test_products_are_right(device, what, constant, choice):
+    traits, tile = CHOICES[choice]
+    a = random(what.batch, what.rows, what.inner)
+    shape = (what.columns, what.inner) if what.transposed else (what.inner, what.columns)
+    b = random(*([what.batch] if what.batched else []), *shape, seed=1)
+    bias = random(what.columns, seed=2)
+    outputs = (what.batch, what.rows, what.columns)
+    others = [*([] if constant else [b]), *([random(*outputs, seed=3)] if what.residual else [])]
+    inputs = {"input": a} | {f"input{i}": x for i, x in enumerate(others, 1)}
+    for packed in (True, False):
+        lowered = matrices.lower(what, traits, b if constant else None, bias, Matrix(tile, packed))
+        right(run(device, lowered, inputs, outputs),
+              *checks.product(what, a, b, bias, others[-1] if what.residual else None))
+
+
+@pytest.mark.parametrize("choice", ["processor, small", "graphics"])
+def test_half_floats_are_stored_and_floats_computed(device, choice):
+    traits, tile = CHOICES[choice]
+    what = Convolution(1, 6, 7, 5, 10, (3, 3), pads=(1, 1, 1, 1), residual=True, activation="relu", number="float16")
+    right(*convolved(device, what, traits, Direct(tile)))
+    right(*convolved(device, what, traits, Winograd(tile, 2)))
+    product = Product(1, 9, 20, 11, number="float16")
+    a, b = random(1, 9, 20, kind=np.float16), random(20, 11, seed=1, kind=np.float16)
+    for constant in (b, None):
+        lowered = matrices.lower(product, traits, constant, None, Matrix(tile))
+        right(run(device, lowered, {"input": a} | ({} if constant is not None else {"input1": b}), (1, 9, 11),
+                  np.float16), *checks.product(product, a, b))
+
+
+@settings(max_examples=5, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_convolution_is_right(device, data):
+    def whole(low, high):
+        return data.draw(st.integers(low, high))
+
+    groups = whole(1, 3)
+    kernel, strides, dilations = ((whole(1, 4), whole(1, 4)), (whole(1, 3), whole(1, 3)), (whole(1, 2), whole(1, 2)))
+    pads = tuple(whole(0, k - 1) for k in (*kernel, *kernel))
+    height, width = ((k - 1) * d + whole(1, 9) for k, d in zip(kernel, dilations, strict=True))
+    what = Convolution(whole(1, 2), height, width, groups * whole(1, 6), groups * whole(1, 20), kernel, strides,
+                       dilations, pads, groups, data.draw(st.booleans()))
+    traits, tile = CHOICES[data.draw(st.sampled_from(["processor", "local memory"]))]
+    right(*convolved(device, what, traits, Direct(tile)))
+
+
+def test_the_oracle_agrees_with_another():
+    torch = pytest.importorskip("torch", reason="needs torch: pip install 'npulab[quantize]'")
+    for what in SHAPES.values():
+        x, w = random(what.batch, what.height, what.width, what.channels), random(
+            what.filters, *what.kernel, what.channels // what.groups, seed=1)
+        top, left, bottom, right_ = what.pads
+        padded = torch.nn.functional.pad(torch.tensor(x).double().permute(0, 3, 1, 2), (left, right_, top, bottom))
+        other = torch.nn.functional.conv2d(padded, torch.tensor(w).double().permute(0, 3, 1, 2), None, what.strides, 0,
+                                           what.dilations, what.groups).permute(0, 2, 3, 1).numpy()
+        found, _ = checks.convolution(replace(what, residual=False, activation="none"), x, w)
+        np.testing.assert_allclose(found, other, rtol=1e-12, atol=1e-12)
+
+
+def test_a_wrong_number_is_beyond_the_bound():
+    """Of one term too few in one output: the bound is no excuse."""
+    what = SHAPES["a batch"]
+    x, w = random(3, 5, 4, 8), random(16, 3, 3, 8, seed=1)
+    want, bound = checks.convolution(what, x, w)
+    less = w.copy()
+    less[3, 1, 1, 2] = 0
+    found, _ = checks.convolution(what, x, less)
+    assert (np.abs(found - want) > bound)[..., 3].mean() > 0.95
+
+
+# activations
+
+
+@pytest.mark.parametrize("kind", fused._FORMS)
+def test_activations_are_exact(device, kind):
+    x = np.concatenate([np.linspace(-30, 30, 4001), [0.0, -0.0, 1e-30, -1e-30, 87.0, -87.0, 1e4, -1e4]])
+    x = x.astype(np.float32)
+    x = np.resize(x, -(-x.size // 4) * 4)
+    source = f"""__kernel void f(__global const float4 *a, __global float4 *b, __global float *c) {{
+        size_t i = get_global_id(0); float4 x = a[i]; b[i] = {fused.activation(kind, "x", "float4", 0.2)};
+        for (int j = 0; j < 4; j++) {{ float y = ((__global const float *)a)[4 * i + j];
+            c[4 * i + j] = {fused.activation(kind, "y", "float", 0.2)}; }} }}"""
+    buffers = {"a": device.upload(x), "b": device.allocate(x.nbytes), "c": device.allocate(x.nbytes)}
+    arguments = tuple(map(Buffer, buffers))
+    device.run([Launch(Kernel(source, "f"), (x.size // 4,), (1,), arguments, "")], buffers)
+    with np.errstate(over="ignore"):
+        want = checks.activated(kind, x.astype(np.float64), 0.2)
+    scale = np.abs(x) if kind == "gelu" else np.abs(want)
+    for role in ("b", "c"):
+        found = device.download(buffers[role], x.shape).astype(np.float64)
+        assert (np.abs(found - want) <= 1e-6 * scale + 1e-37).all()
+
+
+def test_an_unknown_activation_is_named():
+    with pytest.raises(InvariantError, match="there is no activation 'swoosh'"):
+        fused.activation("swoosh", "x", "float")
+
+
+# choices
+
+
+def test_candidates_fit_the_device_and_one_is_first():
+    for what in (Product(1, 64, 64, 64), Product(4, 1, 9, 5, batched=True), *SHAPES.values()):
+        for traits in (PROCESSOR, GRAPHICS, BARE, replace(PROCESSOR, vector=4, registers=64),
+                       replace(GRAPHICS, warp=64, group_max=64), replace(GRAPHICS, group_max=1)):
+            found = tiles.candidates(what, traits)
+            assert found
+            assert found == tiles.candidates(what, traits)
+            assert len(set(found)) == len(found)
+            for c in found:
+                assert c.tile.group[0] * c.tile.group[1] <= traits.group_max
+                assert c.tile.local_bytes <= traits.local_bytes or not c.tile.depth
+
+
+def test_the_model_takes_winograd_where_it_pays():
+    first = tiles.candidates(Convolution(1, 56, 56, 64, 64, (3, 3), pads=(1, 1, 1, 1)), PROCESSOR)[0]
+    assert isinstance(first, Winograd)
+    for other in (Convolution(1, 56, 56, 64, 64, (3, 3), (2, 2), pads=(1, 1, 1, 1)),
+                  Convolution(1, 224, 224, 3, 32, (3, 3), pads=(1, 1, 1, 1))):
+        assert isinstance(tiles.candidates(other, PROCESSOR)[0], Direct)
+    assert isinstance(tiles.candidates(Convolution(1, 14, 14, 64, 64), PROCESSOR)[0], Matrix)
+
+
+def test_what_does_not_suit_is_refused():
+    weights = np.zeros((4, 3, 3, 4), np.float32)
+    strided = Convolution(1, 8, 8, 4, 4, (3, 3), (2, 2))
+    with pytest.raises(InvariantError, match="Winograd's algorithm is here for"):
+        convolution.lower(strided, PROCESSOR, weights, None, Winograd(Tile()))
+    with pytest.raises(InvariantError, match="a product's rows are not this convolution's"):
+        convolution.lower(strided, PROCESSOR, weights, None, Matrix(Tile()))
+    with pytest.raises(InvariantError, match="the weights are of another shape"):
+        convolution.lower(strided, PROCESSOR, weights[1:], None)
+    with pytest.raises(InvariantError, match="the bias is of another shape"):
+        convolution.lower(strided, PROCESSOR, weights, np.zeros(3))
+    with pytest.raises(InvariantError, match="B is of another shape"):
+        matrices.lower(Product(1, 2, 3, 4), PROCESSOR, np.zeros((4, 3)), None)
+    with pytest.raises(InvariantError, match="a product is no convolution"):
+        matrices.lower(Product(1, 2, 3, 4), PROCESSOR, None, None, Direct(Tile()))
+
+
+def test_a_layer_says_what_it_needs():
+    what = Convolution(1, 8, 8, 16, 32, (3, 3), pads=(1, 1, 1, 1))
+    for choice in (Direct(Tile(6, 4, 16)), Winograd(Tile(6, 4, 16), 2)):
+        lowered = convolution.lower(what, PROCESSOR, np.zeros((32, 3, 3, 16), np.float32), None, choice)
+        assert sum(x.operations for x in lowered.launches) == what.operations
+        assert all(x.traffic > 0 for x in lowered.launches)
+        for x in lowered.launches:
+            assert all(s % g == 0 for s, g in zip(x.size, x.group, strict=True))
+    direct = convolution.lower(what, PROCESSOR, np.zeros((32, 3, 3, 16), np.float32), None, Direct(Tile(6, 4, 16)))
+    assert direct.launches[0].traffic == 4 * (8 * 8 * 16 + 9 * 16 * 32 + 8 * 8 * 32)
+
+
+def test_layers_of_other_sizes_share_a_kernel():
+    """Compiling takes longer than running."""
+    small, large = (convolution.lower(Convolution(1, n, n, 8, 64, (3, 3), pads=(1, 1, 1, 1)), PROCESSOR,
+                                      np.zeros((64, 3, 3, 8), np.float32), None, Direct(Tile(4, 4, 16)))
+                    for n in (8, 24))
+    assert small.launches[0].kernel == large.launches[0].kernel
+
+
+def test_panels_keep_every_number():
+    matrix = random(2, 5, 7)
+    packed = blocks.pack(matrix, Tile(1, 1, 4), "float32")
+    assert packed.shape == (2, 2, 5, 4)
+    assert (packed.transpose(0, 2, 1, 3).reshape(2, 5, 8)[..., :7] == matrix).all()
+    assert not packed[:, 1, :, 3].any()
+
+
+# traits
+
+
+def probe(device, **more):
+    quantities = {"warp width": (32, "work items"), "register file": (65536, "bytes"),
+                  "resident threads": (512, "threads"), "L1 size": (49152, "bytes"), "L2 size": (1 << 20, "bytes"),
+                  "fma float32 rate": (1e11, "operations/s"), "memory bandwidth": (20, "GB/s")}
+    found = [{"name": n, "value": v, "unit": u, "status": "measured"} for n, (v, u) in quantities.items()]
+    return {"identity": {"name": device.identity.name, "driver": device.identity.driver}, "quantities": found} | more
+
+
+def test_traits_are_measured_stated_or_assumed(device):
+    plain, probed = traits_of(device), traits_of(device, probe(device))
+    assert set(plain.sources.values()) <= {"stated", "assumed"}
+    assert (plain.operations, plain.bandwidth) == (0, 0)
+    assert (probed.operations, probed.bandwidth, probed.caches) == (2e11, 2e10, (49152, 1 << 20))
+    assert {probed.sources[x] for x in ("operations", "bandwidth", "caches")} == {"measured"}
+    assert set(plain.sources) == set(probed.sources) == {
+        "cpu", "compute_units", "vector", "registers", "warp", "local_bytes", "group_max", "caches", "operations",
+        "bandwidth", "halves"}
+
+
+def test_traits_of_a_graphics_processor_come_from_its_probe(device):
+    kinds = SimpleNamespace(device_type=SimpleNamespace(CPU=2),
+                            device_local_mem_type=SimpleNamespace(LOCAL=1))
+    graphics = SimpleNamespace(
+        cl=kinds, identity=device.identity, limits=device.limits, device=SimpleNamespace(
+            type=4, native_vector_width_float=1, local_mem_type=1, global_mem_cache_size=131072))
+    found = traits_of(graphics, probe(device))
+    assert (found.cpu, found.warp, found.registers, found.vector) == (False, 32, 32, 1)
+    assert found.local_bytes == device.limits.local_bytes
+    assert found.sources["registers"] == found.sources["warp"] == "measured"
+
+
+@pytest.mark.parametrize("result", [
+    {}, {"identity": None}, {"identity": {"name": "another"}}, [], "text", {"quantities": 5},
+    {"identity": {"name": "another", "driver": "1"}, "quantities": [{"name": "warp width", "value": 8}]}])
+def test_another_devices_probe_is_not_used(device, result):
+    assert traits_of(device, result) == traits_of(device)
+
+
+@pytest.mark.parametrize("value", [None, "many", float("nan"), float("inf"), -1, 0, True, 1e300])
+def test_numbers_that_cannot_be_are_not_used(device, value):
+    quantity = {"name": "fma float32 rate", "value": value, "unit": "operations/s", "status": "measured"}
+    assert traits_of(device, probe(device, quantities=[quantity, 5, None, {"status": "measured"}])) == traits_of(device)
+    refused = [{"name": "fma float32 rate", "value": 1e11, "unit": "operations/s", "status": "refused"}]
+    assert traits_of(device, probe(device, quantities=refused)).operations == 0
+
+
+# the tuner
+
+SMALL = Product(1, 8, 8, 16)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Three candidates."""
+    found = [Matrix(Tile(2, 1, 4)), Matrix(Tile(4, 1, 4)), Matrix(Tile(1, 1, 4))]
+    monkeypatch.setattr(tiles, "candidates", lambda what, traits: found)
+    return found
+
+
+def stored(folder):
+    files = list(folder.glob("*.json"))
+    assert len(files) == 1
+    return files[0], msgspec.json.decode(files[0].read_bytes(), type=tuner.Tuned)
+
+
+def script(text):
+    return sys.executable, "-c", text
+
+
+def answers(*seconds):
+    """A worker that measures so much for the three candidates."""
+    return script(f"import sys, json\ntimes = dict(zip((2, 4, 1), {seconds}))\n"
+                  "sys.stdin.readline()\n"
+                  "for line in sys.stdin:\n"
+                  "    a = json.loads(line)\n"
+                  "    took = [times[a[k]['tile'].get('rows', 4)] if a[k] else 1 for k in ('choice', 'rival')]\n"
+                  "    print('a word of the driver')\n"
+                  "    print(json.dumps({'seconds': [took[0]] * 3, 'rival': [took[1]] * 3}), flush=True)\n")
+
+
+def test_the_tuner_finds_and_keeps_a_candidate(device, few, tmp_path):
+    heard = []
+    found = tuner.tune(device, PROCESSOR, SMALL, tmp_path / "new", 60, heard.append)
+    assert found in few
+    assert tuner.best(tmp_path / "new", device, PROCESSOR, SMALL) == found
+    _, kept = stored(tmp_path / "new")
+    assert [t.choice for t in kept.tried] == few
+    assert all(t.seconds > 0 and not t.why for t in kept.tried)
+    assert len(heard) == 3
+    assert tuner.best(tmp_path / "new", device, PROCESSOR, replace(SMALL, rows=9)) is None
+    again = tuner.tune(device, PROCESSOR, SMALL, tmp_path / "new", 60, worker=script("raise SystemExit(1)"))
+    assert again == found  # nothing is tried a second time
+
+
+def test_the_quickest_wins(device, few, tmp_path):
+    assert tuner.tune(device, PROCESSOR, SMALL, tmp_path, 60, worker=answers(3e-6, 1e-6, 2e-6)) == few[1]
+
+
+def test_one_that_is_quicker_now_and_then_does_not_win():
+    slow, mixed = (1.0,) * 11, (0.5,) * 6 + (2.0,) * 5
+    assert tuner._judged(Matrix(Tile(1)), None, trials.Answer("", slow)).won
+    assert not tuner._judged(Matrix(Tile(1)), Matrix(Tile(2)), trials.Answer("", mixed, slow)).won
+    assert tuner._judged(Matrix(Tile(1)), Matrix(Tile(2)), trials.Answer("", (0.9,) * 8 + (2.0,) * 3, slow)).won
+
+
+def test_a_wrong_candidate_is_left_out(device, few, tmp_path):
+    """It is the quickest, and adds one term too few."""
+    wrong = script("from npulab.gpu.compute import matrices, trials, tiles\n"
+                   "from dataclasses import replace\n"
+                   "real = matrices.lower\n"
+                   "def lower(what, traits, b, bias, choice):\n"
+                   "    if choice.tile.rows == 4:\n"
+                   "        b = b.copy(); b[-1] = 0\n"
+                   "    return real(what, traits, b, bias, choice)\n"
+                   "matrices.lower = lower\n"
+                   "trials.main()")
+    found = tuner.tune(device, PROCESSOR, SMALL, tmp_path, 60, worker=wrong)
+    assert found != few[1]
+    _, kept = stored(tmp_path)
+    assert "numbers are wrong" in kept.tried[1].why
+    assert not kept.tried[0].why
+    assert not kept.tried[2].why
+
+
+def test_a_candidate_that_does_not_compile_is_left_out(device, monkeypatch):
+    t = trials.Trials(device, PROCESSOR, SMALL)
+    monkeypatch.setattr(blocks, "_stores", lambda *a: "nonsense")
+    assert "does not compile" in t.answer(trials.Asked(Matrix(Tile(3, 1, 4)))).why
+
+
+@pytest.mark.parametrize("worker", ["import time; time.sleep(60)", "import sys\nwhile True: print('x' * 80)"],
+                         ids=["hangs", "babbles"])
+def test_the_time_is_kept_whatever_a_candidate_does(device, few, tmp_path, monkeypatch, worker):
+    monkeypatch.setattr(tuner, "FAIR", 0.0)
+    start = time.monotonic()
+    for _ in range(tuner.ATTEMPTS):
+        assert tuner.tune(device, PROCESSOR, SMALL, tmp_path, 0.5, worker=script(worker)) == few[0]
+    assert time.monotonic() - start < 20  # not 60; a busy machine is given time
+    assert tuner.tune(device, PROCESSOR, SMALL, tmp_path, 60, worker=answers(3e-6, 1e-6, 2e-6)) == few[1]
+    _, kept = stored(tmp_path)
+    assert kept.tried[0].why == "the tuner ended while it was tried"
+
+
+def test_a_worker_that_dies_costs_its_candidate_alone(device, few, tmp_path):
+    dies = script("import sys, json\nsys.stdin.readline()\n"
+                  "for line in sys.stdin:\n"
+                  "    if json.loads(line)['choice']['tile']['rows'] == 2: sys.exit(1)\n"
+                  "    print(json.dumps({'seconds': [1e-6]}), flush=True)")
+    assert tuner.tune(device, PROCESSOR, SMALL, tmp_path, 60, worker=dies) == few[1]
+    assert stored(tmp_path)[1].tried[0].why == "the process died of it"
+
+
+def test_a_tuner_that_is_killed_goes_on(device, few, tmp_path):
+    """Killed while the second candidate is tried, by a signal that nothing can catch."""
+    code = f"""
+import sys, pathlib
+from npulab.gpu.compute import tiles, tuner
+from npulab.gpu.compute.device import Device
+from npulab.gpu.compute.problems import Product
+from npulab.gpu.compute.tiles import Matrix, Tile
+from npulab.gpu.compute.types import Traits
+tiles.candidates = lambda what, traits: [Matrix(Tile(2, 1, 4)), Matrix(Tile(4, 1, 4)), Matrix(Tile(1, 1, 4))]
+worker = (sys.executable, "-c", '''
+import sys, json, time
+sys.stdin.readline(); sys.stdin.readline()
+print(json.dumps({{"seconds": [1e-6]}}), flush=True)
+sys.stdin.readline()
+''' + "sys.stdin.readline()")
+tuner.tune(Device(0), {PROCESSOR!r}, {SMALL!r}, pathlib.Path(sys.argv[1]), 60, lambda s: print(s, flush=True), worker)
+"""
+    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE,
+                             env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)})
+    assert b"1 of 3" in child.stdout.readline()
+    deadline = time.monotonic() + 30
+    while stored(tmp_path)[1].trying is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    _, kept = stored(tmp_path)
+    assert [t.choice for t in kept.tried] == few[:1]
+    assert kept.trying == few[1]
+    assert tuner.tune(device, PROCESSOR, SMALL, tmp_path, 60, worker=answers(3e-6, 1e-6, 2e-6)) == few[1]
+    _, kept = stored(tmp_path)
+    assert [t.choice for t in kept.tried] == few
+
+
+@pytest.mark.parametrize("damage", [
+    b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"key": {}, "tried": []}', b"[" * 100000, None])
+def test_a_damaged_store_is_as_good_as_none(device, few, tmp_path, damage):
+    tuner.tune(device, PROCESSOR, SMALL, tmp_path, 60, worker=answers(1e-6, 2e-6, 3e-6))
+    path, kept = stored(tmp_path)
+    if damage is None:  # right but for what it holds: a choice that is none of the candidates, times that cannot be
+        path.write_bytes(msgspec.json.encode(tuner.Tuned(kept.key, (
+            tuner.Tried(Matrix(Tile(10**6)), 1e-9, 1.0, True), tuner.Tried(few[0], -1.0, 1.0, True)))))
+    else:
+        path.write_bytes(damage)
+    assert tuner.best(tmp_path, device, PROCESSOR, SMALL) is None
+    assert tuner.tune(device, PROCESSOR, SMALL, tmp_path, 60, worker=answers(2e-6, 1e-6, 3e-6)) == few[1]
+
+
+def test_a_store_that_cannot_be_written_is_named(device, few, tmp_path):
+    from npulab.errors import UsageError
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot write"):
+        tuner.tune(device, PROCESSOR, SMALL, Path(tmp_path / "file"), 60)
