@@ -182,7 +182,8 @@ class OpenCL:
     @shrinking
     def stream(self, footprint: int, stride: int, width: int, way: Way) -> Timing:
         size = footprint // width
-        group = self.group
+        # a CPU does a group's threads one after the other: side by side are then the loads of one thread
+        group = 1 if self.device.type & self.cl.device_type.CPU else self.group
         if size < 1 or width not in (4, 8, 16):
             raise UnsupportedError("a stream has no room", got=f"{footprint} bytes in vectors of {width}")
         groups = self.full_groups
