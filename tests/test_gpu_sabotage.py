@@ -20,7 +20,9 @@ def bench():
     pytest.importorskip("capstone", reason="reads machine code: pip install 'npulab[gpu]'")
     if not opencl.devices():
         pytest.skip("needs an OpenCL device: apt install pocl-opencl-icd")
-    return opencl.open_device(0)
+    device = opencl.open_device(0)
+    device.one_by_one = False  # the cases are about neighbours in a group
+    return device
 
 
 def names(cases):
@@ -51,7 +53,8 @@ def test_honest_experiments_are_accepted_and_their_work_was_counted(bench):
         for name, run in sabotage.honest(bench):
             t = run()
             assert t.wrong == "", name
-            if "PoCL" in bench.identity.platform and name not in ("launch", "barrier", "up", "down"):
+            if "PoCL" in bench.identity.platform and name not in ("launch", "barrier", "up", "down") \
+                    and "char4" not in name:
                 assert t.counted == "work counted in x86-64 machine code", name
 
 

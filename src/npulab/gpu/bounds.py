@@ -20,7 +20,7 @@ FASTEST = 1.5
 """Times the stated clock that a device may really have: many state their base."""
 CLOCK_MOST = 6.5e9
 """Hertz, of a device that states no clock; above all that are sold. Source: assumed."""
-LANES = {"float32": 256, "float16": 512, "int32": 256, "int8x4": 1024}
+LANES = {"float32": 256, "float16": 512, "int32": 256, "int8x4": 1024, "char4": 1024}
 """Scalar operations a cycle and compute unit, without matrix units. Published: 128 float32 multiply-adds in an NVIDIA
 SM (compute capability 8.6 to 9.0) and an Apple core, 256 in an Intel Xe core of Ponte Vecchio and an AMD work group
 processor of RDNA 3; twice that of halves, four times of bytes."""
@@ -39,7 +39,7 @@ MOVED = 0.25
 """By how much the last third of repetitions may differ from the first before the clock is said to have moved."""
 TINY = {"float32": 2.0**-126, "float16": 2.0**-14}
 """The smallest normal number (IEEE 754)."""
-RATE = re.compile(r"(fma|mul|add|special) (float32|float16|int32|int8x4) (rate|latency)$")
+RATE = re.compile(r"(fma|mul|add|special) (float32|float16|int32|int8x4|char4) (rate|latency)$")
 LEVEL = re.compile(r"L(\d+) (bandwidth|latency)$")
 
 
@@ -61,8 +61,9 @@ def objection(found: Quantity, limits: Limits, others: Sequence[Quantity] = ()) 
     if found.interval and not found.interval[0] <= value <= found.interval[1]:
         return f"{found.name} of {value:.4g} is outside of its own interval, {found.interval[0]:.4g}.." \
                f"{found.interval[1]:.4g}"
+    what = found.name.partition(",")[0]  # "memory bandwidth, 4 bytes a load"
     for word, unit in UNITS:
-        if found.name.endswith(word) and found.unit != unit:
+        if what.endswith(word) and found.unit != unit:
             return f"{found.name} is in {found.unit}, not in {unit}"
     clock = FASTEST * limits.clock_hz or CLOCK_MOST
     spoken = f"{limits.compute_units} compute units at " + (
@@ -70,9 +71,9 @@ def objection(found: Quantity, limits: Limits, others: Sequence[Quantity] = ()) 
         f"{1e-9 * CLOCK_MOST:g} GHz, as no clock is stated")
     if m := RATE.match(found.name):
         return _compute(found.name, value, m[2], m[3] == "rate", limits, clock, spoken)
-    if found.name.endswith("bandwidth"):
+    if what.endswith("bandwidth"):
         return _bandwidth(found.name, value * 1e9, limits, clock, spoken, others)
-    if found.name.endswith("latency"):
+    if what.endswith("latency"):
         return _latency(found.name, value, clock, others)
     return ""
 
@@ -127,7 +128,8 @@ def _levels(others: Sequence[Quantity], what: str, below: float) -> list[Quantit
 
 def unit_objection(found: Quantity, seen: Mapping[str, Sequence[float]]) -> str:
     """A bandwidth or rate that is not the work over the seconds that were timed for it. GB/s are 10^9 bytes."""
-    scale = {"GB/s": (1e9, (("bytes", 1.0), ("loads", 4.0))), "operations/s": (1.0, (("operations", 1.0),))}
+    scale = {"GB/s": (1e9, (("bytes", 1.0), ("loads", 4.0), ("stores", 4.0))),
+             "operations/s": (1.0, (("operations", 1.0),))}
     if found.unit not in scale or found.value is None or found.name.startswith("transfer"):
         return ""  # a transfer's bandwidth is a difference of two
     unit, of = scale[found.unit]

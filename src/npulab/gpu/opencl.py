@@ -141,6 +141,7 @@ class OpenCL:
                              frozenset(("float32", "int32", *more)), float(device.max_clock_frequency) * 1e6,
                              _subgroup(device))
         self.group = min(GROUP, self.limits.group_max)
+        self.one_by_one = bool(device.type & cl.device_type.CPU)  # the threads of a group, as PoCL does
         self.words = 1 << (min(WORDS_MAX, self.limits.local_bytes // 4).bit_length() - 1)
         self._kernel = lru_cache(maxsize=64)(self._compiled)
         self._counts: dict[tuple[Any, ...], Counted] = {}
@@ -182,9 +183,8 @@ class OpenCL:
     @shrinking
     def stream(self, footprint: int, stride: int, width: int, way: Way) -> Timing:
         size = footprint // width
-        # a CPU does a group's threads one after the other: side by side are then the loads of one thread
-        group = 1 if self.device.type & self.cl.device_type.CPU else self.group
-        if size < 1 or width not in (4, 8, 16):
+        group = 1 if self.one_by_one else self.group  # neighbouring loads follow each other, as a CPU likes them
+        if size < 1 or width not in (4, 8, 16, 32, 64):
             raise UnsupportedError("a stream has no room", got=f"{footprint} bytes in vectors of {width}")
         groups = self.full_groups
         data = (np.arange(footprint // 4, dtype=np.uint32) * np.uint32(2654435761)) >> np.uint32(7)

@@ -15,7 +15,7 @@ from npulab.gpu.types import Bench, Extra, Timing
 
 Kind = Literal["core", "alone", "memory", "host"]
 ATTEMPTS = 3
-ASTRAY = 0.4  # a reference that still differs by more after all tries has the experiment refused
+ASTRAY = 0.4  # a reference that differs by more after all tries has the experiment refused; scatter of the first, all
 TRIES = 8
 MOVED = 0.03  # a reference that differs by more (and more than they scatter) from before to after: done again
 UNTOLD = 0.08  # scatter of references that tells nothing of a clock
@@ -71,12 +71,15 @@ class Meter:
         self._first: dict[Kind, float] = {}
         self._recent: dict[Kind, list[float]] = {}
         self._moved: dict[Kind, float] = {}
+        self._astray: dict[Kind, str] = {}
         kinds: tuple[Kind, ...] = ("core", "alone", "memory")
         for kind in kinds:
             try:
                 found = [self._reference(kind) for _ in range(4)]
                 first = sum(found) / len(found)
                 scatter = statistics.stdev(found) / first  # of a busy machine: no clock moves like this
+                if scatter > ASTRAY:
+                    self._astray[kind] = f"the clock does not stay: the first references scatter by {scatter:.0%}"
                 if scatter > UNTOLD:
                     raise Refused(f"references scatter by {scatter:.0%}: the clock cannot be told from the rest")
                 self._first[kind], self._recent[kind] = first, found
@@ -111,6 +114,8 @@ class Meter:
                 return found
 
     def _once(self, ask: Callable[[], Timing], of: str, kind: Kind, through: float) -> list[float]:
+        if kind in self._astray:
+            raise Refused(self._astray[kind])
         limit = self._moved.get(kind, MOVED)
         for attempt in range(TRIES):
             before = self._pace(kind)

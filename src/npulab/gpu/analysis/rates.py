@@ -151,7 +151,10 @@ def _either(meter: Meter, found: Hierarchy | None, footprint: int, width: int, s
     if took.value < 1.05 * least:
         return took
     cores = meter.seconds(lambda: meter.bench.stream(footprint, stride, width, "read"), "bytes", "core", 2, 0.005)
-    return cores if cores.value > least else Estimate(least, least * (1 - cores.spread), least * (1 + cores.spread))
+    if cores.value > least:
+        return cores
+    meter.seen.setdefault("bytes", []).append(1 / least)  # timed with wide loads
+    return Estimate(least, least * (1 - cores.spread), least * (1 + cores.spread))
 
 
 def image_bandwidth(meter: Meter, found: Hierarchy | None) -> Quantity:

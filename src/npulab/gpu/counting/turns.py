@@ -32,8 +32,9 @@ def of_a_turn(follow: Follow, items: int, code: str) -> Counted:
     if "mul int32" in mix:  # a multiply-add takes two instructions
         mix["fma int32"] = mix.get("fma int32", 0.0) + min(mix["mul int32"], mix.get("add int32", mix["mul int32"]
                                                            if "add int32" in uneven else 0.0))
-    if roots := sum(mix.get(f"{kind} float32", 0.0) for kind in ("sqrt", "rsqrt")):
-        mix["special float32"] = roots
+    for number in ("float32", "float16"):
+        if roots := sum(mix.get(f"{kind} {number}", 0.0) for kind in ("sqrt", "rsqrt")):
+            mix[f"special {number}"] = roots
     return Counted(mix, code, uneven)
 
 
