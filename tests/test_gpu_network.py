@@ -11,6 +11,7 @@ from npulab import zoo
 from npulab.cli import run_arguments
 from npulab.dialects import to_onnx
 from npulab.errors import CapacityError, DeviceError, UnsupportedError, UsageError
+from npulab.exporters.onnx import to_onnx as exported
 from npulab.gpu import opencl
 from npulab.gpu.compute import fusing, operators
 from npulab.gpu.compute.memory import Need, arranged
@@ -663,6 +664,26 @@ def test_a_network_runs_from_the_command_line(small, device, capsys, tmp_path):
     assert "Device's clock: " in text
     assert "uploaded once" in text
     assert max(map(len, text.replace(str(out), "").splitlines())) <= 80
+
+
+def test_kernels_are_tuned_kept_and_used(device, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    weights = np.random.default_rng(0).standard_normal((16, 8, 3, 3)).astype(np.float32)
+    graph = model([node("Conv", "input w", "output", pads=[1, 1, 1, 1])], {"input": (1, 8, 12, 12)}, ["output"],
+                  w=weights)
+    path, array, out = tmp_path / "c.onnx", tmp_path / "x.npy", tmp_path / "y.npz"
+    path.write_bytes(exported(graph))
+    x = np.random.default_rng(1).standard_normal((1, 8, 12, 12)).astype(np.float32)
+    np.save(array, x)
+    arguments = ["run", str(path), "--device", "opencl:0", "--input", str(array), "--output", str(out), "--json"]
+    assert run_arguments([*arguments, "--tune", "6"]) == 0
+    assert json.loads(capsys.readouterr().out)["tuned"] == 1
+    assert len(list((tmp_path / "cache" / "npulab" / "kernels").iterdir())) == 1
+    assert run_arguments(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["tuned"] == 1
+    np.testing.assert_allclose(np.load(out)["output"], reference(graph, {"input": x})[0], rtol=1e-5, atol=1e-5)
+    assert run_arguments([*arguments, "--tuned", str(tmp_path / "none")]) == 0
+    assert json.loads(capsys.readouterr().out)["tuned"] == 0
 
 
 def test_json_has_layers_memory_and_how_far_from_the_roof(small, device, capsys, tmp_path):

@@ -81,7 +81,7 @@ def run(
         "--probe", metavar="FILE", show_default=False,
         help="What npulab probe --json wrote: how far each layer is from the device's roofline.")] = None,
     tuned: Annotated[Path | None, typer.Option(
-        "--tuned", metavar="DIR", show_default=False,
+        "--tuned", metavar="DIR", show_default="~/.cache/npulab/kernels",
         help="On OpenCL devices: the folder of what tuning found; kernels are chosen by it.")] = None,
     tune: Annotated[float, typer.Option("--tune", min=0, max=86400, metavar="SECONDS", show_default=False,
                                         help="Tune kernels into that folder first, for so long at most.")] = 0,
@@ -184,8 +184,6 @@ def _device(text: str | None, target: str | None, own: dict[str, object]) -> int
         if given := [name for name, value in own.items() if value]:
             raise UsageError(f"{given[0]} is for OpenCL devices", try_="--device opencl:0")
         return None
-    if own["--tune"] and not own["--tuned"]:
-        raise UsageError("--tune needs a folder for what it finds", try_="--tuned DIR")
     if not (number.isdecimal() and number.isascii()) or len(number) > 4:
         raise UsageError(f"there is no device '{text[:60]}'", want="; ".join(_devices()))
     return int(number)

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from npulab.gpu.compute.types import Traits
 
 
+TRIED = 8.0
+"""Seconds for a problem: a tuner's process starts in one or two, PoCL compiles a candidate in one."""
+
+
 def run_opencl(model: Path, number: int, given: list[str], output: Path | None, labels: Path | None, top: int,
                score: float, fit: Fit, normalize: str | None, repeat: int, probe: Path | None,
                tuned: Path | None, tune: float, json: bool) -> None:
@@ -27,10 +31,10 @@ def run_opencl(model: Path, number: int, given: list[str], output: Path | None, 
     from npulab.cli.run_onnx import answer_of, as_data, inputs_of
     from npulab.gpu.ceilings import read_result
     from npulab.gpu.compute.device import Device
-    from npulab.gpu.compute.network import layers_of, planned
+    from npulab.gpu.compute.network import layers_of, planned, tunable
     from npulab.gpu.compute.profiling import roof_of
     from npulab.gpu.compute.traits import traits_of
-    from npulab.gpu.compute.tuner import best
+    from npulab.gpu.compute.tuner import best, default_store
     from npulab.postprocess import apply
     from npulab.runtime import answers
     from npulab.runtime.objects import answer_with, post_beside
@@ -47,10 +51,12 @@ def run_opencl(model: Path, number: int, given: list[str], output: Path | None, 
     arrays, _, notes = _inputs(wanted, given, fit, normalize)
     traits = traits_of(device, json_of(probe) if probe is not None else None)
     network = layers_of(graph)
-    if tuned is not None and tune:
-        tune_all(network, device, traits, tuned, tune, progress)
-    choose = (lambda what: best(tuned, device, traits, what)) if tuned is not None else None
-    session = planned(network, traits, choose).open(device)
+    store = tuned or default_store()
+    if tune:
+        tune_all(network, device, traits, store, tune, progress)
+    choices = {what: choice for what in tunable(network)
+               if (choice := best(store, device, traits, what)) is not None} if store.is_dir() else {}
+    session = planned(network, traits, choices.get).open(device)
     progress(f"running {graph.name} on {device.identity.name}")
     outputs, profile = session.profile({str(name): a for name, a in arrays.items()}, repeat)
     answer = answer_with(post, outputs, names, score) if post else answer_of(graph, outputs, names, top)
@@ -58,11 +64,13 @@ def run_opencl(model: Path, number: int, given: list[str], output: Path | None, 
         _write_outputs(output, apply(post, outputs) if post else outputs)
     if json:
         write_json(as_data(graph, notes, names, answer, profile.wall) | {"where": f"opencl:{number}"}
-                   | details(session, profile, roof))
+                   | details(session, profile, roof) | {"tuned": len(choices)})
         return
     say(f"{graph.name} on opencl:{number}, {device.identity.name}{', with its post-processing' if post else ''}")
     _print_answer(notes, answer)
     print_profile(session, profile, roof)
+    if choices:
+        say(f"{len(choices)} problems have kernels as tuned in {store}.")
     if output is not None:
         print(f"\nwrote {output}")
 
@@ -79,7 +87,8 @@ def json_of(probe: Path) -> Any:
 
 def tune_all(network: Network, device: Device, traits: Traits, store: Path, seconds: float,
              tell: Callable[[str], None]) -> None:
-    """Each problem that has candidates, those with most to do first; each gets a fair part of the time that is left."""
+    """Each problem that has candidates, those with most to do first; each gets a fair part of the time that is left,
+    and enough to try some."""
     import time
 
     from npulab.gpu.compute.network import tunable
@@ -92,7 +101,7 @@ def tune_all(network: Network, device: Device, traits: Traits, store: Path, seco
         if left <= 0:
             break
         tell(f"tuning {i + 1} of {len(todo)}: {what}")
-        tune(device, traits, what, store, left / (len(todo) - i), tell)
+        tune(device, traits, what, store, min(left, max(left / (len(todo) - i), TRIED)), tell)
 
 
 def details(session: Session, profile: Profile, roof: Roof | None) -> dict[str, Any]:

@@ -46,6 +46,12 @@ FAIR = 10.0
 """Seconds that a candidate must have had if the end of time is to count as an attempt."""
 
 
+def default_store() -> Path:
+    """Where tuning is kept unless a folder is named (XDG Base Directory Specification)."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "npulab" / "kernels"
+
+
 class Tried(msgspec.Struct, frozen=True):
     """seconds, rival: medians of its own and of the best so far, run in turns. won: it is the best from here on.
     why: it is out."""
