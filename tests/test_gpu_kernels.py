@@ -107,16 +107,19 @@ def test_convolutions_of_one_tap_are_products(device, choice):
     right(*convolved(device, what, traits, Matrix(tile)))
 
 
-@pytest.mark.parametrize("choice", ["processor", "graphics"])
+IMAGES = {
+    "even": Convolution(1, 8, 8, 8, 24, (3, 3), pads=(1, 1, 1, 1)),
+    "uneven": Convolution(2, 7, 9, 8, 20, (3, 3), pads=(0, 1, 2, 1), residual=True, activation="relu"),
+    "odd": Convolution(1, 5, 3, 5, 3, (3, 3), pads=(1, 1, 1, 1), residual=True),
+}
+
+
+@pytest.mark.parametrize(("image", "choice"), [
+    ("even", "processor"), ("uneven", "processor, small"), ("odd", "graphics")])
 @pytest.mark.parametrize("size", tiles.SIZES)
-@pytest.mark.parametrize("what", [
-    Convolution(1, 8, 8, 16, 32, (3, 3), pads=(1, 1, 1, 1)),
-    Convolution(2, 7, 9, 8, 20, (3, 3), pads=(0, 1, 2, 1), residual=True, activation="relu"),
-    Convolution(1, 5, 3, 5, 3, (3, 3), pads=(1, 1, 1, 1), residual=True),
-], ids=["even", "uneven", "odd"])
-def test_winograd_is_right(device, what, size, choice):
+def test_winograd_is_right(device, image, size, choice):
     traits, tile = CHOICES[choice]
-    right(*convolved(device, what, traits, Winograd(tile, size)))
+    right(*convolved(device, IMAGES[image], traits, Winograd(tile, size)))
 
 
 @pytest.mark.parametrize("size", tiles.SIZES)
@@ -124,7 +127,7 @@ def test_winograd_is_about_as_exact_as_promised(device, size):
     """The bound above holds for the worst signs. On random numbers the largest error, of the largest output: F(2x2)
     1e-6, F(4x4) 5e-6 with 64 channels."""
     what = Convolution(1, 16, 16, 64, 64, (3, 3), pads=(1, 1, 1, 1))
-    found, want, _ = convolved(device, what, PROCESSOR, Winograd(Tile(6, 4, 16), size))
+    found, want, _ = convolved(device, what, PROCESSOR, Winograd(Tile(3, 1, 16), size))
     assert np.abs(found - want).max() / np.abs(want).max() < {2: 1e-6, 4: 5e-6}[size]
 
 
@@ -165,8 +168,7 @@ def test_products_are_right(device, what, constant, choice):
 def test_half_floats_are_stored_and_floats_computed(device, choice):
     traits, tile = CHOICES[choice]
     what = Convolution(1, 6, 7, 5, 10, (3, 3), pads=(1, 1, 1, 1), residual=True, activation="relu", number="float16")
-    right(*convolved(device, what, traits, Direct(tile)))
-    right(*convolved(device, what, traits, Winograd(tile, 2)))
+    right(*convolved(device, what, traits, Direct(tile) if traits.cpu else Winograd(tile, 2)))
     product = Product(1, 9, 20, 11, number="float16")
     a, b = random(1, 9, 20, kind=np.float16), random(20, 11, seed=1, kind=np.float16)
     for constant in (b, None):
@@ -175,7 +177,7 @@ def test_half_floats_are_stored_and_floats_computed(device, choice):
                   np.float16), *checks.product(product, a, b))
 
 
-@settings(max_examples=5, deadline=None, derandomize=True)
+@settings(max_examples=4, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_convolution_is_right(device, data):
     def whole(low, high):
