@@ -23,6 +23,8 @@ class Tile(msgspec.Struct, frozen=True):
     unroll                 steps of the inner loop written out.
     group                  work items across columns and down rows. (1, 1): rows next to each other follow in time.
     depth                  steps of rows and columns that a group copies to local memory; 0: none.
+    passes                 tiles of rows that a work item goes through for each stretch of the inner loop, so that a
+                           stretch of columns is read from the first cache by all but the first. 1: it ends a tile first.
     """
 
     rows: int = 4
@@ -31,6 +33,7 @@ class Tile(msgspec.Struct, frozen=True):
     unroll: int = 1
     group: tuple[int, int] = (1, 1)
     depth: int = 0
+    passes: int = 1
 
     @property
     def columns(self) -> int:
@@ -40,7 +43,12 @@ class Tile(msgspec.Struct, frozen=True):
     @property
     def block(self) -> int:
         """Rows of a group."""
-        return self.rows * self.group[1]
+        return self.rows * self.group[1] * self.passes
+
+    @property
+    def stretch(self) -> int:
+        """Steps of the inner loop whose columns take about half of a first cache (16 KiB)."""
+        return max(32, 4096 // self.columns // 32 * 32)
 
     @property
     def local_bytes(self) -> int:
