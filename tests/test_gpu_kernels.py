@@ -444,7 +444,7 @@ def test_a_wrong_candidate_is_left_out(device, few, tmp_path):
 
 def test_a_candidate_that_does_not_compile_is_left_out(device, monkeypatch):
     t = trials.Trials(device, PROCESSOR, SMALL)
-    monkeypatch.setattr(blocks, "_stores", lambda *a: "nonsense")
+    monkeypatch.setattr(blocks, "stores", lambda *a: "nonsense")
     assert "does not compile" in t.answer(trials.Asked(Matrix(Tile(3, 1, 4)))).why
 
 

@@ -137,9 +137,9 @@ def _source(image: bool, outside: bool, ragged: bool, whole: bool, ending: Endin
     across, down = tile.group
     body = _shared(image, outside, tile) if tile.depth else (
         _alone if tile.passes == 1 else _passes)(image, outside, tile)
-    stores = _stores(ragged, whole, ending, tile, grouped)
+    ending_text = stores(ragged, whole, ending, tile, grouped)
     if tile.passes > 1:
-        stores = _each_pass(tile, stores)
+        ending_text = _each_pass(tile, ending_text)
     order = (0, 1) if tile.group != (1, 1) else (1, 0)
     optional = "".join([
         "__global const float *restrict bias,\n    " if ending.bias else "",
@@ -169,14 +169,14 @@ void block(__global const N *restrict input, __global const N *restrict weights,
     output += z * rows * out_pitch;
     {"residual += z * rows * out_pitch;" if ending.residual else ""}
     __global const N *restrict w = weights + z * each + (size_t)panel * panel_step;
-{where}{_accumulators(tile) if tile.passes == 1 else ""}
+{where}{accumulators(tile) if tile.passes == 1 else ""}
 {body}
-{stores}
+{ending_text}
 }}
 """
 
 
-def _accumulators(tile: Tile) -> str:
+def accumulators(tile: Tile) -> str:
     return "\n".join("    V " + ", ".join(f"c{m}_{n} = (V)(0.0f)" for n in range(tile.vectors)) + ";"
                      for m in range(tile.rows))
 
@@ -330,7 +330,7 @@ def _shared(image: bool, outside: bool, tile: Tile) -> str:
 {"    w += (size_t)inner * row_step; }" if image else ""}"""
 
 
-def _stores(ragged: bool, whole: bool, ending: Ending, tile: Tile, grouped: bool) -> str:
+def stores(ragged: bool, whole: bool, ending: Ending, tile: Tile, grouped: bool) -> str:
     lines = []
     offset = "group * columns + column" if grouped else "column"
     for n in range(tile.vectors):
