@@ -71,7 +71,7 @@ def right(found, want, bound):
 
 CHOICES = {
     "processor": (PROCESSOR, Tile(3, 1, 16)), "processor, small": (PROCESSOR, Tile(3, 1, 8, 4)),
-    "one number": (PROCESSOR, Tile(1, 1, 1)), "graphics": (BARE, Tile(4, 2, 4, 2, (8, 4))),
+    "passes": (PROCESSOR, Tile(3, 1, 16, 2, passes=3)), "one number": (PROCESSOR, Tile(1, 1, 1)), "graphics": (BARE, Tile(4, 2, 4, 2, (8, 4))),
     "local memory": (GRAPHICS, Tile(4, 1, 4, 1, (8, 4), 8)), "uneven": (GRAPHICS, Tile(2, 2, 2, 1, (4, 6), 5)),
 }
 SHAPES = {
@@ -89,7 +89,7 @@ SHAPES = {
 
 
 EVERY = [(shape, "processor") for shape in SHAPES] + [
-    ("a batch", "processor, small"), ("flat kernel", "one number"),
+    ("a batch", "processor, small"), ("flat kernel", "one number"), ("groups", "passes"), ("whole image", "passes"),
     ("three channels", "graphics"), ("groups", "graphics"),
     ("three channels", "local memory"), ("each its own", "local memory"), ("a batch", "uneven")]
 
@@ -115,7 +115,7 @@ IMAGES = {
 
 
 @pytest.mark.parametrize(("image", "choice"), [
-    ("even", "processor"), ("uneven", "processor, small"), ("odd", "graphics")])
+    ("even", "passes"), ("uneven", "processor, small"), ("odd", "graphics")])
 @pytest.mark.parametrize("size", tiles.SIZES)
 def test_winograd_is_right(device, image, size, choice):
     traits, tile = CHOICES[choice]
@@ -143,7 +143,7 @@ def test_winograd_matrices_are_exact(size):
 
 
 @pytest.mark.parametrize(("constant", "choice"), [
-    (True, "processor"), (False, "processor"), (False, "graphics"), (True, "local memory")])
+    (True, "passes"), (False, "processor"), (False, "graphics"), (True, "local memory")])
 @pytest.mark.parametrize("what", [
     Product(1, 33, 17, 40), Product(2, 5, 64, 48, scale=0.5), Product(1, 1, 100, 10, transposed=True),
     Product(3, 8, 16, 24, batched=True, transposed=True, scale=-2.0, residual=True, activation="gelu"),

@@ -1,14 +1,15 @@
 """Experiments on an OpenCL device: PoCL, which computes on the CPU, or whatever device is number 0."""
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from npulab.errors import CapacityError, DeviceError, UnsupportedError, UsageError
-from npulab.gpu import kernels, opencl
-from npulab.gpu.exact import chained, congruential, operands
+from npulab.gpu import extras, kernels, opencl
+from npulab.gpu.exact import DOTTED, chained, congruential, dotted, operands
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,22 @@ def test_congruential_steps_are_taken_at_once(times):
     assert congruential(1664525, 1013904223, 12345, times) == x
 
 
+@pytest.mark.parametrize("times", [0, 1, 2, 300, 5000])
+def test_dot_products_of_bytes_are_taken_at_once(times):
+    a, b = DOTTED
+    x = 3
+    for _ in range(times):
+        x = (sum((x >> s & 255) * (a >> s & 255) for s in (0, 8, 16, 24)) + b) % (1 << 32)
+    assert dotted(a, b, 3, times) == x
+
+
+@pytest.mark.parametrize(("places", "piece"), [(10, 100), (1000, 64), (1000, 1), (7, 7)])
+def test_an_order_in_pieces_has_all_places_and_each_piece_together(places, piece):
+    order = opencl.shuffled(places, piece)
+    assert sorted(order) == list(range(places))
+    assert len([i for i in range(1, places) if order[i] // piece != order[i - 1] // piece]) == -(-places // piece) - 1
+
+
 # experiments
 
 
@@ -67,7 +84,7 @@ def experiments(bench):
     yield "odd size", lambda: bench.stream(100_000, 3, 8, "read")
     for element in sorted(bench.limits.elements):
         for operation in ("fma", "mul", "add", "special"):
-            if element == "int32" and operation != "fma":
+            if element in ("int32", "char4", "int8x4") and operation != "fma":
                 continue
             for width, chains, threads in ((1, 1, 1), (4, 2, 512)):
                 yield (f"{operation} {element} {width}", lambda o=operation, e=element, w=width, c=chains, t=threads:
@@ -77,6 +94,12 @@ def experiments(bench):
     yield "hold", lambda: bench.hold(24, 1024)
     yield "local 1", lambda: bench.local(1)
     yield "local 32", lambda: bench.local(32)
+    yield "chase in pieces", lambda: bench.chase_pieces(1 << 18, 64, 1 << 12)
+    yield "image", lambda: bench.image(10_000)
+    yield "constant", lambda: bench.constant(False)
+    yield "constant, spread", lambda: bench.constant(True)
+    yield "local write", lambda: bench.local_write(3)
+    yield "map", lambda: bench.map(1 << 16)
     yield "launch", bench.launch
     yield "barrier", bench.barrier
     yield "up", lambda: bench.transfer(1 << 20, True)
@@ -123,6 +146,53 @@ def test_sabotaged_kernels_are_not_believed(bench, unhurried, monkeypatch, name)
 def test_a_chain_with_steps_missing_is_not_believed(bench, unhurried, monkeypatch, operation, element):
     monkeypatch.setattr(kernels, "chain", lambda *a, real=kernels.chain: real(*a).replace("i < turns", "i < turns / 2"))
     assert "ended with" in bench.chain(operation, element, 1, 1, 64).wrong
+
+
+@pytest.mark.parametrize(("what", "old", "new", "run"), [
+    ("IMAGE", "x += TEXEL(at)", "x += TEXEL(0)", lambda b: b.image(1 << 16)),
+    ("CONSTANT", "cells[at & 1023]", "cells[0]", lambda b: b.constant(True)),
+    ("CONSTANT", "* spread", "* 0", lambda b: b.constant(True)),
+    ("LOCAL_WRITE", "at += 4;", "", lambda b: b.local_write(1)),
+    ("LOCAL_WRITE", "cells[w] = w * 2654435761u;", "", lambda b: b.local_write(1))])
+def test_sabotage_of_the_extras_is_not_believed(bench, unhurried, monkeypatch, what, old, new, run):
+    source = getattr(extras, what)
+    assert old in source
+    monkeypatch.setattr(extras, what, source.replace(old, new))
+    assert run(bench).wrong != ""
+
+
+def test_the_devices_own_dot_product_is_used(bench, unhurried, monkeypatch):
+    """PoCL has none: one in plain C stands for it, whose result is right and whose code has no such product."""
+    own = ("uint dot_4x8packed_uu_uint(uint x, uint y) { uchar4 a = as_uchar4(x), b = as_uchar4(y);"
+           " return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w; }\n")
+    monkeypatch.setattr(kernels, "chain", lambda *a, real=kernels.chain: own + real(*a))
+    monkeypatch.setattr(bench, "limits", replace(bench.limits, elements=frozenset({"int8x4"})))
+    one, more = bench.chain("fma", "int8x4", 1, 1, 1), bench.chain("fma", "int8x4", 4, 2, 256)
+    assert f"has 0 fma int8 a turn, not {4 * kernels.STEPS}" in one.wrong
+    assert f"has 0 fma int8 a turn, not {4 * kernels.STEPS * 4 * 2}" in more.wrong
+    monkeypatch.setattr(kernels, "chain", lambda *a, all=kernels.chain: all(*a).replace("a.w * b.w", "0"))
+    assert "ended with" in bench.chain("fma", "int8x4", 1, 1, 2).wrong
+
+
+def test_a_device_that_overstates_its_groups_is_asked_for_smaller_ones(unhurried, monkeypatch):
+    """It takes 64 threads at most, and 512 words of local memory."""
+    pytest.importorskip("pyopencl")
+    if not opencl.devices():
+        pytest.skip("needs an OpenCL device")
+    device = opencl.open_device(0)
+    real = device._time
+
+    def stingy(kernel, size, group, *arguments):
+        if group[0] > 64 or device.words > 512:
+            raise opencl.Overstated("it does not take what its limits allow")
+        return real(kernel, size, group, *arguments)
+
+    monkeypatch.setattr(device, "_time", stingy)
+    assert device.local(1).wrong == device.image(1 << 14).wrong == device.diverge(1).wrong == ""
+    assert (device.group, device.words) == (64, 256)
+    monkeypatch.setattr(device, "_time", lambda *_: (_ for _ in ()).throw(opencl.Overstated("nothing goes")))
+    with pytest.raises(CapacityError, match="nothing goes"):
+        device.local(1)
 
 
 def test_work_that_takes_no_time_is_not_believed(bench, monkeypatch):

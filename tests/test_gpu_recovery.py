@@ -9,14 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from npulab.errors import DeviceError, UnsupportedError
+from npulab.errors import CapacityError, DeviceError, UnsupportedError
 from npulab.gpu import analysis
 from npulab.gpu.analysis import conclude
-from npulab.gpu.analysis.caches import missed, round_sizes
+from npulab.gpu.analysis.chase import Chase
+from npulab.gpu.analysis.cliffs import missed, overfilled, rising, round_sizes
+from npulab.gpu.analysis.curve import found_in
 from npulab.gpu.analysis.meter import Meter, Refused
 from npulab.gpu.analysis.registers import explain
 from npulab.gpu.analysis.statistics import estimate, jump
-from npulab.gpu.simulated import Cache, Hidden, Simulated, hit_rate, random_hidden
+from npulab.gpu.simulated import Cache, Hidden, Simulated, Translation, hit_rate, hits, random_hidden
 from npulab.gpu.types import Timing
 from scripts import loaded
 
@@ -106,6 +108,58 @@ def test_hit_rates_are_those_of_a_cache(replacement, places, over):
     assert hit_rate(lines, capacity, places, replacement) == pytest.approx(got, abs=0.015)
 
 
+def chased_in_pieces(lines, capacity, places, piece, replacement):
+    """As `chased`, all places of `piece` lines before those of others."""
+    r = np.random.default_rng(1)
+    order = np.concatenate([(np.arange(p * piece * places, (p + 1) * piece * places))[r.permutation(piece * places)]
+                            for p in r.permutation(lines // piece)]) // places
+    held, slots, hit, steps = OrderedDict(), [], 0, 0
+    for turn in range(10):
+        for line in order.tolist():
+            if line in held:
+                hit += turn > 4
+                if replacement == "lru":
+                    held.move_to_end(line)
+            elif replacement == "lru" or len(slots) < capacity:
+                held[line] = None
+                slots.append(line)
+                if replacement == "lru" and len(held) > capacity:
+                    held.popitem(last=False)
+            else:
+                i = int(r.integers(capacity))
+                del held[slots[i]]
+                slots[i], held[line] = line, None
+            steps += turn > 4
+    return hit / steps
+
+
+@pytest.mark.parametrize("replacement", ["lru", "random"])
+@pytest.mark.parametrize("places", [1, 2, 4])
+@pytest.mark.parametrize(("capacity", "piece"), [(512, 128), (512, 1024), (1024, 256)])
+def test_hit_rates_of_chases_in_pieces_are_those_of_a_cache(replacement, places, capacity, piece):
+    got = chased_in_pieces(2048, capacity, places, piece, replacement)
+    assert hit_rate(2048, capacity, places, replacement, piece) == pytest.approx(got, abs=0.03)
+
+
+@pytest.mark.parametrize("ways", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("more", [0, 1, 20, 64, 300])
+def test_sets_miss_as_they_do_access_by_access(ways, more):
+    """256 sets; and the analysis has its own formula for it."""
+    cache, lines = Cache(256 * ways * 64, 64, 1, 1, "lru", ways), 256 * ways + more
+    held, missed_, order = [OrderedDict() for _ in range(256)], 0, np.random.default_rng(0).permutation(lines).tolist()
+    for turn in range(3):
+        for line in order:
+            found = held[line % 256]
+            missed_ += turn == 2 and line not in found
+            found[line] = None
+            found.move_to_end(line)
+            if len(found) > ways:
+                found.popitem(last=False)
+    assert 1 - hits(cache, lines, 64) == pytest.approx(missed_ / lines, abs=1e-12)
+    if more <= 256:
+        assert overfilled(np.array([lines / (256 * ways)]), ways)[0] == pytest.approx(missed_ / lines, abs=1e-12)
+
+
 def test_the_analysis_knows_random_replacement_by_itself():
     for over in (1.0, 1.05, 1.5, 3.0, 8.0):
         assert missed(over) == pytest.approx(1 - hit_rate(over * 1e4, 1e4, 1, "random"), abs=1e-9)
@@ -119,6 +173,126 @@ def test_the_analysis_sees_nothing_but_a_bench():
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not any("simulated" in n for n in names), path
             assert not (isinstance(node, ast.Attribute) and node.attr in ("_h", "_busy", "__dict__")), path
+
+
+# what disturbs caches
+
+@pytest.mark.parametrize("ways", [2, 8, 16])
+def test_caches_of_sets_are_found_to_the_line(ways):
+    """The cliff is a ramp, from the size on."""
+    sets = replace(QUIET, caches=(Cache(32 << 10, 64, 30, 512, "lru", ways), Cache(1 << 20, 64, 90, 150, "lru", ways)),
+                   jitter=0.005)
+    assert wrong_rows(sets, 0) == []
+
+
+@pytest.mark.parametrize(("entries", "page"), [(16, 1 << 16), (32, 1 << 12), (64, 1 << 12), (16, 1 << 21)])
+def test_translation_of_addresses_is_taken_for_no_cache(entries, page):
+    slow = replace(QUIET, translation=Translation(entries, page, 120), jitter=0.003)
+    assert wrong_rows(slow, 0) == []
+    found = named(conclude(Simulated(slow, 0)))
+    assert ("translation of addresses" in found["memory latency"].why) == (entries * page < 1 << 24)
+
+
+def test_without_chases_in_pieces_the_others_do():
+    class Plain(Simulated):
+        chase_pieces = None
+
+    found = named(conclude(Plain(QUIET, 0)))
+    assert (found["L1 size"].value, found["L2 size"].value) == (24 << 10, 3 << 19)
+    assert not Chase(Meter(Plain(QUIET, 0))).latency(1 << 14, 64, 0)[1]
+
+
+def by_colours(footprint, size, ways, low, high):
+    """Time where pages of 4 KiB fall on the parts of a cache at random: those parts miss that got more than fit."""
+    k = footprint / size * ways  # pages that a part gets, by Poisson's law; all of those in one with too many miss
+    m = 1 - sum(math.exp(-k) * k**i / math.factorial(i) for i in range(ways))
+    return low + m * (high - low)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+def test_gradual_cliffs_are_found_within_half_an_octave(noise):
+    """A processor behind a bench: 48 KiB, 1.25 MiB of 20 ways that pages fall on at random, 4 MiB behind it."""
+    r = np.random.default_rng(3)
+    footprints = [int(1024 * 2 ** (i / 4)) // 64 * 64 for i in range(64)]
+
+    def time(f):
+        t = 1.5 if f <= 48 << 10 else by_colours(f, 1.25 * 2**20, 20, 4.1, 14.5)
+        t += (by_colours(f, 5 << 20, 12, 0, 30) if f > 2 << 20 else 0)
+        return 1e-9 * t * math.exp(noise * abs(r.standard_normal()))
+
+    found, fault = found_in(footprints, [time(f) for f in footprints])
+    assert fault == ""
+    assert len(found) == 3
+    for rise, size in zip(found, (48 << 10, 1.25 * 2**20, 5 << 20), strict=True):
+        assert rise.cliff.interval[0] < size < rise.cliff.interval[1]
+        assert rise.cliff.shape == "gradual"
+        assert rise.inside < size < rise.beyond
+
+
+def test_a_rise_without_end_is_no_cliff():
+    footprints = [int(1024 * 2 ** (i / 4)) // 64 * 64 for i in range(64)]
+    slope = [1e-9 * min(40, max(1, (f / 16384) ** 0.4)) for f in footprints]
+    found, fault = found_in(footprints, slope)
+    assert not found
+    assert fault.endswith("bytes on until the largest footprint, 56431552: no plateau")
+    footprints = [int(1024 * 2 ** (i / 4)) // 64 * 64 for i in range(80)]
+    found, fault = found_in(footprints, [1e-9 * min(40, max(1, (f / 16384) ** 0.4)) for f in footprints])
+    assert not found
+    assert fault.startswith("no cliff: load time rises from")
+    assert found_in(footprints, [1e-9] * 64) == ([], "")
+
+
+def test_the_nearest_rising_sequence():
+    assert rising([1, 2, 3]) == [1, 2, 3]
+    assert rising([3, 1, 2, 5, 4]) == [2, 2, 2, 4.5, 4.5]
+
+
+# benches that have less
+
+class Bare:
+    """A bench with the experiments of the protocol and no others."""
+
+    def __init__(self):
+        self._bench = Simulated(QUIET, 0)
+        self.identity, self.limits = self._bench.identity, self._bench.limits
+
+    def __getattr__(self, name):
+        if name in ("chase_pieces", "image", "constant", "local_write", "map"):
+            raise AttributeError(name)
+        return getattr(self._bench, name)
+
+
+def test_experiments_that_a_bench_has_not_are_refused_for_it():
+    found = named(conclude(Bare()))
+    for name, method in (("image bandwidth", "image"), ("constant bandwidth", "constant"), ("map cost", "map"),
+                         ("local memory write bandwidth", "local_write")):
+        assert found[name].why == f"there is no experiment '{method}' through simulated yet"
+    assert sum(q.status == "measured" for q in found.values()) > 40
+    assert found["L2 size"].value == 3 << 19
+
+
+class Boasting(Simulated):
+    """States buffers of 1 GiB and has 32 MiB."""
+
+    def _fits(self, footprint):
+        if footprint > 32 << 20:
+            raise CapacityError("the device has no room for an experiment")
+
+    def chase_pieces(self, footprint, stride, piece):
+        self._fits(footprint)
+        return super().chase_pieces(footprint, stride, piece)
+
+    def stream(self, footprint, stride, width, way):
+        self._fits(footprint * (2 if way == "copy" else 1))
+        return super().stream(footprint, stride, width, way)
+
+
+def test_a_device_with_less_memory_than_it_states_is_asked_for_less():
+    found = named(conclude(Boasting(QUIET, 0)))
+    assert (found["L1 size"].value, found["L2 size"].value) == (24 << 10, 3 << 19)
+    assert found["memory bandwidth"].value == pytest.approx(30, rel=0.03)
+    assert found["memory copy bandwidth"].value == pytest.approx(30 / 1.125, rel=0.03)
+    assert found["memory latency"].value == pytest.approx(300e-9, rel=0.03)
 
 
 # statistics
@@ -215,7 +389,7 @@ def test_of_a_bench_that_lies_nothing_is_believed(lie):
     change, why = LIES[lie]
     found = conclude(Lying(change), quick=True)
     measured = {q.name for q in found if q.status == "measured"}
-    assert measured <= ({"launch cost"} if lie == "no work" else set()) | (
+    assert measured <= ({"launch cost", "map cost"} if lie == "no work" else set()) | (
         {"transfer to device cost", "transfer to device bandwidth", "transfer from device cost",
          "transfer from device bandwidth"} if lie == "no work" else set())
     refused = [q for q in found if q.status == "refused"]

@@ -18,7 +18,7 @@ ROWS = (
      "program", "runtime", "profiling", "gpu"),
     ("targets",),
     ("api", "atlas", "cliffs", "doors", "evaluation", "explaining", "patching", "probing", "quantizing",
-     "quantizing_budget", "report", "roofline", "samples", "sweep", "teardown", "validation", "zoo", "cli", "__init__",
+     "quantizing_budget", "report", "rooflines", "samples", "sweep", "teardown", "validation", "zoo", "cli", "__init__",
      "__main__", ""),
 )
 

@@ -22,9 +22,11 @@ if TYPE_CHECKING:
         load,
         open_session,
         patch,
+        probe,
         profile,
         quantize,
         read_program,
+        roofline,
         write_program,
     )
     from npulab.errors import (
@@ -46,8 +48,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "api": ("check", "compile", "convert", "load", "open_session", "patch", "profile", "quantize", "read_program",
-            "write_program"),
+    "api": ("check", "compile", "convert", "load", "open_session", "patch", "probe", "profile", "quantize",
+            "read_program", "roofline", "write_program"),
     "errors": ("CapacityError", "DeviceError", "InvariantError", "ModelError", "NpulabError", "UnsupportedError",
                "UsageError"),
     "ir": ("Graph",),
@@ -62,7 +64,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "CapacityError", "DeviceError", "Graph", "InvariantError", "ModelError", "NpulabError", "PlanOptions",
     "Profile", "Program", "Session", "UnsupportedError", "UsageError", "Verdict", "check", "compile", "convert", "load",
-    "open_session", "patch", "profile", "quantize", "read_program", "write_program",
+    "open_session", "patch", "probe", "profile", "quantize", "read_program", "roofline", "write_program",
 ]
 
 

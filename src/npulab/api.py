@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from npulab.quantization.job import Tell
     from npulab.quantization.types import Rules, Samples
     from npulab.quantizing import Quantized
-    from npulab.roofline import Roofline
+    from npulab.rooflines import Roofline
     from npulab.runtime.device import Device
     from npulab.runtime.images import Fit
     from npulab.runtime.session import Session
@@ -203,15 +203,25 @@ def profile(model: Program | Graph | str | os.PathLike[str], target: str = "a311
     return join(program, chip.title, timing, settings)
 
 
+def probe(device: int = 0, quick: bool = False) -> dict[str, Any]:
+    """What GPU `device` of `npulab probe --list` is made of: plain data, as `npulab probe --json` writes it. Minutes.
+
+    Raises: DeviceError without that device, or if it fails before anything is measured; UsageError without pyopencl.
+    """
+    from npulab.probing import probe
+
+    return probe(device, quick)
+
+
 def roofline(model: Graph | str | os.PathLike[str], device: Ceilings | str | os.PathLike[str],
              numbers: Numbers | None = None, everything: bool = False) -> Roofline:
     """The network's layers under a device's ceilings: operations, least bytes, floor times, what bounds them.
 
-    `device`: a file of `npulab probe --json`, or a name that `npulab targets` lists. See `roofline.roofline`.
+    `device`: a file of `npulab probe --json`, or a name that `npulab targets` lists. See `rooflines.roofline`.
 
     Raises: UsageError for an unknown device; ModelError for a damaged file; UnsupportedError without any ceiling.
     """
-    from npulab.roofline import roofline
+    from npulab.rooflines import roofline
 
     return roofline(load(model) if isinstance(model, str | os.PathLike) else model, device, numbers, everything)
 

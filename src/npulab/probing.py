@@ -25,23 +25,23 @@ Tell = Callable[[str, float], None]
 """Called with what is measured and the share that is done."""
 
 
-def probe(number: int = 0, quick: bool = False, tell: Tell | None = None, save: Path | None = None,
-          patience: float | None = None, work: Callable[[Connection, int, bool, list[Quantity]], None] | None = None
+def probe(device: int | str = 0, quick: bool = False, tell: Tell | None = None, save: Path | None = None,
+          patience: float | None = None, work: Callable[[Connection, str, bool, list[Quantity]], None] | None = None
           ) -> dict[str, Any]:
-    """What device `number` is made of: plain data, as `npulab probe --json` writes it.
+    """What a device is made of: plain data, as `npulab probe --json` writes it.
 
+    device    its number in the list of all, or "opencl:N", "vulkan:N".
     save      a file that the findings go to, one by one, and that an interrupted run on the same device goes on from.
     patience  seconds for a finding.      work  what the process does; for tests.
 
-    Raises: DeviceError without that device; UsageError without pyopencl.
+    Raises: DeviceError without that device; UsageError without the package that reaches it.
     """
-    from npulab.gpu.opencl import devices, open_device
+    from npulab.gpu.devices import find
 
-    have = devices()
-    if not 0 <= number < len(have):
-        open_device(number)  # says which there are
+    found_device = find(device)
+    who = found_device.identity
     patience = patience or (QUICK_PATIENCE if quick else PATIENCE)
-    result: dict[str, Any] = {"npulab": npulab.__version__, "quick": quick, "identity": asdict(have[number]),
+    result: dict[str, Any] = {"npulab": npulab.__version__, "quick": quick, "identity": asdict(who),
                               "limits": None, "quantities": []}
     found = known(save, result) if save is not None else []
     _save(save, result, found)  # whether it can be written is to be known at once
@@ -49,7 +49,7 @@ def probe(number: int = 0, quick: bool = False, tell: Tell | None = None, save: 
     failures = 0
     while True:
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=work or _work, args=(theirs, number, quick, found), daemon=True)
+        process = context.Process(target=work or _work, args=(theirs, found_device.name, quick, found), daemon=True)
         process.start()
         theirs.close()
         ended = _listen(ours, patience, found, result, tell, save)
@@ -60,7 +60,7 @@ def probe(number: int = 0, quick: bool = False, tell: Tell | None = None, save: 
         now, why = ended
         failures += now == STARTED
         if failures > 2 or len(found) > 1000:
-            raise DeviceError(f"{have[number].name} fails before anything is measured", got=why,
+            raise DeviceError(f"{who.name} fails before anything is measured", got=why,
                               try_="restart the device or its driver")
         if now != STARTED:
             found.append(Quantity(now, None, "", None, "refused", why))
@@ -114,13 +114,13 @@ def known(path: Path, result: Mapping[str, Any]) -> list[Quantity]:
         return []
 
 
-def _work(pipe: Connection, number: int, quick: bool, known: list[Quantity]) -> None:
+def _work(pipe: Connection, device: str, quick: bool, known: list[Quantity]) -> None:
     """In the process of its own."""
     from npulab.gpu.analysis.conclude import conclude
-    from npulab.gpu.opencl import open_device
+    from npulab.gpu.devices import find, open_device
 
     try:
-        bench = open_device(number)
+        bench = open_device(find(device))
         pipe.send(("limits", plain(bench.limits)))
         conclude(bench, lambda name, share: pipe.send(("now", (name, share))), quick, known,
                  lambda found: pipe.send(("found", [asdict(q) for q in found])))

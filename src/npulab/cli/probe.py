@@ -12,14 +12,15 @@ if TYPE_CHECKING:
 
 
 def probe(
-    device: Annotated[int, typer.Option("--device", metavar="N", help="Of the list that --list gives.")] = 0,
+    device: Annotated[str, typer.Option(
+        "--device", metavar="N", help="Of the list that --list gives; or opencl:N, vulkan:N.")] = "0",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer repetitions, smaller buffers: minutes less.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="List the devices.")] = False,
     json: Annotated[Path | None, typer.Option(
         "--json", metavar="FILE", show_default=False,
         help="Write the findings here, one by one: a run that was stopped goes on from them. - for stdout.")] = None,
 ) -> None:
-    """Measure an OpenCL device: rates, latencies, bandwidths, caches, registers.
+    """Measure an OpenCL or Vulkan device: rates, latencies, bandwidths, caches, registers.
 
     Every result is checked; what speaks against a number is said, and the number refused.
     """
@@ -29,18 +30,23 @@ def probe(
 
     from npulab import probing
     from npulab.cli.printing import progress, say, table, write_json
-    from npulab.gpu.opencl import devices
+    from npulab.gpu.devices import DRIVERS, devices
     from npulab.program.files import write_atomically
 
     if list_:
-        found = devices()
+        missing: list[str] = []
+        found = devices(missing)
         if json is not None:
-            write_json([asdict(d) for d in found])
-        elif found:
-            table([">device", "name+", "driver+"], [(i, d.name, f"{d.platform}, {d.driver}")
-                                                    for i, d in enumerate(found)])
+            write_json([{"device": d.name, **asdict(d.identity)} for d in found])
+            return
+        if found:
+            table([">device", "or", "name+", "driver+"], [
+                (i, d.name, d.identity.name, f"{d.identity.platform}, {d.identity.driver}")
+                for i, d in enumerate(found)])
         else:
-            say("No OpenCL device. Drivers: pocl-opencl-icd (the CPU), mesa-opencl-icd, the vendor's.")
+            say(f"No device. Drivers: {DRIVERS}.")
+        for fault in missing:
+            say(f"{fault}.")
         return
     save = None if json is None or str(json) == "-" else json.with_name(f"{json.name}.part")
     result = probing.probe(device, quick, lambda name, share: progress(f"{share:4.0%}  {name}"), save)
@@ -60,6 +66,8 @@ def show(result: Mapping[str, Any]) -> None:
 
     who = result["identity"]
     say(f"{who['name']} ({who['platform']}, driver {who['driver']})")
+    if who["api"] == "vulkan" and who["version"].startswith("CPU"):
+        say("A CPU behind Vulkan: threads side by side in its vectors are its warps; it has no banks or register file.")
     say()
     table(["measured", ">value", ">95 %"],
           [(q["name"], *_shown(q)) for q in result["quantities"] if q["status"] == "measured"])

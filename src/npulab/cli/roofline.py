@@ -11,7 +11,7 @@ from npulab.cli.options import DimOption, Json, parse_dims
 from npulab.cli.teardown import DataType
 
 if TYPE_CHECKING:
-    from npulab.roofline import Roofline
+    from npulab.rooflines import Roofline
 
 
 def roofline(
@@ -34,8 +34,8 @@ def roofline(
     """
     from npulab.cli.printing import write_json
     from npulab.importers import load
-    from npulab.roofline import as_data, ceilings_of
-    from npulab.roofline import roofline as draw
+    from npulab.rooflines import as_data, ceilings_of
+    from npulab.rooflines import roofline as draw
 
     known = ceilings_of(device)
     found = draw(load(model, parse_dims(dim)), known, numbers.numbers if numbers else None, all_)
@@ -119,7 +119,7 @@ def _totals(found: Roofline) -> None:
     from npulab.cli.printing import amount, say
     from npulab.report.figures import data
     from npulab.report.roofline import hidden, percent, seconds
-    from npulab.roofline import by_bound
+    from npulab.rooflines import by_bound
 
     whole = found.seconds
     if whole is not None:

@@ -50,6 +50,10 @@ def run(
         help="An image or a .npy array; once for each input.")] = None,
     target: Annotated[str | None, typer.Option("--target", metavar="NAME", show_default=False,
                                                help="The chip; a .npu program knows its own.")] = None,
+    device: Annotated[str | None, typer.Option(
+        "--device", metavar="DEVICE", show_default=False,
+        help="opencl:N: npulab's kernels on that OpenCL device, with a profile; onnxruntime: on this machine. Float "
+             "networks.")] = None,
     plan: PlanOption = Plan.BEST,
     no_zero_runs: NoZeroRuns = False,
     channels: ChannelsOption = Channels.ANY,
@@ -71,12 +75,22 @@ def run(
     normalize: Annotated[str | None, typer.Option(
         "--normalize", metavar="HOW", show_default=False,
         help="raw, 0..1, -1..1 or MEAN,STD. Otherwise pixels as they are, 0..1 for floating point.")] = None,
+    repeat: Annotated[int, typer.Option("--repeat", min=1, max=1000, metavar="N",
+                                        help="On OpenCL devices: runs whose median is the profile.")] = 5,
+    probe: Annotated[Path | None, typer.Option(
+        "--probe", metavar="FILE", show_default=False,
+        help="What npulab probe --json wrote: how far each layer is from the device's roofline.")] = None,
+    tuned: Annotated[Path | None, typer.Option(
+        "--tuned", metavar="DIR", show_default=False,
+        help="On OpenCL devices: the folder of what tuning found; kernels are chosen by it.")] = None,
+    tune: Annotated[float, typer.Option("--tune", min=0, max=86400, metavar="SECONDS", show_default=False,
+                                        help="Tune kernels into that folder first, for so long at most.")] = 0,
     json: Json = False,
 ) -> None:
     """Compile, execute on the virtual NPU and the host, answer.
 
-    An ONNX network runs in ONNX Runtime on this machine. MODEL.post.json, which npulab patch writes for a network whose
-    head it cut off, finds the objects.
+    An ONNX network runs in ONNX Runtime on this machine, or with --device on an OpenCL device. MODEL.post.json, which
+    npulab patch writes for a network whose head it cut off, finds the objects.
 
     Exit code 1: --compare found a layer further than one step from LiteRT's.
     """
@@ -89,7 +103,17 @@ def run(
     from npulab.runtime.objects import answer_with, post_beside
     from npulab.runtime.session import tensor_names
 
-    if model.suffix == ".onnx" and target is None:
+    place = _device(device, target, {"--probe": probe, "--tuned": tuned, "--tune": tune})
+    if place is not None:
+        from npulab.cli.run_opencl import run_opencl
+
+        if compare or draw is not None:
+            raise UsageError(f"{'--compare' if compare else '--draw'} is not for OpenCL devices",
+                             try_="npulab run without it")
+        run_opencl(model, place, inputs or [], output, labels, top, score, fit, normalize, repeat, probe, tuned, tune,
+                   json)
+        return
+    if (model.suffix == ".onnx" or device) and target is None:
         if compare:
             raise UsageError("--compare is for what is compiled; an ONNX network runs in ONNX Runtime alone",
                              try_="npulab run without --compare")
@@ -142,6 +166,41 @@ def run(
                 print(f"\nwrote {path}")
     if not close:
         raise typer.Exit(1)
+
+
+def _device(text: str | None, target: str | None, own: dict[str, object]) -> int | None:
+    """The number of an OpenCL device; None for ONNX Runtime, and for what the network is compiled for.
+
+    `own`: options that only OpenCL devices take.
+
+    Raises: UsageError for another device, beside --target, and for options of `own` without one.
+    """
+    from npulab.errors import UsageError
+
+    number = text.partition(":")[2] if text and text.startswith("opencl:") else ""
+    if text is not None and target is not None:
+        raise UsageError("--device runs the network here, --target compiles it for a chip", want="one of them")
+    if text is None or text == "onnxruntime":
+        if given := [name for name, value in own.items() if value]:
+            raise UsageError(f"{given[0]} is for OpenCL devices", try_="--device opencl:0")
+        return None
+    if own["--tune"] and not own["--tuned"]:
+        raise UsageError("--tune needs a folder for what it finds", try_="--tuned DIR")
+    if not (number.isdecimal() and number.isascii()) or len(number) > 4:
+        raise UsageError(f"there is no device '{text[:60]}'", want="; ".join(_devices()))
+    return int(number)
+
+
+def _devices() -> list[str]:
+    """What --device takes here."""
+    from npulab.errors import UsageError
+    from npulab.gpu import opencl
+
+    try:
+        found = [f"opencl:{i} ({d.name})" for i, d in enumerate(opencl.devices())]
+    except UsageError:  # no pyopencl
+        found = []
+    return ["onnxruntime", *(found or ["opencl:N with a driver and pip install 'npulab[gpu]'"])]
 
 
 def _program(path: Path, target: str | None, plan: Plan, options: PlanOptions) -> tuple[Program, Graph | None]:

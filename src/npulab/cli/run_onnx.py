@@ -1,4 +1,4 @@
-"""npulab run of an ONNX network: on this machine in ONNX Runtime, because npulab compiles no ONNX yet."""
+"""npulab run in ONNX Runtime on this machine: ONNX networks, because npulab compiles none yet, and what is asked to."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run_onnx(model: Path, given: list[str], output: Path | None, labels: Path | 
     from npulab.runtime.objects import answer_with, post_beside
 
     post = post_beside(model)
-    graph = api.load(model)
+    graph = api.convert(model, "onnx", keep_layout=True)
     if output is not None:
         _check_output(output, len(post.outputs if post else graph.outputs))
     if draw is not None:

@@ -35,7 +35,7 @@ LARGEST = 1e18
 """Operations or bytes a second that no single device comes near: those of the largest computers of many thousand."""
 
 _RATES: Mapping[str, tuple[Numbers, int]] = {
-    "fma float32 rate": ("fp32", 2), "fma float16 rate": ("fp16", 2), "fma int8x4 rate": ("int8", 8)}
+    "fma float32 rate": ("fp32", 2), "fma float16 rate": ("fp16", 2), "fma int8x4 rate": ("int8", 2)}
 """A probe's quantities -> number format, operations in one of its operations."""
 _BANDWIDTH = re.compile(r"(memory|L[1-4]) bandwidth")
 _SIZE = re.compile(r"(L[1-4]) size")

@@ -17,8 +17,14 @@ OPERANDS: dict[tuple[bool, Operation], tuple[float, float]] = {
 generator (Press et al., Numerical Recipes, chapter 7)."""
 
 
+DOTTED = (0x9D53C12F, 1013904223)
+"""a and b of a chain of dot products of bytes."""
+
+
 def operands(operation: Operation, element: Element) -> tuple[float, float]:
     """a and b that `chained` is right for."""
+    if element in ("int8x4", "char4"):
+        return DOTTED
     return OPERANDS[element.startswith("float"), operation]
 
 
@@ -30,7 +36,25 @@ def chained(operation: Operation, element: Element, start: int, turns: int) -> f
             return 1.0
         most = HALF_MOST if element == "float16" else FLOAT_MOST
         return float(min(start + turns * STEPS // (1 if operation == "fma" else 2), most))
+    if element in ("int8x4", "char4"):
+        return dotted(int(a), int(b), start, turns * STEPS)
     return congruential(int(a), int(b), start, turns * STEPS)
+
+
+def dotted(a: int, b: int, x: int, times: int) -> int:
+    """x behind x = dot(bytes of x, bytes of a) + b, so many times over. No more than 4 * 255**2 + 1 numbers follow b:
+    they come round soon."""
+    weights = [a >> s & 255 for s in (0, 8, 16, 24)]
+    seen: dict[int, int] = {}
+    orbit: list[int] = []
+    for i in range(times):
+        if x in seen:
+            first = seen[x]
+            return orbit[first + (times - first) % (i - first)]
+        seen[x] = i
+        orbit.append(x)
+        x = (sum((x >> s & 255) * w for s, w in zip((0, 8, 16, 24), weights, strict=True)) + b) % WORD
+    return x
 
 
 def congruential(a: int, b: int, x: int, times: int) -> int:

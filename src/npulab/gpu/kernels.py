@@ -13,7 +13,7 @@ from npulab.gpu.types import Element, Operation
 
 STEPS = 16
 """Of a chain in one turn of its loop: what the loop itself costs is little beside."""
-EXTENSIONS: dict[Element, str] = {"float16": "cl_khr_fp16"}
+EXTENSIONS: dict[Element, str] = {"float16": "cl_khr_fp16", "int8x4": "cl_khr_integer_dot_product"}
 """That a device must have to compute on these (OpenCL 3.0 extension specification)."""
 
 CHASE = """
@@ -136,17 +136,21 @@ def chain(operation: Operation, element: Element, width: int, chains: int) -> st
 
     Raises: UnsupportedError for a step that an element type has not.
     """
-    scalar = {"float32": "float", "float16": "half", "int32": "uint"}.get(element, "")
+    scalar = {"float32": "float", "float16": "half"}.get(element, "uint")
     step = _step(operation, element)
+    if element in ("int8x4", "char4"):  # a word is a vector already, and dot products have no wider ones
+        width, chains, weight = 1, width * chains, width
+    else:
+        weight = 1
     vector = scalar if width == 1 else f"{scalar}{width}"
     names = [f"x{c}" for c in range(chains)]
     turn = "\n        ".join(" ".join(step[s % len(step)].format(x=x) for x in names) for s in range(STEPS))
-    start = " ".join(f"V {x} = (V)((S)(get_local_id(0) & 7)) + (V)((S){c + 1});" for c, x in enumerate(names))
+    start = " ".join(f"V {x} = (V)((S)(get_local_id(0) & 7)) + (V)((S){c // weight + 1});" for c, x in enumerate(names))
     if operation in ("mul", "special"):
         start = " ".join(f"V {x} = (V)(c);" for x in names)
     total = " + ".join(names)
     parts = total if width == 1 else " + ".join(f"total.s{i:x}" for i in range(width))
-    pragma = f"#pragma OPENCL EXTENSION {EXTENSIONS[element]} : enable\n" if element in EXTENSIONS else ""
+    pragma = f"#pragma OPENCL EXTENSION {EXTENSIONS[element]} : enable\n" if element == "float16" else ""
     return f"""{pragma}typedef {scalar} S;
 typedef {vector} V;
 __kernel void chain(__global {"float" if "float" in element else "uint"} *out, uint turns, {_argument(element)} a0,
@@ -175,7 +179,12 @@ def _step(operation: Operation, element: Element) -> tuple[str, ...]:
         (True, "special"): ("{x} = rsqrt({x});",),
         (False, "fma"): ("{x} = {x} * a + b;",),
     }
-    if (key := (element.startswith("float"), operation)) not in found or element == "int8x4":
+    if element == "int8x4" and operation == "fma":
+        return ("{x} = dot_4x8packed_uu_uint({x}, a) + b;",)
+    if element == "char4" and operation == "fma":
+        return ("{x} = as_uchar4({x}).x * as_uchar4(a).x + as_uchar4({x}).y * as_uchar4(a).y "
+                "+ as_uchar4({x}).z * as_uchar4(a).z + as_uchar4({x}).w * as_uchar4(a).w + b;",)
+    if (key := (element.startswith("float"), operation)) not in found or element in ("int8x4", "char4"):
         raise UnsupportedError(f"there is no chain of {operation} on {element}")
     return found[key]
 

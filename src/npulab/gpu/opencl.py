@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, wraps
+from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
+from numpy.typing import NDArray
 
 from npulab.errors import CapacityError, DeviceError, UnsupportedError, UsageError
-from npulab.gpu import kernels
+from npulab.gpu import bounds, counting, extras, kernels
+from npulab.gpu.counting import Asked, Counted
 from npulab.gpu.exact import chained, congruential, operands
-from npulab.gpu.types import Element, Identity, Limits, Operation, Timing, Way
+from npulab.gpu.types import OPERATIONS_A_STEP, Element, Identity, Limits, Operation, Timing, Way
 
 ENOUGH = 2e-3
 """Seconds of a repetition: a thousand ticks of a clock of microseconds, and little to wait for."""
@@ -21,6 +23,8 @@ LONGEST = 0.5
 """Seconds after which turns are not added any more."""
 REPEATS = 7
 TURNS_MAX = 1 << 20
+CHASE_AT_ONCE = 1 << 15
+"""Turns of a chase's first round that one launch does: drivers end those that take seconds."""
 SCALES = 1.5
 """Twice the turns must take this many times as long at least."""
 GROUP = 256
@@ -31,11 +35,24 @@ SPOT_CHECKS = 32
 HELD_GROUP = 32
 WORDS_MAX = 4096
 """Of local memory in `local`."""
+WORDS_MIN = 256
+P = ParamSpec("P")
 
 
 def devices() -> list[Identity]:
     """All OpenCL devices, in the order of their numbers. Raises: UsageError without pyopencl."""
     return [_identity(d) for d in _devices()]
+
+
+def shuffled(places: int, piece: int) -> NDArray[np.uint32]:
+    """0..places - 1 in a random order in which `piece` neighbours come together, pieces in a random order, too."""
+    r = np.random.default_rng(places)
+    if piece >= places:
+        return r.permutation(places).astype(np.uint32)
+    pieces = -(-places // piece)
+    within = np.argsort(r.random((pieces, piece), np.float32), axis=1).astype(np.uint32)
+    order = (within + (np.arange(pieces, dtype=np.uint32) * np.uint32(piece))[:, None])[r.permutation(pieces)].ravel()
+    return order[order < places]
 
 
 def _devices() -> list[Any]:
@@ -55,6 +72,18 @@ def _identity(d: Any) -> Identity:
                     str(d.driver_version).strip(), str(d.version).strip())
 
 
+def _subgroup(d: Any) -> int:
+    """Threads of a subgroup as the vendor's queries state them (cl_nv_device_attribute_query,
+    cl_amd_device_attribute_query, cl_intel_required_subgroup_size: the widest); 0 if none does."""
+    for name in ("warp_size_nv", "wavefront_width_amd", "sub_group_sizes_intel"):
+        try:
+            found = getattr(d, name)
+        except Exception:
+            continue
+        return int(max(found)) if isinstance(found, list | tuple) and found else int(found or 0)
+    return 0
+
+
 def open_device(number: int = 0) -> OpenCL:
     """Device `number` of `devices()`. Raises: DeviceError if there is none; UsageError without pyopencl."""
     found = _devices()
@@ -66,36 +95,81 @@ def open_device(number: int = 0) -> OpenCL:
     return OpenCL(found[number])
 
 
+class Overstated(CapacityError):  # noqa: N818 - the device's limits are  # noqa: N818 - the device's limits are
+    """A device that refuses what its limits allow: a group or local memory of this size."""
+
+
+def shrinking(experiment: Callable[Concatenate[OpenCL, P], Timing]) -> Callable[Concatenate[OpenCL, P], Timing]:
+    """Done again with half of the local memory and of the group, for good, where a device has less than it states."""
+    @wraps(experiment)
+    def done(self: OpenCL, /, *args: P.args, **more: P.kwargs) -> Timing:
+        while True:
+            try:
+                return experiment(self, *args, **more)
+            except Overstated:
+                if self.words <= WORDS_MIN and self.group == 1:
+                    raise
+                if self.words > WORDS_MIN:
+                    self.words //= 2
+                else:
+                    self.group //= 2
+
+    return done
+
+
 class OpenCL:
-    """A Bench. See npulab.gpu.types."""
+    """A Bench, and Extra. See npulab.gpu.types.
+
+    group, words  threads of a group and words of local memory that experiments take: less than it states if the device
+                  was found to have less.
+    """
 
     def __init__(self, device: Any) -> None:
         import pyopencl as cl
 
         self.cl, self.device = cl, device
+        self.kernels: Any = kernels
         self.context = cl.Context([device])
         self.queue = cl.CommandQueue(self.context, properties=cl.command_queue_properties.PROFILING_ENABLE)
         names = set(str(device.extensions).split())
         more: set[Element] = {e for e, x in kernels.EXTENSIONS.items() if x in names}
+        if "int8x4" not in more:
+            more.add("char4")
         self.identity = _identity(device)
         self.limits = Limits(int(device.max_compute_units), int(device.max_work_group_size),
                              int(device.local_mem_size), int(device.max_mem_alloc_size),
-                             frozenset(("float32", "int32", *more)), float(device.max_clock_frequency) * 1e6)
+                             frozenset(("float32", "int32", *more)), float(device.max_clock_frequency) * 1e6,
+                             _subgroup(device))
+        self.group = min(GROUP, self.limits.group_max)
+        self.one_by_one = bool(device.type & cl.device_type.CPU)  # the threads of a group, as PoCL does
+        self.words = 1 << (min(WORDS_MAX, self.limits.local_bytes // 4).bit_length() - 1)
         self._kernel = lru_cache(maxsize=64)(self._compiled)
+        self._counts: dict[tuple[Any, ...], Counted] = {}
+        self._last: tuple[Any, ...] = ()  # of what was launched
+
+    @property
+    def full_groups(self) -> int:
+        """Work groups that fill the device."""
+        return self.limits.compute_units * GROUPS_A_UNIT
 
     # experiments
 
     def chase(self, footprint: int, stride: int) -> Timing:
+        return self.chase_pieces(footprint, stride, footprint)
+
+    def chase_pieces(self, footprint: int, stride: int, piece: int) -> Timing:
         places = max(2, footprint // stride)
-        order = np.random.default_rng(places).permutation(places).astype(np.uint32) * np.uint32(stride // 4)
+        order = shuffled(places, max(1, piece // stride)) * np.uint32(stride // 4)
         cells = np.zeros(places * (stride // 4), np.uint32)
         cells[order] = np.roll(order, -1)
         at = {int(x): i for i, x in enumerate(order[:1])}
-        kernel = self._kernel(kernels.CHASE, "chase")
+        kernel = self._kernel(self.kernels.CHASE, "chase")
         data, out = self._buffer(cells), self._buffer(order[:1])
         del cells
-        self._time(kernel, (1,), (1,), data, out, np.uint32(-(-places // kernels.CHASED)))  # all of it once
-        done = -(-places // kernels.CHASED) * kernels.CHASED + at[int(order[0])]
+        needed = -(-places // kernels.CHASED)  # turns for all of it once
+        for begun in range(0, needed, CHASE_AT_ONCE):
+            self._time(kernel, (1,), (1,), data, out, np.uint32(min(CHASE_AT_ONCE, needed - begun)))
+        done = needed * kernels.CHASED + at[int(order[0])]
 
         def run(turns: int) -> tuple[float, str]:
             nonlocal done
@@ -104,18 +178,19 @@ class OpenCL:
             found = int(self._read(out, 1)[0])
             return seconds, "" if found == int(order[done % places]) else "the chase ended at another place"
 
-        return self._measured(run, lambda turns: {"loads": turns * kernels.CHASED})
+        return self._measured(run, Asked("loads", {"load bytes": 4 * kernels.CHASED}, 4))
 
+    @shrinking
     def stream(self, footprint: int, stride: int, width: int, way: Way) -> Timing:
         size = footprint // width
-        group = min(GROUP, self.limits.group_max)
-        if size < 1 or width not in (4, 8, 16):
+        group = 1 if self.one_by_one else self.group  # neighbouring loads follow each other, as a CPU likes them
+        if size < 1 or width not in (4, 8, 16, 32, 64):
             raise UnsupportedError("a stream has no room", got=f"{footprint} bytes in vectors of {width}")
-        groups = self.limits.compute_units * GROUPS_A_UNIT
+        groups = self.full_groups
         data = (np.arange(footprint // 4, dtype=np.uint32) * np.uint32(2654435761)) >> np.uint32(7)
         buffer = self._buffer(data if way != "copy" else np.concatenate([data, np.zeros_like(data)]))
         out = self._buffer(np.zeros(groups * group, np.uint32))
-        kernel = self._kernel(kernels.stream(width), way)
+        kernel = self._kernel(self.kernels.stream(width), way)
         offset = max(1, size // groups)
         step = group * stride % size
         lanes = width // 4
@@ -127,9 +202,10 @@ class OpenCL:
                                  np.uint32(stride), np.uint32(turns))
             return seconds, self._checked(way, out, sums, spots, group, offset, stride, step, turns)
 
-        count = kernels.STREAMED[way]
-        return self._measured(run, lambda turns: {"bytes": float(turns * count * width * groups * group)
-                                                  * (2 if way == "copy" else 1)})
+        each = kernels.STREAMED[way] * width
+        asked = Asked("bytes", {f"{what} bytes": each for what in ("load", "store")
+                                if way in ("copy", {"load": "read", "store": "write"}[what])})
+        return self._measured(run, asked, whole=-(-size // (groups * group * kernels.STREAMED[way])))
 
     def _checked(self, way: Way, out: Any, sums: Any, spots: Any, group: int, offset: int, stride: int, step: int,
                  turns: int) -> str:
@@ -151,14 +227,15 @@ class OpenCL:
                 return f"thread {spot} did not read what is there"
         return ""
 
+    @shrinking
     def chain(self, operation: Operation, element: Element, width: int, chains: int, threads: int) -> Timing:
         if element not in self.limits.elements:
             raise UnsupportedError(f"the device does not compute on {element}")
-        kernel = self._kernel(kernels.chain(operation, element, width, chains), "chain")
+        kernel = self._kernel(self.kernels.chain(operation, element, width, chains), "chain")
         kind = np.float32 if element.startswith("float") else np.uint32
         a, b = (kind(v) for v in operands(operation, element))
         one = kind(1)
-        group = min(threads, GROUP, self.limits.group_max)
+        group = min(threads, self.group)
         threads = max(group, threads // group * group)
         out = self._buffer(np.zeros(threads, kind))
         lids = [0] if group == 1 else [0, group // 2, threads - 1]
@@ -166,11 +243,13 @@ class OpenCL:
         def run(turns: int) -> tuple[float, str]:
             seconds = self._time(kernel, (threads,), (group,), out, np.uint32(turns), a, b, one)
             found = self._read(out, threads, kind)
+            if small := bounds.subnormal([a, b, one, *found[lids]], element):
+                return seconds, small
             for i in lids:
                 starts = [(i % group & 7) + c + 1 for c in range(chains)]
                 ends = [chained(operation, element, s, turns) for s in starts]
                 want = sum(ends) * width
-                if element == "int32":
+                if not element.startswith("float"):
                     right = int(found[i]) == int(want) % (1 << 32)
                 else:
                     right = bool(np.isclose(float(found[i]), want, rtol=2e-2 if element == "float16" else 1e-6))
@@ -179,13 +258,18 @@ class OpenCL:
             return seconds, ""
 
         most = (1 << 24) // kernels.STEPS - 64 if element == "float32" else TURNS_MAX
-        return self._measured(run, lambda turns: {
-            "operations": float(turns) * kernels.STEPS * chains * width * threads}, most)
+        each = kernels.STEPS * chains * width * OPERATIONS_A_STEP[element]
+        if element == "char4":  # compilers make products of bytes by products of other widths, several for one
+            return self._measured(run, lambda turns: {"operations": float(turns) * each * threads}, most)
+        asked = Asked("operations", {"fma int8" if element == "int8x4" else f"{operation} {element}": each},
+                      pads=width * chains > 1 and (width == 2 or width * chains % 4 != 0))
+        return self._measured(run, asked, most)
 
+    @shrinking
     def diverge(self, period: int) -> Timing:
-        kernel = self._kernel(kernels.DIVERGE, "diverge")
-        group = min(GROUP, self.limits.group_max)
-        threads = group * self.limits.compute_units * GROUPS_A_UNIT
+        kernel = self._kernel(self.kernels.DIVERGE, "diverge")
+        group = self.group
+        threads = group * self.full_groups
         out = self._buffer(np.zeros(threads, np.uint32))
         a, b = 1664525, 1013904223
 
@@ -200,11 +284,12 @@ class OpenCL:
                     return seconds, f"thread {i} ended with {found[i]}, not {want}"
             return seconds, ""
 
-        return self._measured(run, lambda turns: {"operations": float(turns) * kernels.DIVERGED * threads})
+        return self._measured(run, Asked("operations", {"fma int32": kernels.DIVERGED}))
 
+    @shrinking
     def hold(self, registers: int, threads: int) -> Timing:
-        kernel = self._kernel(kernels.hold(registers), "hold")
-        group = min(HELD_GROUP, self.limits.group_max, threads)
+        kernel = self._kernel(self.kernels.hold(registers), "hold")
+        group = min(HELD_GROUP, self.group, threads)
         threads = max(group, threads // group * group)
         out = self._buffer(np.zeros(threads, np.float32))
 
@@ -214,13 +299,14 @@ class OpenCL:
             found = self._read(out, threads, np.float32)
             return seconds, "" if (found == found[0]).all() else "threads disagree"
 
-        return self._measured(run, lambda turns: {"operations": float(turns) * registers * threads})
+        return self._measured(run, Asked("operations", {"fma float32": registers}))
 
+    @shrinking
     def local(self, stride: int) -> Timing:
-        words = 1 << (min(WORDS_MAX, self.limits.local_bytes // 4).bit_length() - 1)
-        kernel = self._kernel(kernels.local(words), "local_loads")
-        group = min(GROUP, self.limits.group_max)
-        threads = group * self.limits.compute_units * GROUPS_A_UNIT
+        words = self.words
+        kernel = self._kernel(self.kernels.local(words), "local_loads")
+        group = self.group
+        threads = group * self.full_groups
         out = self._buffer(np.zeros(threads, np.uint32))
         cells = (np.arange(words, dtype=np.uint64) * 2654435761) % (1 << 32)
 
@@ -234,10 +320,10 @@ class OpenCL:
                     return seconds, f"thread {i} read {found[i]}, not {want}"
             return seconds, ""
 
-        return self._measured(run, lambda turns: {"loads": float(turns) * kernels.LOADED * threads}, 1 << 18)
+        return self._measured(run, Asked("loads", {"load bytes": 4 * kernels.LOADED}, 4), 1 << 18)
 
     def launch(self) -> Timing:
-        kernel = self._kernel(kernels.LAUNCH, "launch")
+        kernel = self._kernel(self.kernels.LAUNCH, "launch")
         out = self._buffer(np.zeros(1, np.uint32))
         found = []
         for _ in range(8 * REPEATS):
@@ -246,9 +332,10 @@ class OpenCL:
             found.append(time.perf_counter() - start)
         return Timing(tuple(found[REPEATS:]), {"launches": 1})
 
+    @shrinking
     def barrier(self) -> Timing:
-        kernel = self._kernel(kernels.BARRIER, "meet")
-        group = min(GROUP, self.limits.group_max)
+        kernel = self._kernel(self.kernels.BARRIER, "meet")
+        group = self.group
         out = self._buffer(np.zeros(group, np.uint32))
 
         def run(turns: int) -> tuple[float, str]:
@@ -273,17 +360,36 @@ class OpenCL:
         self._do(lambda: self.cl.enqueue_copy(self.queue, back, buffer).wait())
         return Timing(tuple(found[1:]), {"bytes": float(size)}, "" if (back == host).all() else "bytes were lost")
 
+    @shrinking
+    def image(self, footprint: int) -> Timing:
+        return extras.image(self, footprint)
+
+    @shrinking
+    def constant(self, spread: bool) -> Timing:
+        return extras.constant(self, spread)
+
+    @shrinking
+    def local_write(self, stride: int) -> Timing:
+        return extras.local_write(self, stride)
+
+    def map(self, size: int) -> Timing:
+        return extras.map_buffer(self, size, 8 * REPEATS)
+
     # how they are done
 
-    def _measured(self, run: Callable[[int], tuple[float, str]], work: Callable[[int], Mapping[str, float]],
-                  most: int = TURNS_MAX) -> Timing:
+    def _measured(self, run: Callable[[int], tuple[float, str]], work: Callable[[int], Mapping[str, float]] | Asked,
+                  most: int = TURNS_MAX, whole: int = 1) -> Timing:
         """Repetitions of so many turns that one takes long enough; then once with half of them, which must be
-        quicker."""
-        turns = 1
+        quicker.
+
+        work   of all threads by turns, or what a turn of each is asked for: that is counted in the compiled code.
+        whole  turns that go through all of the memory: with fewer, repetitions would find it in caches.
+        """
+        turns = min(whole, most)
         seconds, wrong = run(turns)  # compiles
         while turns < most:
             seconds, wrong = run(turns)
-            if wrong or seconds >= ENOUGH:
+            if wrong or (seconds >= ENOUGH and run(turns)[0] >= ENOUGH):  # twice: something may have disturbed one
                 break
             turns = min(most, turns * (2 if seconds > ENOUGH / 8 or seconds <= 0 else 4))
         found = []
@@ -294,11 +400,28 @@ class OpenCL:
             if sum(found) > LONGEST * REPEATS:
                 break
         doubtful = ""
+        if turns < whole:
+            wrong = wrong or f"a cached buffer: {turns} turns go through {turns / whole:.2g} of it"
         if not wrong and turns >= 8 and min(found) < SCALES * min(run(turns // 2)[0] for _ in range(REPEATS)):
-            doubtful = "twice the turns of the loop do not take longer in proportion"
-        return Timing(tuple(found), dict(work(turns)), wrong, doubtful)
+            # in turns, now: what a neighbour on a busy machine does in between meets both
+            pairs = [(run(turns)[0], run(turns // 2)[0]) for _ in range(2 * REPEATS)]
+            if min(p[0] for p in pairs) < SCALES * min(p[1] for p in pairs):
+                doubtful = "twice the turns of the loop do not take longer in proportion"
+        if not isinstance(work, Asked):
+            return Timing(tuple(found), dict(work(turns)), wrong, doubtful, counting.STATED)
+        counted, threads = self._count()
+        return Timing(tuple(found), {work.work: counting.work(counted, work) * turns * threads},
+                      wrong or counting.objection(counted, work), doubtful, counting.source(counted))
 
-    def _compiled(self, source: str, name: str) -> Any:
+    def _count(self) -> tuple[Counted, int]:
+        """(a turn of each thread, threads) of the last launch; counted once for a kernel and a size of groups."""
+        kernel, size, group, arguments = self._last
+        key = (kernel, group)
+        if key not in self._counts:
+            self._counts[key] = counting.count(self.cl, self.queue, kernel, size, group, arguments)
+        return self._counts[key], int(np.prod(size))
+
+    def _compiled(self, source: Any, name: str) -> Any:
         def build() -> Any:
             return getattr(self.cl.Program(self.context, source).build(), name)
 
@@ -314,6 +437,10 @@ class OpenCL:
         except self.cl.MemoryError as e:
             raise CapacityError(f"{self.identity.name} has no room for an experiment", got=str(e)[:200]) from None
         except self.cl.Error as e:
+            status = self.cl.status_code
+            if e.code in (status.INVALID_WORK_GROUP_SIZE, status.INVALID_WORK_ITEM_SIZE, status.OUT_OF_RESOURCES):
+                raise Overstated(f"{self.identity.name} does not take what its limits allow", got=str(e)[:200],
+                                 want=f"a group of {self.group} threads, {self.words} words of local memory") from None
             raise DeviceError(f"{self.identity.name} failed in an experiment", got=str(e).strip()[:300],
                               try_="update the driver; run the others with this one left out") from None
 
@@ -331,6 +458,7 @@ class OpenCL:
 
     def _time(self, kernel: Any, size: tuple[int, ...], group: tuple[int, ...], *arguments: Any) -> float:
         """Seconds of one run by the device's clock."""
+        self._last = kernel, size, group, arguments
         def run() -> float:
             event = kernel(self.queue, size, group, *arguments)
             event.wait()

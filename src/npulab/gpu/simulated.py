@@ -15,10 +15,11 @@ from typing import Any, Literal
 import numpy as np
 
 from npulab.errors import UnsupportedError
-from npulab.gpu.types import Element, Identity, Limits, Operation, Timing, Way
+from npulab.gpu.types import OPERATIONS_A_STEP, Element, Identity, Limits, Operation, Timing, Way
 
 REPETITIONS = 9
 CHASE_LOADS = 1 << 14
+STREAMED = 1 << 22  # bytes
 STEPS = 4096  # of a chain
 ENOUGH = 2e-3  # seconds: a kernel's loop turns until it takes so long
 KERNEL_START = 1.5e-6  # seconds between a kernel's first and last moment that are not its work
@@ -26,14 +27,25 @@ KERNEL_START = 1.5e-6  # seconds between a kernel's first and last moment that a
 
 @dataclass(frozen=True, slots=True)
 class Cache:
-    """One level, fully associative. size, line: bytes. latency: cycles of the core. bandwidth: bytes a cycle, of the
-    whole device: of a level that each core has for itself, of all together."""
+    """One level. size, line: bytes. latency: cycles of the core. bandwidth: bytes a cycle, of the whole device: of a
+    level that each core has for itself, of all together. ways: lines of a set, of least recent use; 0: any line goes
+    anywhere."""
 
     size: int
     line: int
     latency: float
     bandwidth: float
     replacement: Literal["lru", "random"] = "lru"
+    ways: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Translation:
+    """Buffer of `entries` translated pages of `page` bytes, of least recent use; another takes `cost` cycles."""
+
+    entries: int
+    page: int
+    cost: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +62,11 @@ class Hidden:
     tick        of the timer, seconds. jitter: relative, standard deviation. outliers: share of disturbed repetitions.
     throttle_*  busy seconds until the clock begins to fall, how long it falls, and the share of it that remains.
     memory_throttles  whether DRAM slows with the cores.
+    translation  of addresses, where it costs.
+    image_share  of the first cache's bandwidth that reads of images reach.
+    constant_spread  constant memory gives a word a lane and cycle where all read the same, this share of it where each
+                 reads another.
+    map_cost     seconds, whatever the size: host and device share memory.
     """
 
     warp: int
@@ -78,18 +95,36 @@ class Hidden:
     throttle_over: float = 0.5
     throttle_to: float = 1.0
     memory_throttles: bool = False
+    translation: Translation | None = None
+    image_share: float = 1.0
+    constant_spread: float = 1.0
+    map_cost: float = 10e-6
 
 
-def hit_rate(lines: float, capacity: float, places: int, replacement: str) -> float:
+def hit_rate(lines: float, capacity: float, places: float, replacement: str, piece: float = math.inf) -> float:
     """Hits of a steady chase through `lines` cache lines, `places` pointers in each, all in one random cycle, in a
     fully associative cache of `capacity` lines.
 
     A place's line was last touched a share u of the cycle ago, P(u > v) = (1 - v)^(places - 1). LRU still has it if
     fewer than `capacity` other lines were touched since, each one with probability 1 - (1 - u)^places. Random
     replacement still has it if none of the misses since threw it out, each one with probability 1 / capacity.
+
+    piece: lines of which all places come before those of others: the first of a line's in a turn comes a whole cycle
+    after its last, the others follow within the piece, P(share of the piece > v) = (1 - v)^places.
     """
     if lines <= capacity:
         return 1.0
+    if piece < lines:
+        again = (places - 1) / places
+        if replacement == "lru":
+            return again * min(1.0, capacity / piece)
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            m = (low + high) / 2
+            kept = (1 - again) * math.exp(-m * places * lines / capacity) + again * _survival(
+                m * places * piece / capacity, places + 1)
+            low, high = (m, high) if 1 - kept > m else (low, m)
+        return 1 - (low + high) / 2
     if replacement == "lru":
         return float(1 - (1 - capacity / lines) ** ((places - 1) / places))
     low, high = 0.0, 1.0  # of the miss rate m = 1 - survival(m); m = 0 is the other solution
@@ -99,10 +134,44 @@ def hit_rate(lines: float, capacity: float, places: int, replacement: str) -> fl
     return 1 - (low + high) / 2
 
 
+def hits(cache: Cache, count: int, stride: int, piece: float = math.inf) -> float:
+    """Hits of a chase through `count` places, `stride` bytes apart, in pieces of `piece` bytes."""
+    places = max(1, cache.line // stride)
+    lines = math.ceil(count / places)
+    lines_a_piece = max(1.0, piece / max(stride, cache.line))
+    if not cache.ways:
+        return hit_rate(lines, cache.size // cache.line, places, cache.replacement, lines_a_piece)
+    sets = cache.size // cache.line // cache.ways
+    used = sets // math.gcd(sets, max(1, stride // cache.line))  # the lines of one set are a multiple of sets apart
+    each, more = divmod(lines, used)
+
+    def of(k: int) -> float:
+        return hit_rate(k, cache.ways, places, "lru", lines_a_piece / used) if k else 1.0
+
+    return (more * (each + 1) * of(each + 1) + (used - more) * each * of(each)) / lines
+
+
+def streamed(h: Hidden, footprint: int, stride: int, width: int, way: Way) -> tuple[float, float]:
+    """Seconds of a byte in the caches and in DRAM, side by side; each fetches lines, of which wide strides waste some.
+    """
+    read = {"read": 1.0, "write": 0.0, "copy": 0.5}[way]
+    cost = read + (1 - read) / h.write_share
+    missed, core = 1.0, 0.0
+    for c in h.caches:
+        waste = max(1.0, min(stride, c.line / width))
+        narrow = 16 / width if c is h.caches[0] else 1.0  # a narrow load takes its place in the queue all the same
+        core = max(core, missed * waste * narrow * cost / c.bandwidth / h.clock)
+        lines = footprint / c.line
+        kept = hits(c, math.ceil(lines), c.line) if c.ways else hit_rate(lines, c.size / c.line, 1, c.replacement)
+        missed = min(missed, 1 - kept)  # each group reads all of it
+    waste = max(1.0, min(stride, h.caches[-1].line / width))
+    return core, missed * waste * cost / h.memory_bandwidth
+
+
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(48)
 
 
-def _survival(evictions: float, places: int) -> float:
+def _survival(evictions: float, places: float) -> float:
     """E[exp(-evictions u)] over the share u of a cycle since the line's last touch."""
     if places == 1:
         return math.exp(-evictions)
@@ -129,39 +198,36 @@ class Simulated:
         return Limits(h.cores, h.group_max, h.local_banks * 1024, h.buffer_max, frozenset(e for _, e in h.rates))
 
     def chase(self, footprint: int, stride: int) -> Timing:
+        return Simulated.chase_pieces(self, footprint, stride, 1 << 40)
+
+    def chase_pieces(self, footprint: int, stride: int, piece: int) -> Timing:
         h, n = self._h, max(1, footprint // stride)
         known, cycles = 0.0, 0.0
         for c in h.caches:
-            hits = max(known, hit_rate(math.ceil(n / max(1, c.line // stride)), c.size // c.line,
-                                       max(1, c.line // stride), c.replacement))
-            cycles += (hits - known) * c.latency
-            known = hits
+            now = max(known, hits(c, n, stride, piece))
+            cycles += (now - known) * c.latency
+            known = now
+        if t := h.translation:
+            pages = min(n, math.ceil(footprint / t.page))
+            visits = n / pages  # of a page, one after the other if pieces are smaller
+            together = max(1.0, min(visits, piece / stride))
+            pieces = max(1.0, visits / together) if piece <= t.page else visits
+            again = hit_rate(pages, t.entries, pieces, "lru", math.inf if piece <= t.page else piece / t.page)
+            cycles += t.cost * (1 - again) / (together if piece <= t.page else 1)
         through = h.caches[-1].latency / h.clock  # a load on its way to DRAM and back passes the caches
         core, memory = cycles / h.clock + (1 - known) * through, (1 - known) * (h.memory_latency - through)
         self._busy += n * (core + memory)  # all places once before the clock starts
         return self._timing(core * CHASE_LOADS, {"loads": CHASE_LOADS}, memory=memory * CHASE_LOADS)
 
     def stream(self, footprint: int, stride: int, width: int, way: Way) -> Timing:
-        h = self._h
-        size = 1 << 22
-        read = {"read": 1.0, "write": 0.0, "copy": 0.5}[way]
-        cost = read + (1 - read) / h.write_share
-        missed, core = 1.0, 0.0
-        for c in h.caches:
-            waste = max(1.0, min(stride, c.line / width))
-            narrow = 16 / width if c is h.caches[0] else 1.0  # a narrow load takes its place in the queue all the same
-            core = max(core, missed * size * waste * narrow * cost / c.bandwidth / h.clock)
-            lines = footprint / c.line
-            missed = min(missed, 1 - hit_rate(lines, c.size / c.line, 1, c.replacement))  # each group reads all of it
-        waste = max(1.0, min(stride, h.caches[-1].line / width))
-        memory = missed * size * waste * cost / h.memory_bandwidth
-        return self._timing(core, {"bytes": size}, least=memory)
+        core, memory = streamed(self._h, footprint, stride, width, way)
+        return self._timing(core * STREAMED, {"bytes": STREAMED}, least=memory * STREAMED)
 
     def chain(self, operation: Operation, element: Element, width: int, chains: int, threads: int) -> Timing:
         h, what = self._h, (operation, element)
         if what not in h.rates:
             raise UnsupportedError(f"The device has no {operation} of {element}")
-        each = chains * width * (4 if element == "int8x4" else 1)
+        each = chains * width * OPERATIONS_A_STEP[element]
         rate = h.rates[what] / (2 if element == "float16" and width == 1 else 1)
         warps = math.ceil(math.ceil(threads / h.warp) / h.cores)
         cycles, most = 0.0, h.max_threads // h.warp
@@ -193,6 +259,24 @@ class Simulated:
         conflicts = max(1, at_once * math.gcd(stride, h.local_banks) / h.local_banks)
         cycles = STEPS * h.group_max / at_once * conflicts
         return self._timing(cycles / h.clock, {"loads": STEPS * h.group_max})
+
+    def local_write(self, stride: int) -> Timing:
+        t = self.local(stride)
+        return replace(t, work={"stores": t.work["loads"]})
+
+    def image(self, footprint: int) -> Timing:
+        h, size = self._h, 1 << 22
+        t = self.stream(footprint, 1, 16, "read")
+        core = size / (h.image_share * h.caches[0].bandwidth) / h.clock
+        return t if footprint > h.caches[0].size else self._timing(core, {"bytes": size})
+
+    def constant(self, spread: bool) -> Timing:
+        h = self._h
+        cycles = STEPS * h.group_max / h.warp / (h.constant_spread if spread else 1.0)
+        return self._timing(cycles / h.clock, {"bytes": 4.0 * STEPS * h.group_max * h.cores})
+
+    def map(self, size: int) -> Timing:
+        return self._timing(0.0, {"bytes": size}, host=self._h.map_cost)
 
     def launch(self) -> Timing:
         return self._timing(0.0, {}, host=self._h.launch)
@@ -259,7 +343,7 @@ def random_hidden(seed: int) -> Hidden:
         rates["fma", "int8x4"] = 4 * lanes * pick(0.5, 1.0)
     latencies = {}  # a step of a chain is never shorter than its warp's issue
     for what, rate in rates.items():
-        each = 4 if what[1] == "int8x4" else 1
+        each = OPERATIONS_A_STEP[what[1]]
         latencies[what] = max(float(r.integers(3, 9)) * (3 if what[0] == "special" else 1),
                               warp * each / rate * (2 if what[1] == "float16" else 1))
     line = pick(32, 64, 64, 128)
@@ -283,7 +367,7 @@ def random_hidden(seed: int) -> Hidden:
     throttles = r.random() < 0.4
     thread_bytes = pick(64, 128, 256)  # of registers, when the core is full
     max_threads = warp * pick(8, 12, 16, 24, 32) if warp > 16 else warp * pick(16, 24, 32, 48, 64)
-    return Hidden(
+    made = Hidden(
         warp=warp, cores=cores, max_threads=max_threads, register_file=max_threads * thread_bytes,
         register_grain=pick(1, 2, 4, 8, 16), caches=tuple(levels), clock=clock, rates=rates, latencies=latencies,
         local_banks=pick(16, 32, 64), memory_latency=last.latency / clock * between(1.5, 3.5),
@@ -293,6 +377,15 @@ def random_hidden(seed: int) -> Hidden:
         tick=pick(1e-9, 32e-9, 52e-9, 1e-6), jitter=between(0.002, 0.02), outliers=float(r.uniform(0, 0.06)),
         throttle_after=between(0.5, 40) if throttles else math.inf, throttle_over=pick(0.01, 0.5, 5.0),
         throttle_to=float(r.uniform(0.5, 0.95)), memory_throttles=bool(r.random() < 0.5))
+    for i, c in enumerate(levels):  # after all else, so that machines of a seed stay what they were
+        sets = [w for w in (2, 4, 8, 12, 16) if c.size % (c.line * w) == 0
+                and (c.size // c.line // w).bit_count() == 1]
+        if c.replacement == "lru" and sets and r.random() < 0.5:
+            levels[i] = replace(c, ways=pick(*sets))
+    translation = Translation(pick(16, 32, 64, 512), pick(1 << 12, 1 << 16, 1 << 21), between(20, 200)) \
+        if r.random() < 0.4 else None
+    return replace(made, caches=tuple(levels), translation=translation, image_share=float(r.uniform(0.3, 1)),
+                   constant_spread=1 / pick(1, 2, 8, 32), map_cost=between(3e-6, 50e-6))
 
 
 def truth(h: Hidden) -> dict[str, float]:
@@ -310,10 +403,24 @@ def truth(h: Hidden) -> dict[str, float]:
     for way in ("to", "from"):
         known[f"transfer {way} device cost"] = h.transfer_start
         known[f"transfer {way} device bandwidth"] = h.transfer_bandwidth / 1e9
+    known["local memory write bandwidth"] = known["local memory bandwidth"]
+    at_once = min(h.warp, h.local_banks)
+    for s in (2, 4, 8, 16, 32):
+        conflicts = max(1, at_once * math.gcd(s, h.local_banks) / h.local_banks)
+        known[f"local memory bandwidth, stride {s}"] = known["local memory bandwidth"] / conflicts
+    known["constant bandwidth"] = 4 * h.cores * h.warp * h.clock / 1e9
+    known["constant bandwidth, spread"] = known["constant bandwidth"] * h.constant_spread
+    known["image bandwidth"] = h.image_share * h.caches[0].bandwidth * h.clock / 1e9
+    known["map cost"] = h.map_cost
+    known["fma against mul float32"] = h.rates["fma", "float32"] / h.rates["mul", "float32"]
+    for width, stride in ((4, 1), (8, 1), (4, 2), (4, 4), (4, 8), (4, 16)):
+        name = f"memory bandwidth, {width} bytes a load" + (f", stride {stride}" if stride > 1 else "")
+        known[name] = 1e-9 / max(streamed(h, 1 << 30, stride, width, "read"))
     for (operation, element), rate in h.rates.items():
         known[f"{operation} {element} rate"] = rate * h.cores * h.clock
         known[f"{operation} {element} latency"] = h.latencies[operation, element] / h.clock
     for i, c in enumerate(h.caches, 1):
         known[f"L{i} size"], known[f"L{i} line"] = c.size, c.line
         known[f"L{i} latency"], known[f"L{i} bandwidth"] = c.latency / h.clock, c.bandwidth * h.clock / 1e9
+        known[f"L{i} write bandwidth"] = known[f"L{i} bandwidth"] * h.write_share
     return known

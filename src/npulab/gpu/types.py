@@ -12,17 +12,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-Element = Literal["float32", "float16", "int32", "int8x4"]
-"""What is computed on; int8x4: a dot product of four pairs of bytes, added to an int32."""
+Element = Literal["float32", "float16", "int32", "int8x4", "char4"]
+"""What is computed on; int8x4: a dot product of four pairs of bytes, added to an int32, by the device's own instruction
+(cl_khr_integer_dot_product); char4: the same written out in plain C. A step of these is OPERATIONS_A_STEP."""
+OPERATIONS_A_STEP: dict[Element, int] = {"float32": 1, "float16": 1, "int32": 1, "int8x4": 4, "char4": 4}
+"""Scalar operations of a step of a chain, for each element of a vector: a multiply-add is one."""
 Operation = Literal["fma", "mul", "add", "special"]
-"""A dependent step of a chain: a * b + c, a * b, a + b, 1 / sqrt(a). Of int8x4 only "fma"."""
+"""A dependent step of a chain: a * b + c, a * b, a + b, 1 / sqrt(a). Of int8x4 and char4 only "fma"."""
 Way = Literal["read", "write", "copy"]
 Status = Literal["measured", "refused"]
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who was measured. `api`: "opencl" or "simulated"; versions as the device states them."""
+    """Who was measured. `api`: "opencl", "vulkan" or "simulated"; versions as the device states them."""
 
     api: str
     platform: str
@@ -38,6 +41,7 @@ class Limits:
 
     compute_units  cores.      group_max  threads of a work group.     local_bytes  of local memory a group.
     buffer_max     bytes of one buffer.       elements  what it computes on.      clock_hz  as stated, 0: not.
+    subgroup       threads of a subgroup (warp, wavefront) as stated, 0: not.
     """
 
     compute_units: int
@@ -46,6 +50,7 @@ class Limits:
     buffer_max: int
     elements: frozenset[Element]
     clock_hz: float = 0.0
+    subgroup: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +61,14 @@ class Timing:
     work     of one repetition, counted in the compiled code: "operations", "bytes", "loads".
     wrong    what is wrong with the result: it is not to be believed; "" if nothing is.
     doubtful what speaks against the times alone; another try may do better on a busy machine.
+    counted  where the work was counted; "" where nothing was compiled.
     """
 
     seconds: tuple[float, ...]
     work: Mapping[str, float] = field(default_factory=dict)
     wrong: str = ""
     doubtful: str = ""
+    counted: str = ""
 
 
 class Bench(Protocol):
@@ -114,6 +121,33 @@ class Bench(Protocol):
 
     def transfer(self, size: int, to_device: bool) -> Timing:
         """`size` bytes between host and device. work: "bytes"."""
+        ...
+
+
+class Extra(Protocol):
+    """Experiments that not every Bench does: one that has no method of a name is taken to raise UnsupportedError."""
+
+    def chase_pieces(self, footprint: int, stride: int, piece: int) -> Timing:
+        """As `Bench.chase`, but in pieces: a random order within `piece` bytes, then the next piece, at random. A piece
+        that is no larger than what address translation keeps makes translation cost next to nothing."""
+        ...
+
+    def image(self, footprint: int) -> Timing:
+        """All threads read `footprint` bytes of a two-dimensional image (four 32-bit integers a texel) again and again,
+        a group side by side. work: "bytes"."""
+        ...
+
+    def constant(self, spread: bool) -> Timing:
+        """All threads read words of constant memory, all of a group the same one or (`spread`) each another.
+        work: "bytes"."""
+        ...
+
+    def local_write(self, stride: int) -> Timing:
+        """A group's threads store words in local memory, neighbours `stride` words apart. work: "stores"."""
+        ...
+
+    def map(self, size: int) -> Timing:
+        """A buffer of `size` bytes made visible to the host, one word changed, and given back. work: "bytes"."""
         ...
 
 

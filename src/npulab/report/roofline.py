@@ -12,7 +12,7 @@ from npulab.cli.printing import amount, clean
 from npulab.gpu.ceilings import COMPUTE, Ceiling
 from npulab.report.figures import data, quantity
 from npulab.report.shell import document, e, section
-from npulab.roofline import Floor, Roofline, by_bound
+from npulab.rooflines import Floor, Roofline, by_bound
 
 DASHES = {"measured": "", "stated": "9 4", "assumed": "2 4"}
 """How a line is drawn by what stands behind its number."""

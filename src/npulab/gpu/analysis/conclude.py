@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from npulab.errors import NpulabError
+from npulab.gpu import bounds
 from npulab.gpu.analysis import caches, drift, groups, local, rates, registers
 from npulab.gpu.analysis.meter import Meter, Refused, reason
 from npulab.gpu.types import Bench, Quantity
 
 Progress = Callable[[str, float], None]
 Keep = Callable[[list[Quantity]], None]
+Task = tuple[str, str, Callable[[], list[Quantity]]]
+"""Name and unit of the first quantity that it finds."""
 
 
 def conclude(bench: Bench, progress: Progress | None = None, quick: bool = False, known: Sequence[Quantity] = (),
@@ -42,7 +46,7 @@ def conclude(bench: Bench, progress: Progress | None = None, quick: bool = False
         hierarchy.append(caches.hierarchy(meter))
         return _of(hierarchy[0])
 
-    tasks: list[tuple[str, str, Callable[[], list[Quantity]]]] = [
+    tasks: list[Task] = [
         ("warp width", "threads", width),
         ("register file", "bytes a core", held),
         ("local memory banks", "words", lambda: [local.banks(meter)]),
@@ -55,9 +59,13 @@ def conclude(bench: Bench, progress: Progress | None = None, quick: bool = False
         ("memory bandwidth", "GB/s", lambda: [rates.memory_bandwidth(meter, _one(hierarchy), "read")]),
         ("memory write bandwidth", "GB/s", lambda: [rates.memory_bandwidth(meter, _one(hierarchy), "write")]),
         ("memory copy bandwidth", "GB/s", lambda: [rates.memory_bandwidth(meter, _one(hierarchy), "copy")]),
+        ("map cost", "s", lambda: [rates.mapped(meter)]),
+        ("constant bandwidth", "GB/s", lambda: [rates.constant_bandwidth(meter, False)]),
+        ("image bandwidth", "GB/s", lambda: [rates.image_bandwidth(meter, _one(hierarchy))]),
         *((f"{o} {e} rate", "operations/s", lambda o=o, e=e: [rates.rate(meter, o, e)])
           for o, e in rates.wanted(meter)),
         *((f"{o} {e} latency", "s", lambda o=o, e=e: [rates.latency(meter, o, e)]) for o, e in rates.wanted(meter)),
+        *([] if quick else _more(meter, hierarchy, found)),
     ]
 
     def do(name: str, unit: str, task: Callable[[], list[Quantity]], share: float) -> None:
@@ -65,7 +73,7 @@ def conclude(bench: Bench, progress: Progress | None = None, quick: bool = False
             return
         if progress:
             progress(name, share)
-        made = _tried(meter, name, unit, task)
+        made = tried(meter, name, unit, task, found)
         found.extend(made)
         if keep:
             keep(made)
@@ -73,22 +81,52 @@ def conclude(bench: Bench, progress: Progress | None = None, quick: bool = False
     for i, (name, unit, task) in enumerate(tasks):
         do(name, unit, task, i / len(tasks))
     if not hierarchy and any(q.name == "L1 size" and q.status == "measured" for q in known):
-        _tried(meter, "L1 size", "bytes", levels)  # what was known of it is not all that follows needs
+        tried(meter, "L1 size", "bytes", levels)  # what was known of it is not all that follows needs
     for i in range(len(hierarchy[0].levels) if hierarchy else 0):
         do(f"L{i + 1} bandwidth", "GB/s",
            lambda i=i: [rates.level_bandwidth(meter, hierarchy[0], i)], 1.0)  # type: ignore[misc]
+        if not quick:
+            do(f"L{i + 1} write bandwidth", "GB/s",
+               lambda i=i: [rates.level_bandwidth(meter, hierarchy[0], i, "write")], 1.0)  # type: ignore[misc]
     do("lowest clock", "of the first", lambda: [drift.drift(meter)], 1.0)
     if progress:
         progress("done", 1.0)
     return found
 
 
-def _tried(meter: Meter, name: str, unit: str, task: Callable[[], list[Quantity]]) -> list[Quantity]:
+def _more(meter: Meter, hierarchy: list[caches.Hierarchy], found: list[Quantity]) -> list[Task]:
+    """What a quick run leaves out: bandwidths by width and stride, of stores, and ratios."""
+    def named(name: str) -> Quantity | None:
+        return next((q for q in found if q.name == name), None)
+
+    return [
+        ("fma against mul float32", "times", lambda: [rates.against_multiply(
+            meter, named("fma float32 rate"), named("mul float32 rate"))]),
+        ("local memory write bandwidth", "GB/s", lambda: [local.write_bandwidth(meter)]),
+        *((f"local memory bandwidth, stride {s}", "GB/s", lambda s=s: [local.strided(meter, s)])
+          for s in local.TABLE),
+        ("constant bandwidth, spread", "GB/s", lambda: [rates.constant_bandwidth(meter, True)]),
+        *((f"memory bandwidth, {w} bytes a load", "GB/s",
+           lambda w=w: [rates.memory_bandwidth(meter, _one(hierarchy), "read", w)]) for w in rates.WIDTHS),
+        *((f"memory bandwidth, 4 bytes a load, stride {s}", "GB/s",
+           lambda s=s: [rates.memory_bandwidth(meter, _one(hierarchy), "read", 4, s)]) for s in rates.STRIDES),
+    ]
+
+
+def tried(meter: Meter, name: str, unit: str, task: Callable[[], list[Quantity]], others: Sequence[Quantity] = ()
+          ) -> list[Quantity]:
+    """What a task finds, or that it is refused: by itself, by the device, or as above what can be (`gpu.bounds`)."""
     meter.begin()
     try:
-        return task()
+        return [bounds.checked(_sourced(meter, q), meter.limits, others, meter.seen) for q in task()]
     except (Refused, NpulabError) as e:
         return [Quantity(name, None, unit, None, "refused", reason(e))]
+
+
+def _sourced(meter: Meter, found: Quantity) -> Quantity:
+    """Saying where the work was counted."""
+    said = "; ".join(sorted(meter.counted))
+    return replace(found, why="; ".join(filter(None, (found.why, said)))) if found.status == "measured" else found
 
 
 def _one(hierarchy: list[caches.Hierarchy]) -> caches.Hierarchy | None:
@@ -98,13 +136,13 @@ def _one(hierarchy: list[caches.Hierarchy]) -> caches.Hierarchy | None:
 def _of(found: caches.Hierarchy) -> list[Quantity]:
     out = []
     for i, level in enumerate(found.levels, 1):
-        out += [Quantity(f"L{i} size", level.size, "bytes", level.interval, "measured", level.why),
+        out += [Quantity(f"L{i} size", level.size, "bytes", level.cliff.interval, "measured", level.cliff.why),
                 Quantity(f"L{i} line", level.line, "bytes", None, "measured",
                          "the shortest distance of loads at which none helps another"),
                 Quantity(f"L{i} latency", level.latency.value, "s", (level.latency.low, level.latency.high), "measured",
-                         "random chase through half of it, one thread")]
+                         level.rests)]
     if found.memory:
         m = found.memory
         return [*out, Quantity("memory latency", m.value, "s", (m.low, m.high), "measured",
-                               "random chase through much more than the caches hold, one thread")]
+                               found.rests)]
     return [*out, Quantity("memory latency", None, "s", None, "refused", found.fault)]

@@ -25,4 +25,5 @@ def warp_width(meter: Meter) -> Quantity:
         raise Refused(f"two ways take {slow:.1f} times as long as one, where 2 was to be expected")
     return Quantity("warp width", width, "threads", None, "measured",
                     f"two ways cost {slow:.2f} times as much if they turn every {width // 2} threads, "
-                    f"nothing from {width} on")
+                    f"nothing from {width} on"
+                    + (f"; the device states subgroups of {stated}" if (stated := meter.limits.subgroup) else ""))

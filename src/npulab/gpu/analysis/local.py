@@ -8,6 +8,7 @@ from npulab.gpu.analysis.meter import Meter, Refused
 from npulab.gpu.types import Quantity
 
 STRIDES = tuple(1 << i for i in range(9))
+TABLE = (2, 4, 8, 16, 32)
 
 
 def bandwidth(meter: Meter) -> Quantity:
@@ -15,6 +16,19 @@ def bandwidth(meter: Meter) -> Quantity:
     return Quantity("local memory bandwidth", 4 / took.value / 1e9, "GB/s",
                     (4 / took.high / 1e9, 4 / took.low / 1e9), "measured",
                     "words side by side, in all the groups that the experiment starts")
+
+
+def write_bandwidth(meter: Meter) -> Quantity:
+    took = meter.seconds(lambda: meter.extra.local_write(1), "stores", spread=0.005)
+    return Quantity("local memory write bandwidth", 4 / took.value / 1e9, "GB/s",
+                    (4 / took.high / 1e9, 4 / took.low / 1e9), "measured",
+                    "words side by side, in all the groups that the experiment starts")
+
+
+def strided(meter: Meter, stride: int) -> Quantity:
+    took = meter.seconds(lambda: meter.bench.local(stride), "loads", spread=0.005)
+    return Quantity(f"local memory bandwidth, stride {stride}", 4 / took.value / 1e9, "GB/s",
+                    (4 / took.high / 1e9, 4 / took.low / 1e9), "measured", f"neighbours {stride} words apart")
 
 
 def banks(meter: Meter) -> Quantity:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, cast
 
-from npulab.errors import NpulabError
+from npulab.errors import NpulabError, UnsupportedError
+from npulab.gpu import bounds
 from npulab.gpu.analysis.statistics import Estimate, estimate
-from npulab.gpu.types import Bench, Timing
+from npulab.gpu.types import Bench, Extra, Timing
 
-Kind = Literal["core", "memory", "host"]
+Kind = Literal["core", "alone", "memory", "host"]
 ATTEMPTS = 3
-MOVED = 0.03  # a reference that differs by more between before and after has the experiment done again
+ASTRAY = 0.4  # a reference that differs by more after all tries has the experiment refused; scatter of the first, all
+TRIES = 8
+MOVED = 0.03  # a reference that differs by more (and more than they scatter) from before to after: done again
+UNTOLD = 0.08  # scatter of references that tells nothing of a clock
 POOLED = 6  # references without a move that are taken together
 STILL = 0.01  # a clock within this of its first pace is taken for unmoved
 MEMORY_FOOTPRINT = 256 << 20  # bytes, a quarter of it where it must be quick
@@ -27,28 +32,58 @@ class Objection(Refused):
     """The bench itself doubts the times of an experiment."""
 
 
+class _Lacking:
+    """A bench whose missing experiments raise when they are done."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+
+    def __getattr__(self, name: str) -> Any:
+        if (found := getattr(self._bench, name, None)) is not None:
+            return found
+
+        def lacks(*_: object) -> Timing:
+            raise UnsupportedError(f"there is no experiment '{name}' through {self._bench.identity.api} yet")
+
+        return lacks
+
+
 class Meter:
     """Does experiments on a bench. A reference between them tells how fast the clock still is: a chain for what the
-    cores do, a stream through memory for what DRAM does.
+    cores do, the same of one thread for what one thread does (behind a CPU another program may have the other cores), a
+    stream through memory for what DRAM does. References that scatter too much from the first correct nothing.
 
     paces  of each kind of reference, how much slower than at first, one entry an experiment.
     """
 
     def __init__(self, bench: Bench, quick: bool = False) -> None:
         self.bench, self.quick = bench, quick
+        self.extra = cast(Extra, _Lacking(bench))
         self.limits = bench.limits
         self.experiments, self.most = 0, 1500 if quick else 5000
         self.until = time.monotonic() + (120 if quick else 900)
         self._task_most, self._task_until = self.most, self.until
-        self.paces: dict[Kind, list[float]] = {"core": [], "memory": []}
+        self.paces: dict[Kind, list[float]] = {"core": [], "alone": [], "memory": []}
         self.faults: dict[Kind, str] = {}
+        self.seen: dict[str, list[float]] = {}  # units of work a second, of this task
+        self.counted: set[str] = set()  # where its work was counted
+        self._source = ""
         self._first: dict[Kind, float] = {}
         self._recent: dict[Kind, list[float]] = {}
-        for kind in ("core", "memory"):
+        self._moved: dict[Kind, float] = {}
+        self._astray: dict[Kind, str] = {}
+        kinds: tuple[Kind, ...] = ("core", "alone", "memory")
+        for kind in kinds:
             try:
                 found = [self._reference(kind) for _ in range(4)]
-                self._first[kind] = sum(found) / len(found)
-                self._recent[kind] = found
+                first = sum(found) / len(found)
+                scatter = statistics.stdev(found) / first  # of a busy machine: no clock moves like this
+                if scatter > ASTRAY:
+                    self._astray[kind] = f"the clock does not stay: the first references scatter by {scatter:.0%}"
+                if scatter > UNTOLD:
+                    raise Refused(f"references scatter by {scatter:.0%}: the clock cannot be told from the rest")
+                self._first[kind], self._recent[kind] = first, found
+                self._moved[kind] = max(MOVED, 3 * scatter)
             except (Refused, NpulabError) as e:
                 self.faults[kind] = reason(e)
 
@@ -57,6 +92,7 @@ class Meter:
         """
         self._task_most = self.experiments + (self.most - self.experiments) // 2
         self._task_until = (time.monotonic() + self.until) / 2
+        self.seen, self.counted = {}, set()
 
     def seconds(self, ask: Callable[[], Timing], of: str = "", kind: Kind = "core", calls: int = 1,
                 spread: float = 0.0, through: float = 0.0) -> Estimate:
@@ -74,19 +110,28 @@ class Meter:
             asked += 1
             found = estimate(values, 0.002 if self._first.get(kind) else 0.0)
             if asked >= most or (asked >= calls and (not spread or found.spread <= spread)):
+                self.seen.setdefault(of, []).append(1 / found.value)
                 return found
 
     def _once(self, ask: Callable[[], Timing], of: str, kind: Kind, through: float) -> list[float]:
-        for attempt in range(4):
+        if kind in self._astray:
+            raise Refused(self._astray[kind])
+        limit = self._moved.get(kind, MOVED)
+        for attempt in range(TRIES):
             before = self._pace(kind)
             values = self._asked(ask, of)
+            self.counted |= {self._source} - {""}
             after = self._look(kind)
-            if abs(after - before) <= MOVED * before or attempt == 3:
+            moved = abs(after - before) / before
+            if moved <= limit or (attempt >= 3 and moved <= ASTRAY):
                 break
-        pace = (before + after) / 2 if abs(after - before) > MOVED * before else self._pace(kind)
+        if moved > ASTRAY:
+            raise Refused(f"the clock does not stay: in each of {TRIES} tries a reference moved by more than "
+                          f"{100 * limit:g} %, at last from {before:.2f} to {after:.2f} of its first time")
+        pace = (before + after) / 2 if moved > limit else self._pace(kind)
         if through:
-            self._look("core")
-            core = self._pace("core")
+            self._look("alone")
+            core = self._pace("alone")
             values = [max((v - through * core) / pace, 0.0) + through for v in values]
             return values
         return [v / pace for v in values]
@@ -109,6 +154,11 @@ class Meter:
             raise Refused(timing.wrong)
         if timing.doubtful:
             raise Objection(timing.doubtful)
+        if moved := bounds.drift_objection(timing.seconds):
+            raise Objection(moved)
+        if coarse := bounds.times_objection(timing.seconds):
+            raise Refused(coarse)
+        self._source = timing.counted
         work = float(timing.work.get(of, math.nan)) if of else 1.0
         if not (math.isfinite(work) and work > 0):
             raise Refused(f"the experiment did not say how many {of} it did")
@@ -121,15 +171,15 @@ class Meter:
         return [v / work for v in values]
 
     def _reference(self, kind: Kind) -> float:
-        if kind == "core":
-            threads = self.limits.compute_units * self.limits.group_max
+        if kind in ("core", "alone"):
+            threads = self.limits.compute_units * self.limits.group_max if kind == "core" else 1
             return estimate(self._asked(lambda: self.bench.chain("fma", "float32", 1, 4, threads), "operations")).value
         footprint = min(MEMORY_FOOTPRINT // (4 if self.quick else 1), self.limits.buffer_max // 2)
         return estimate(self._asked(lambda: self.bench.stream(footprint, 1, 16, "read"), "bytes")).value
 
-    def pace(self) -> float:
-        """Of the cores, now."""
-        return self._pace("core")
+    def pace(self, kind: Kind = "alone") -> float:
+        """How much slower than at first, now: one thread, or all cores, or memory."""
+        return self._pace(kind)
 
     def _pace(self, kind: Kind) -> float:
         """How much slower than at first."""

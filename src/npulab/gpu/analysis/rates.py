@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import get_args
 
-from npulab.errors import UnsupportedError
+from npulab.errors import CapacityError, UnsupportedError
 from npulab.gpu.analysis.caches import Hierarchy
-from npulab.gpu.analysis.meter import Meter, Refused
+from npulab.gpu.analysis.meter import STILL, Meter, Refused
 from npulab.gpu.analysis.statistics import Estimate
-from npulab.gpu.types import Element, Operation, Quantity, Timing, Way
+from npulab.gpu.types import OPERATIONS_A_STEP, Element, Operation, Quantity, Timing, Way
 
 ELEMENTS: tuple[Element, ...] = get_args(Element)
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 FASTEST = 1.5
 """Times the stated clock that a device may really have: many state their base."""
-LANES = {"float32": 1, "float16": 1, "int32": 1, "int8x4": 4}
+SMALLEST_MEMORY = 1 << 24  # bytes: a device whose buffers are smaller is asked no more
+WIDTHS, STRIDES = (4, 8), (2, 4, 8, 16)
+"""Bytes a load beside 16; words of 4 bytes from a thread's to its neighbour's."""
+CHAINED_MOST = 128
+"""Chains times elements of a vector of a thread: more do not stay in the registers of any device."""
 
 
 def wanted(meter: Meter) -> list[tuple[Operation, Element]]:
     """Quick: multiply-adds, and what is special in float32."""
     return [(o, e) for e in ELEMENTS if e in meter.limits.elements for o in OPERATIONS
-            if o == "fma" or (e != "int8x4" and not (e == "int32" and o == "special") and not meter.quick)
+            if o == "fma" or (OPERATIONS_A_STEP[e] == 1 and not (e == "int32" and o == "special") and not meter.quick)
             or (o, e) == ("special", "float32")]
 
 
 def rate(meter: Meter, operation: Operation, element: Element) -> Quantity:
-    """The fastest shape: threads, chains and vectors one after the other, each as long as more of it helps by 1 %."""
+    """The fastest shape: vectors, threads and chains one after the other, the best of each kept. Where a thread has a
+    core's vector unit for itself (a CPU) it takes vectors of 16 and eight chains to fill it; a GPU fills its own."""
     _one_chain(meter, operation, element)
     shape = {"width": 1, "chains": 4, "threads": 4 * meter.limits.compute_units * meter.limits.group_max}
-    tried = {"width": (2, 4), "threads": (2 * shape["threads"], shape["threads"] // 4), "chains": (8, 2, 1)}
+    tried = {"width": (2, 4, 8, 16), "threads": (2 * shape["threads"], shape["threads"] // 4),
+             "chains": (8, 12, 16, 2, 1)}
 
     def ask(shape: dict[str, int]) -> Callable[[], Timing]:
         return lambda: meter.bench.chain(operation, element, shape["width"], shape["chains"], shape["threads"])
@@ -38,6 +45,8 @@ def rate(meter: Meter, operation: Operation, element: Element) -> Quantity:
     for what, values in tried.items():
         for value in values:
             other = {**shape, what: value}
+            if other["chains"] * other["width"] > CHAINED_MOST:
+                continue
             try:
                 now = meter.seconds(ask(other), "operations", calls=2).value
             except UnsupportedError:
@@ -51,61 +60,134 @@ def rate(meter: Meter, operation: Operation, element: Element) -> Quantity:
 
 
 def latency(meter: Meter, operation: Operation, element: Element) -> Quantity:
-    took, lanes = _one_chain(meter, operation, element, 0.005), LANES[element]
+    took, lanes = _one_chain(meter, operation, element, 0.005), OPERATIONS_A_STEP[element]
     return Quantity(f"{operation} {element} latency", took.value * lanes, "s", (took.low * lanes, took.high * lanes),
                     "measured", "one thread, one chain")
 
 
 def _one_chain(meter: Meter, operation: Operation, element: Element, spread: float = 0.0) -> Estimate:
     """Seconds of a dependent operation. Raises: Refused if no clock is that fast: the compiler put steps together."""
-    took = meter.seconds(lambda: meter.bench.chain(operation, element, 1, 1, 1), "operations", spread=spread)
-    clock, step = meter.limits.clock_hz, took.value * LANES[element]
+    took = meter.seconds(lambda: meter.bench.chain(operation, element, 1, 1, 1), "operations", "alone",
+                         spread=spread)
+    clock, step = meter.limits.clock_hz, took.value * OPERATIONS_A_STEP[element]
     if clock and step < 1 / (FASTEST * clock):
         raise Refused(f"a step of a chain takes {1e9 * step:.3g} ns, {step * clock:.2g} cycles of the stated "
                       f"{1e-9 * clock:.3g} GHz: steps were put together, or not done")
     return took
 
 
-def level_bandwidth(meter: Meter, found: Hierarchy, index: int) -> Quantity:
+def against_multiply(meter: Meter, fma: Quantity | None, mul: Quantity | None) -> Quantity:
+    """How many multiply-adds go through in the time of a multiplication: 1 where they are one instruction."""
+    if fma is None or mul is None or not fma.value or not mul.value or not fma.interval or not mul.interval:
+        raise Refused("needs the rates of both, one of which was refused")
+    ratio = fma.value / mul.value
+    half = ratio * math.hypot(*((q.interval[1] - q.interval[0]) / 2 / q.value  # type: ignore[index, operator]
+                                for q in (fma, mul)))
+    return Quantity("fma against mul float32", ratio, "times", (ratio - half, ratio + half), "measured",
+                    "their rates; a fused multiply-add is one operation")
+
+
+def level_bandwidth(meter: Meter, found: Hierarchy, index: int, way: Way = "read") -> Quantity:
     """Of level `index` of the hierarchy: footprints that it holds and the one before does not must agree."""
-    name = f"L{index + 1} bandwidth"
+    name = f"L{index + 1} bandwidth" if way == "read" else f"L{index + 1} {way} bandwidth"
     size = found.levels[index].size
     inner = found.levels[index - 1].size if index else 0
-    shares = (0.5, 0.7) if not index else (0.65, 0.75, 0.85)
+    gradual = found.levels[index].cliff.shape == "gradual"
+    shares = (0.5, 0.7) if not index else (0.4, 0.55) if gradual else (0.65, 0.75, 0.85)
     footprints = [int(size * s) // 1024 * 1024 for s in shares]
     if index and footprints[0] < 1.5 * inner:
         raise Refused(f"no footprint misses L{index} and fits in L{index + 1}: {inner} and {size} bytes")
-    if found.levels[index].shape == "unknown":
-        footprints = footprints[:2]
-    times = [_stream(meter, max(1024, f), 16, "read") for f in footprints]
+    times = [_stream(meter, max(1024, f), 16, way) for f in footprints]
     if index and max(t.value for t in times) > 1.04 * min(t.value for t in times):
         rates = ", ".join(f"{1e-9 / t.value:.4g}" for t in times)
         raise Refused(f"no plateau: footprints of {', '.join(map(str, footprints))} bytes reach {rates} GB/s")
     took = min(times, key=lambda t: t.spread)
-    return _per_second(name, took, f"read, 16 bytes a load, {footprints[times.index(took)]} bytes again and again")
+    return _per_second(name, took, f"{way}, 16 bytes a load, {footprints[times.index(took)]} bytes again and again")
 
 
-def memory_bandwidth(meter: Meter, found: Hierarchy | None, way: Way) -> Quantity:
+def memory_bandwidth(meter: Meter, found: Hierarchy | None, way: Way, width: int = 16, stride: int = 1) -> Quantity:
+    """By all threads, `width` bytes a load, neighbours `stride` loads apart. A device that has no buffers of the size
+    that it states is asked for half of it, and so on."""
     name = {"read": "memory bandwidth", "write": "memory write bandwidth", "copy": "memory copy bandwidth"}[way]
+    name += (f", {width} bytes a load" if width != 16 else "") + (f", stride {stride}" if stride != 1 else "")
     largest = min(meter.limits.buffer_max // (2 if way == "copy" else 1), 1 << (29 if meter.quick else 30))
+    while True:
+        try:
+            return _memory_bandwidth(meter, found, way, width, stride, name, largest)
+        except CapacityError:
+            if largest < SMALLEST_MEMORY:
+                raise
+            largest //= 2
+
+
+def _memory_bandwidth(meter: Meter, found: Hierarchy | None, way: Way, width: int, stride: int, name: str,
+                      largest: int) -> Quantity:
     known = found is not None and not found.fault
     need = 4 * found.levels[-1].size if found and known else min(largest, 1 << (27 if meter.quick else 28))
     if need > largest:
         raise Refused(f"buffers of at most {largest} bytes are not large enough to miss the caches")
     footprint = min(largest, max(int(2.6 * need), 1 << 26)) if known else need
-    took = _stream(meter, footprint, 16, way, True)
-    why = f"{way}, 16 bytes a load, through {footprint} bytes again and again"
+    took = _stream(meter, footprint, width, way, True, stride)
+    why = f"{way}, {width} bytes a load, through {footprint} bytes again and again"
+    if stride > 1:
+        why += f", neighbours {stride * width} bytes apart"
     if not known or footprint // 2 > 1.25 * need:
-        half = _stream(meter, footprint // 2, 16, way, True)
+        half = _stream(meter, footprint // 2, width, way, True, stride)
         if abs(half.value - took.value) > 0.05 * took.value:
             raise Refused(f"caches help: {footprint // 2} bytes reach {1e-9 / half.value:.4g} GB/s, twice as many "
                           f"{1e-9 / took.value:.4g}")
         why += f"; half as many reach {1e-9 / half.value:.4g}"
+    if width != 16 and abs(meter.pace("core") / meter.pace("memory") - 1) > STILL:
+        took = _either(meter, found, footprint, width, stride, took)
     return _per_second(name, took, why)
 
 
-def _stream(meter: Meter, footprint: int, width: int, way: Way, memory: bool = False) -> Estimate:
-    return meter.seconds(lambda: meter.bench.stream(footprint, 1, width, way), "bytes",
+def _either(meter: Meter, found: Hierarchy | None, footprint: int, width: int, stride: int, took: Estimate) -> Estimate:
+    """Narrow loads are bound by the cores or by memory, whose clocks differ by now. By memory, if they reach what wide
+    loads do, less what they leave of their lines; else by the cores, and by memory at most."""
+    wide = _stream(meter, footprint, 16, "read", True).value
+    line = found.levels[-1].line if found and found.levels else 64
+    least = wide * max(1.0, min(stride, line / width))
+    if took.value < 1.05 * least:
+        return took
+    cores = meter.seconds(lambda: meter.bench.stream(footprint, stride, width, "read"), "bytes", "core", 2, 0.005)
+    if cores.value > least:
+        return cores
+    meter.seen.setdefault("bytes", []).append(1 / least)  # timed with wide loads
+    return Estimate(least, least * (1 - cores.spread), least * (1 + cores.spread))
+
+
+def image_bandwidth(meter: Meter, found: Hierarchy | None) -> Quantity:
+    """Of an image that half of the first cache holds."""
+    footprint = max(1024, found.levels[0].size // 2 if found else 1 << 13)
+    took = meter.seconds(lambda: meter.extra.image(footprint), "bytes", "core", 2, 0.005)
+    return _per_second("image bandwidth", took, f"texels of 16 bytes, {footprint} bytes again and again")
+
+
+def constant_bandwidth(meter: Meter, spread: bool) -> Quantity:
+    took = meter.seconds(lambda: meter.extra.constant(spread), "bytes", "core", 2, 0.005)
+    if spread:
+        return _per_second("constant bandwidth, spread", took, "words, each thread of a group another one")
+    return _per_second("constant bandwidth", took, "words, all threads of a group the same one")
+
+
+def mapped(meter: Meter) -> Quantity:
+    """Of a buffer of 1 MiB; a copy behind it shows in a larger one."""
+    size = min(1 << 20, meter.limits.buffer_max)
+
+    def took(size: int) -> Estimate:
+        return meter.seconds(lambda: meter.extra.map(size), kind="host", calls=3, spread=0.01)
+
+    small, large = took(size), took(min(16 * size, meter.limits.buffer_max // 4 * 4))
+    grows = large.value > 2 * small.value
+    return Quantity("map cost", small.value, "s", (small.low, small.high), "measured",
+                    f"mapped, one word changed, unmapped: {size} bytes; "
+                    + (f"bytes are copied, 16 times as many take {large.value:.3g} s" if grows else
+                       "16 times as many take no longer in proportion: nothing is copied"))
+
+
+def _stream(meter: Meter, footprint: int, width: int, way: Way, memory: bool = False, stride: int = 1) -> Estimate:
+    return meter.seconds(lambda: meter.bench.stream(footprint, stride, width, way), "bytes",
                          "memory" if memory else "core", 2, 0.005)
 
 

@@ -1,0 +1,391 @@
+"""Experiments that lie, and what is said against them: `python bench/gpu_sabotage.py [DEVICE]`.
+
+Kernels whose loop a compiler folds, whose loads it takes out, whose stores it leaves out, that compute something else
+or on numbers that are none; and devices whose clock, timer or memory lies, simulated. Then the same experiments left as
+they are. Prints a line for each; exit status 1 if a lie is believed, is refused for another reason, or the truth is
+refused.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+
+from npulab.errors import UnsupportedError
+from npulab.gpu import kernels, opencl
+from npulab.gpu.analysis import rates
+from npulab.gpu.analysis.conclude import tried
+from npulab.gpu.analysis.meter import Meter
+from npulab.gpu.exact import congruential
+from npulab.gpu.simulated import Hidden, Simulated, random_hidden
+from npulab.gpu.types import Limits, Quantity, Timing
+
+Do = Callable[[Any], str]
+
+
+@dataclass(frozen=True)
+class Case:
+    """do: called with a bench, gives what is said against what was measured, "" if nothing. reason: what must be."""
+
+    name: str
+    reason: str
+    do: Do
+
+
+@contextmanager
+def unhurried() -> Iterator[None]:
+    """Short, and times are not compared: what is said is said of the code and the results alone."""
+    with patch.multiple(opencl, SCALES=0.0, REPEATS=2, ENOUGH=1e-4):
+        yield
+
+
+# kernels: what the source is changed to, and the experiment
+
+
+def changed(of: str, *changes: tuple[str, str]) -> Any:
+    """Patches a source of npulab.gpu.kernels, or what a function of it makes."""
+    real = getattr(kernels, of)
+
+    def change(source: str) -> str:
+        for old, new in changes:
+            if old not in source:
+                raise ValueError(f"kernels.{of} has no '{old}' any more")
+            source = source.replace(old, new)
+        return source
+
+    return patch.object(kernels, of, change(real) if isinstance(real, str) else lambda *a: change(real(*a)))
+
+
+def kernel(name: str, reason: str, of: str, changes: list[tuple[str, str]], run: Callable[[Any], Timing],
+           *more: Any) -> Case:
+    def do(bench: Any) -> str:
+        with ExitStack() as stack:
+            for each in (changed(of, *changes), *more):
+                stack.enter_context(each)
+            return run(bench).wrong
+
+    return Case(name, reason, do)
+
+
+ADVANCE = "at += step; at -= at >= size ? size : 0;"
+FOUR = f"{ADVANCE} " * 4
+READ4 = f"x += data[at]; {ADVANCE}\n        " * 4
+WRITE4 = f"data[at] = x; {ADVANCE}\n        " * 4
+COPY2 = f"data[at + size] = data[at]; {ADVANCE}\n        " * 2
+ONE_PLACE = 1024
+"""Bytes: with these every thread reads one place again and again, and what is read is right however often it is."""
+FOLDED, MERGED, HOISTED, DEAD = ("folded, or is dead", "put steps together or left some out",
+                                 "loads were taken out of the loop", "stores were left out as dead")
+
+
+def chain(operation: str, element: str, width: int = 1, chains: int = 1) -> Callable[[Any], Timing]:
+    return lambda b: b.chain(operation, element, width, chains, 64)
+
+
+def stream(way: str, width: int = 4, footprint: int = 1 << 16) -> Callable[[Any], Timing]:
+    return lambda b: b.stream(footprint, 1, width, way)
+
+
+measured = opencl.OpenCL._measured
+
+
+def eight_turns(self: opencl.OpenCL, run: Any, work: Any, most: int = 0, whole: int = 1) -> Timing:
+    return measured(self, run, work, 8, whole)
+
+
+def products_alone(operation: str, element: str, start: int, turns: int) -> float:
+    return congruential(1664525, 0, start, turns * kernels.STEPS)
+
+
+KERNELS = [
+    kernel("folded loop: roots of a known 1", FOLDED, "chain", [("(V)(c);", "(V)((S)1);")],
+           chain("special", "float32")),
+    kernel("folded loop: products of a known 1 by known numbers", FOLDED, "chain",
+           [("(V)(c);", "(V)((S)1);"), ("S a = (S)a0, b = (S)b0", "const S a = 2, b = 0.5f")], chain("mul", "float32")),
+    kernel("folded loop: one turn whatever is asked", FOLDED, "chain", [("i < turns", "i < 1")],
+           chain("mul", "float32")),
+    kernel("folded loop: at most 10 turns", "not do the same mul float32 in each turn", "chain",
+           [("i < turns", "i < min(turns, 10u)")], chain("mul", "float32")),
+    kernel("folded loop: numbers that stay as they are", FOLDED, "hold",
+           [("float r0 = a * 1.0f", "a = 0.5f; b = 0.5f; float r0 = 1.0f"),
+            *((f"r{i} = a * {i + 1}.0f", f"r{i} = 1.0f") for i in range(1, 16))], lambda b: b.hold(16, 64)),
+    kernel("half the turns, of products", MERGED, "chain", [("i < turns", "i < turns / 2")], chain("mul", "float32")),
+    kernel("half the turns, of roots", MERGED, "chain", [("i < turns", "i < turns / 2")], chain("special", "float32")),
+    kernel("half the turns, of multiply-adds", "ended with", "chain", [("i < turns", "i < turns / 2")],
+           chain("fma", "float32")),
+    kernel("half the turns, of integers", "ended with", "chain", [("i < turns", "i < turns / 2")],
+           chain("fma", "int32")),
+    kernel("dead code: a result that needs no products", FOLDED, "chain", [("] = total;", "] = c;")],
+           chain("mul", "float32")),
+    kernel("dead code: a result that needs no roots", FOLDED, "chain", [("] = total;", "] = c;")],
+           chain("special", "float32")),
+    kernel("dead code: one of two chains is added up", MERGED, "chain", [("total = x0 + x1", "total = x0 + x0")],
+           chain("mul", "float32", 4, 2)),
+    kernel("dead registers: one of 16 is stored", MERGED, "hold",
+           [*((f"r{i} = fma(r{(i + 1) % 16},", f"r{i} = fma(r{i},") for i in range(16)),
+            ("] = " + " + ".join(f"r{i}" for i in range(16)), "] = r0")], lambda b: b.hold(16, 64)),
+    kernel("common subexpression: two chains that are one", MERGED, "chain",
+           [("x1 = x1 * a", "x1 = x0"), ("x1 = x1 * b", "x1 = x0")], chain("mul", "float32", 4, 2)),
+    kernel("steps put together: products of floats as mathematics has them", MERGED, "chain",
+           [("x0 = x0 * a;", ""), ("x0 = x0 * b;", "x0 = x0 * (a * b);")], chain("mul", "float32")),
+    kernel("steps put together: products of integers", MERGED, "chain", [("* a + b;", "* a;")],
+           chain("fma", "int32"), patch.object(opencl, "chained", products_alone)),
+    kernel("steps left out: every second product", MERGED, "chain", 
+           [("x0 = x0 * a;\n        x0 = x0 * b;\n        x0 = x0 * a;\n        x0 = x0 * b;",
+             "x0 = x0 * a;\n        x0 = x0 * b;")], chain("mul", "float32")),
+    kernel("steps doubled: twice as many as are said", "more of it than was asked", "chain",
+           [("x0 = x0 * a;", "x0 = x0 * a; x0 = x0 * b; x0 = x0 * a;")], chain("mul", "float32")),
+    kernel("another type: double for float", "0 mul float32 a turn, not 16", "chain",
+           [("x0 = x0 * a;", "x0 = (float)((double)x0 * (double)a * (double)x0 / (double)x0);"),
+            ("x0 = x0 * b;", "x0 = (float)((double)x0 * (double)b * (double)x0 / (double)x0);")],
+           chain("mul", "float32")),
+    kernel("another operation: a sum for a multiply-add", "0 fma float32 a turn, not 16", "chain",
+           [("fma(x0, (V)(a), (V)(b))", "x0 + b")], chain("fma", "float32")),
+    kernel("multiply-adds in two operations", "0 fma float32 a turn, not 16", "chain",
+           [("{\n    S a", "{\n#pragma STDC FP_CONTRACT OFF\n    S a"), ("fma(x0, (V)(a), (V)(b))", "x0 * a + b")],
+           chain("fma", "float32")),
+    kernel("hoisted load: read once, added again and again", HOISTED, "STREAM",
+           [("T x = (T)(0);", "T x = (T)(0), h = data[at];"), ("x += data[at]", "x += h")],
+           stream("read", 4, ONE_PLACE)),
+    kernel("hoisted load: a constant place", HOISTED, "STREAM", 
+           [("T x = (T)(0);", "T x = (T)(0); uint lone = at;"), ("x += data[at]", "x += data[lone]")],
+           stream("read", 16, 4 * ONE_PLACE)),
+    kernel("shared loads: one of four is done", "8 load bytes|4 load bytes", "STREAM",
+           [(READ4.rstrip(), f"x += data[at]; x += data[at]; x += data[at]; x += data[at]; {FOUR}")],
+           stream("read", 4, ONE_PLACE)),
+    kernel("narrow loads: one word of a vector", "16 load bytes a turn, not 64", "STREAM",
+           [("x += data[at]", "x += ((__global const uint *)data)[at * 4]")], stream("read", 16),
+           patch.object(opencl.OpenCL, "_checked", lambda *a: "")),
+    kernel("read, always the first", "did not read what is there", "STREAM", [("x += data[at]", "x += data[0]")],
+           stream("read")),
+    kernel("read, once", "did not read what is there", "STREAM",
+           [("i < turns; i++) {{\n        x +=", "i < 1; i++) {{\n        x +=")], stream("read")),
+    kernel("dead store: none is left", DEAD, "STREAM", [(WRITE4.rstrip(), FOUR)], stream("write")),
+    kernel("dead store: three of four are overwritten", DEAD, "STREAM",
+           [(WRITE4.rstrip(), f"data[at] = x; data[at] = x; data[at] = x; data[at] = x; {FOUR}")], stream("write", 16)),
+    kernel("write, one of four", "did not go where it was to", "STREAM",
+           [("data[at] = x; at += step; at -= at >= size ? size : 0;\n        data[at] = x;",
+             "data[at] = x;\n        data[at] = x;")], stream("write")),
+    kernel("copy without a load", HOISTED, "STREAM", [("= data[at];", "= (T)(i);")], stream("copy")),
+    kernel("copy without a store", "loads were taken out|stores were left out", "STREAM",
+           [("data[at + size] = data[at];", "at += (uint)data[at].s0 & 0u;")], stream("copy", 16)),
+    kernel("chase, seven of eight", "ended at another place", "CHASE",
+           [("p = next[p]; p = next[p]; p = next[p]; p = next[p];\n    }",
+             "p = next[p]; p = next[p]; p = next[p];\n    }")], lambda b: b.chase(1 << 16, 64)),
+    kernel("chase, one place", "ended at another place", "CHASE", [("out[0] = p", "out[0] = next[0]")],
+           lambda b: b.chase(1 << 16, 64)),
+    kernel("divergence, one way", "ended with", "DIVERGE", [("(lid / period) & 1", "0")], lambda b: b.diverge(1)),
+    kernel("divergence, fewer steps", "ended with", "DIVERGE",
+           [("x = x * b + a; x = x * b + a; }", "x = x * b + a; }")], lambda b: b.diverge(4)),
+    kernel("local memory, from registers", "thread 255 read", "LOCAL", [("x += cells[at & (WORDS - 1)];", "x += at;")],
+           lambda b: b.local(1)),
+    kernel("local memory, another stride", "thread 255 read", "LOCAL", [("lid * stride", "lid")], lambda b: b.local(4)),
+    kernel("denormals: an operand", "denormal number in float32", "chain", [], chain("mul", "float32"),
+           patch.object(opencl, "operands", lambda o, e: (2.0**140 / 2.0**13, 2.0**-127))),
+    kernel("denormals: a result", "denormal number in float32", "chain", [("(V)(c);", "(V)(c * 1e-39f);")],
+           chain("mul", "float32")),
+    kernel("a result that is not finite", "computing on it is no measure", "chain", [], chain("mul", "float32"),
+           patch.object(opencl, "operands", lambda o, e: (2.0**100, 2.0**100))),
+    kernel("cached buffer: a tenth of it is gone through", "a cached buffer", "STREAM", [], stream("read", 4, 1 << 22),
+           patch.object(opencl.OpenCL, "_measured", eight_turns)),
+]
+
+
+# devices: what lies is between the experiments and what is concluded
+
+
+class Lying:
+    """A bench that does what another does, with what `lie` makes of it: (experiment, arguments, Timing) -> Timing."""
+
+    def __init__(self, bench: Any, lie: Callable[[str, tuple[Any, ...], Timing], Timing], limits: Limits | None = None
+                 ) -> None:
+        self._bench, self._lie = bench, lie
+        self.identity, self.limits = bench.identity, limits or bench.limits
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *a: self._lie(name, a, getattr(self._bench, name)(*a))
+
+
+def machine() -> Hidden:
+    """Without noise and throttling, of 8 cores at 1 GHz."""
+    h = random_hidden(3)
+    return replace(h, cores=8, clock=1e9, jitter=0.0, outliers=0.0, throttle_to=1.0, throttle_after=float("inf"),
+                   tick=1e-9)
+
+
+def finding(bench: Any, name: str, unit: str, task: Callable[[Meter], list[Quantity]], *others: Quantity) -> str:
+    meter = Meter(bench, quick=True)
+    q = tried(meter, name, unit, lambda: task(meter), others)[0]
+    return q.why if q.status == "refused" else ""
+
+
+def scaled(name: str, factor: float) -> Callable[[str, tuple[Any, ...], Timing], Timing]:
+    return lambda what, a, t: replace(t, seconds=tuple(s * factor for s in t.seconds)) if what == name else t
+
+
+def rate_of(lie: Callable[[str, tuple[Any, ...], Timing], Timing], limits: Limits | None = None) -> Do:
+    return lambda _: finding(Lying(Simulated(machine()), lie, limits), "fma float32 rate", "operations/s",
+                             lambda m: [rates.rate(m, "fma", "float32")])
+
+
+def with_times(make: Callable[[tuple[float, ...]], tuple[float, ...]]) -> Do:
+    """Of a launch, which no reference touches."""
+    lie = lambda what, a, t: replace(t, seconds=make(t.seconds)) if what == "launch" else t  # noqa: E731
+    return lambda _: finding(Lying(Simulated(machine()), lie), "launch cost", "s", lambda m: [rates.launch(m)])
+
+
+def bandwidth(lie: Callable[[str, tuple[Any, ...], Timing], Timing] | None = None, *others: Quantity, more: Any = None
+              ) -> Do:
+    def do(_: Any) -> str:
+        with more or ExitStack():
+            return finding(Lying(Simulated(machine()), lie or (lambda what, a, t: t)), "memory bandwidth", "GB/s",
+                           lambda m: [rates.memory_bandwidth(m, None, "read")], *others)
+
+    return do
+
+
+def in_another_unit(divisor: float) -> Any:
+    def per_second(name: str, took: Any, why: str) -> Quantity:
+        return Quantity(name, 1 / took.value / divisor, "GB/s", (1 / took.high / divisor, 1 / took.low / divisor),
+                        "measured", why)
+
+    return patch.object(rates, "_per_second", per_second)
+
+
+def jumping() -> Callable[[str, tuple[Any, ...], Timing], Timing]:
+    """A clock that is another at each experiment: 1, 1/2, 1/4, 1/8 of the first, and again."""
+    turn = count()
+
+    def lie(what: str, a: tuple[Any, ...], t: Timing) -> Timing:
+        factor = 2.0 ** (next(turn) % 4)
+        return replace(t, seconds=tuple(s * factor for s in t.seconds))
+
+    return lie
+
+
+def one_thread(what: str, a: tuple[Any, ...], t: Timing) -> Timing:
+    """Steps of a lone chain in a fiftieth of their time."""
+    return replace(t, seconds=tuple(s / 50 for s in t.seconds)) if what == "chain" and a[4] == 1 else t
+
+
+def many_threads(what: str, a: tuple[Any, ...], t: Timing) -> Timing:
+    """A hundred thousand times as quick, but for a lone chain."""
+    return replace(t, seconds=tuple(s * 1e-5 for s in t.seconds)) if what == "chain" and a[4] > 1 else t
+
+
+def a_cache(what: str, a: tuple[Any, ...], t: Timing) -> Timing:
+    """Footprints up to 64 MiB are answered by a cache that nobody told of."""
+    return replace(t, seconds=tuple(s / 3 for s in t.seconds)) if what == "stream" and a[0] <= 1 << 26 else t
+
+
+def known(name: str, value: float, unit: str) -> Quantity:
+    return Quantity(name, value, unit, None, "measured", "")
+
+
+def latency_with(seconds: float, *others: Quantity) -> Do:
+    q = known("memory latency", seconds, "s")
+    return lambda _: finding(Simulated(machine()), q.name, q.unit, lambda m: [q], *others)
+
+
+M1 = Limits(8, 256, 32768, 1 << 30, frozenset(("float32",)), 1e9)
+"""As Apple's OpenCL states an M1: 8 compute units at 1 GHz. Its GPU does 2.6 TFLOP/s, 1.3e12 multiply-adds."""
+DEVICES = [
+    Case("a rate of 100 PFLOP/s (SHOC on an M1, vetter/shoc issue 81)", "above a physical bound",
+         rate_of(many_threads, M1)),
+    Case("a rate of 107 TFLOP/s (mixbench on an M1, ekondis/mixbench issue 29)", "above a physical bound",
+         rate_of(lambda what, a, t: replace(t, seconds=tuple(t.work["operations"] / 53.5e12 for _ in t.seconds))
+                 if what == "chain" and a[4] > 1 else t, M1)),
+    Case("the same with no clock stated", "as no clock is stated", rate_of(many_threads, replace(M1, clock_hz=0.0))),
+    Case("a chain of more than a step a cycle", "steps were put together", rate_of(one_thread, M1)),
+    Case("an infinite rate (krrishnarraj/clpeak issue 151): no time", "not times: 0, 0, 0",
+         with_times(lambda s: (0.0,) * len(s))),
+    Case("times that are no numbers", "not times", with_times(lambda s: (float("nan"), *s[1:]))),
+    Case("a time without end", "not times", with_times(lambda s: (float("inf"), *s[1:]))),
+    Case("a timer that goes back", "not times", with_times(lambda s: (-s[0], *s[1:]))),
+    Case("a timer of coarse ticks", "too coarse",
+         with_times(lambda s: (0.0, 0.016, 0.0, 0.0, 0.016, 0.016, 0.0, 0.0, 0.016))),
+    Case("repetitions that slow down: the clock falls", "the clock moved",
+         with_times(lambda s: tuple(1e-5 * (1 + k / 10) for k in range(len(s))))),
+    Case("a clock that is another at each experiment", "the clock does not stay|the clock moved", rate_of(jumping())),
+    Case("wrong unit: GiB/s as GB/s", "another unit", bandwidth(more=in_another_unit(2.0**30))),
+    Case("wrong unit: MiB/s over a thousand as GB/s", "another unit", bandwidth(more=in_another_unit(2.0**20 * 1e3))),
+    Case("wrong unit: gigabits", "another unit", bandwidth(more=in_another_unit(1e9 / 8))),
+    Case("cached buffer: half of it is faster", "caches help", bandwidth(a_cache)),
+    Case("memory faster than the cache before it", "above that of L1",
+         bandwidth(None, known("L1 bandwidth", 0.5, "GB/s"))),
+    Case("memory faster than all loads of all cores (clpeak issue 210)", "above a physical bound",
+         bandwidth(scaled("stream", 1e-3))),
+    Case("DRAM that a cache answers", "a cache answers", latency_with(4e-9)),
+    Case("DRAM nearer than the cache before it", "less than that of L2",
+         latency_with(5e-8, known("L2 latency", 6e-8, "s"))),
+    Case("a transfer faster than any link", "above what any link has|do not take longer",
+         lambda _: finding(Lying(Simulated(machine()), scaled("transfer", 1e-6)), "transfer to device bandwidth",
+                           "GB/s", lambda m: rates.transfers(m, True))),
+]
+
+
+# the truth
+
+
+def honest(bench: Any) -> Iterator[tuple[str, Callable[[], Timing]]]:
+    """Every experiment that a bench has, in shapes that probes ask for."""
+    yield "chase 64", lambda: bench.chase(1 << 16, 64)
+    yield "chase 4", lambda: bench.chase(1 << 14, 4)
+    for way in ("read", "write", "copy"):
+        for width in (4, 8, 16):
+            yield f"{way}, {width} bytes", lambda w=way, n=width: bench.stream(1 << 18, 1, n, w)
+    yield "read, far apart", lambda: bench.stream(1 << 20, 16, 4, "read")
+    yield "read, an odd size", lambda: bench.stream(100_000, 3, 8, "read")
+    yield "read, one place", lambda: bench.stream(ONE_PLACE, 1, 4, "read")
+    for element in sorted(bench.limits.elements):
+        for operation in ("fma", "mul", "add", "special"):
+            for width, chains, threads in ((1, 1, 1), (1, 2, 64), (1, 4, 512), (2, 2, 512), (4, 1, 64), (4, 8, 4096)):
+                try:
+                    kernels.chain(operation, element, width, chains)  # type: ignore[arg-type]
+                except UnsupportedError:
+                    continue
+                yield (f"{operation} {element}, {chains} of {width}, {threads} threads",
+                       lambda o=operation, e=element, w=width, c=chains, t=threads: bench.chain(o, e, w, c, t))
+    yield "diverge 1", lambda: bench.diverge(1)
+    yield "diverge 32", lambda: bench.diverge(32)
+    for registers in (16, 24, 64, 128):
+        yield f"hold {registers}", lambda r=registers: bench.hold(r, 256)
+    for stride in (1, 2, 32):
+        yield f"local {stride}", lambda s=stride: bench.local(s)
+    yield "launch", bench.launch
+    yield "barrier", bench.barrier
+    yield "up", lambda: bench.transfer(1 << 20, True)
+    yield "down", lambda: bench.transfer(1 << 20, False)
+
+
+def main(device: int = 0) -> int:
+    bench = opencl.open_device(device)
+    bench.one_by_one = False  # the cases are about neighbours in a group
+    print(bench.identity.name)
+    bad = 0
+    with unhurried():
+        for case in (*KERNELS, *DEVICES):
+            said = case.do(bench)
+            verdict = "refused" if re.search(case.reason, said) else f"REFUSED, not for '{case.reason}'" if said else \
+                "BELIEVED"
+            bad += verdict != "refused"
+            print(f"{verdict:8} {case.name}\n         {said}")
+        for name, run in honest(bench):
+            t = run()
+            bad += bool(t.wrong)
+            print(f"{'REFUSED' if t.wrong else 'accepted':8} {name}: {t.wrong or t.counted or 'nothing is counted'}")
+    print(f"{len(KERNELS) + len(DEVICES)} sabotaged, {len(list(honest(bench)))} honest, {bad} judged wrongly")
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    np.seterr(all="ignore")
+    sys.exit(main(*map(int, sys.argv[1:2])))

@@ -1,0 +1,126 @@
+"""Attention on a GPU: a group of work items has a tile of queries, and goes through tiles of keys in local memory.
+
+Each work item has `each` x `each` scores of a tile, and of the output its queries' columns x, x + across, ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from npulab.errors import CapacityError
+from npulab.gpu.compute import vectors
+from npulab.gpu.compute.problems import Attention
+from npulab.gpu.compute.types import Kernel, Traits
+
+SHAPES = ((16, 16, 4), (8, 8, 4), (16, 4, 4), (8, 8, 2), (8, 4, 2), (4, 4, 2), (4, 4, 1), (2, 2, 1), (1, 1, 1))
+"""Across, down, each: the first that has room is taken."""
+
+
+def local_bytes(what: Attention, across: int, down: int, each: int) -> int:
+    """Of a group: queries, keys or values, scores, maxima."""
+    queries, keys = down * each, across * each
+    return 4 * (what.depth * (queries + 1) + keys * (max(what.depth, what.width) + 1) + queries * (keys + 1)
+                + queries * across)
+
+
+def kernel(what: Attention, traits: Traits, choice: Mapping[str, int]
+           ) -> tuple[Kernel, tuple[int, ...], tuple[int, ...]]:
+    """Raises: CapacityError if local memory is too small for any tile."""
+    shapes = [(choice["across"], choice["down"], choice["each"])] if choice else SHAPES
+    items = vectors.group_items(traits) if not choice else traits.group_max
+    fit = [s for s in shapes if s[0] * s[1] <= items and local_bytes(what, *s) <= traits.local_bytes]
+    if not fit:
+        raise CapacityError("attention has no room in local memory", got=f"{traits.local_bytes} bytes",
+                            want=f"{min(local_bytes(what, *s) for s in shapes)} for heads of {what.depth}")
+    across, down, each = fit[0]
+    source = _source(what, across, down, each)
+    tiles = -(-what.queries // (down * each))
+    return Kernel(source, "attention"), (tiles * across, down, what.batch), (across, down, 1)
+
+
+def _source(what: Attention, across: int, down: int, each: int) -> str:
+    depth, width, items = what.depth, what.width, across * down
+    bq, bk = down * each, across * each
+    columns = -(-width // across)
+    rs = range(each)
+    pitch = max(depth, width) + 1  # odd: keys beside each other lie in different banks
+    score_step = " ".join(f"float q{i} = qs[d * {bq + 1} + y * {each} + {i}];" for i in rs) + " " + " ".join(
+        f"float k{j} = kv[(x + {j * across}) * {pitch} + d];" for j in rs)
+    score_sums = " ".join(f"s{i}_{j} = fma(q{i}, k{j}, s{i}_{j});" for i in rs for j in rs)
+    hidden = " || key + x + {0} > first + y * {1} + {2}" if what.causal else ""
+    mask = "\n".join(f"        if (key + x + {j * across} >= keys{hidden.format(j * across, each, i)}) "
+                     f"s{i}_{j} = -INFINITY;" for i in rs for j in rs)
+    highest = "\n".join(f"        most[(y * {each} + {i}) * {across} + x] = {_most([f's{i}_{j}' for j in rs])};"
+                        for i in rs)
+    softmax = "\n".join(f"""        {{
+            float high = high{i};
+            for (int j = 0; j < {across}; j++) high = fmax(high, most[(y * {each} + {i}) * {across} + j]);
+            part{i} = exp(high{i} - high);
+            high{i} = high;
+            sum{i} *= part{i};
+            {" ".join(f"s{i}_{j} = exp(s{i}_{j} - high); sum{i} += s{i}_{j}; "
+                      f"p[(y * {each} + {i}) * {bk + 1} + x + {j * across}] = s{i}_{j};" for j in rs)}
+        }}""" for i in rs)
+    out_step = " ".join(f"float p{i} = p[(y * {each} + {i}) * {bk + 1} + j];" for i in rs) + "\n" + "\n".join(
+        f"            {{ float e = kv[j * {pitch} + min(x + {c * across}, {width - 1})]; "
+        + " ".join(f"o{i}_{c} = fma(p{i}, e, o{i}_{c});" for i in rs) + " }" for c in range(columns))
+    ends = "\n".join(f"""    {{
+        float total = 0.0f;
+        for (int j = 0; j < {across}; j++) total += most[(y * {each} + {i}) * {across} + j];
+        int row = first + y * {each} + {i};
+        __global T *to = o + (size_t)row * {width} + x;
+        if (row < queries) {{
+            {" ".join(f"if (x + {c * across} < {width}) STORE1(o{i}_{c} / total, to + {c * across});"
+                      for c in range(columns))}
+        }}
+    }}""" for i in rs)
+    return vectors.preamble(what.number, 1) + f"""
+__kernel {vectors.attribute((across, down, 1))} void attention(__global const T *q, __global const T *k,
+        __global const T *v, __global T *o, int queries, int keys, float scale) {{
+    __local float qs[{depth * (bq + 1)}], kv[{bk * pitch}], p[{bq * (bk + 1)}], most[{bq * across}];
+    int x = get_local_id(0), y = get_local_id(1), lid = y * {across} + x, first = get_group_id(0) * {bq};
+    size_t b = get_global_id(2);
+    q += b * queries * {depth}; k += b * keys * {depth}; v += b * keys * {width}; o += b * queries * {width};
+    for (int i = lid; i < {bq * depth}; i += {items})  // the last query stands for those beyond
+        qs[i % {depth} * {bq + 1} + i / {depth}] = LOAD1(q + (size_t)min(first + i / {depth}, queries - 1) * {depth}
+                                                         + i % {depth}) * scale;
+    {" ".join(f"float high{i} = -INFINITY, sum{i} = 0.0f, part{i};" for i in rs)}
+    {" ".join(f"float o{i}_{c} = 0.0f;" for i in rs for c in range(columns))}
+    int last = {f"min(keys, first + {bq})" if what.causal else "keys"};
+    for (int key = 0; key < last; key += {bk}) {{
+        barrier(CLK_LOCAL_MEM_FENCE);  // values and scores of the tile before have been read
+        for (int i = lid; i < {bk * depth}; i += {items})
+            kv[i / {depth} * {pitch} + i % {depth}] = LOAD1(k + (size_t)min(key + i / {depth}, keys - 1) * {depth}
+                                                            + i % {depth});
+        barrier(CLK_LOCAL_MEM_FENCE);
+        {" ".join(f"float s{i}_{j} = 0.0f;" for i in rs for j in rs)}
+        for (int d = 0; d < {depth}; d++) {{
+            {score_step}
+            {score_sums}
+        }}
+{mask}
+{highest}
+        barrier(CLK_LOCAL_MEM_FENCE);  // maxima are there, keys have been read
+        for (int i = lid; i < {bk * width}; i += {items})
+            kv[i / {width} * {pitch} + i % {width}] = LOAD1(v + (size_t)min(key + i / {width}, keys - 1) * {width}
+                                                            + i % {width});
+{softmax}
+        barrier(CLK_LOCAL_MEM_FENCE);
+        {" ".join(f"o{i}_{c} *= part{i};" for i in rs for c in range(columns))}
+        for (int j = 0; j < {bk}; j++) {{
+            {out_step}
+        }}
+    }}
+    barrier(CLK_LOCAL_MEM_FENCE);
+    {" ".join(f"most[(y * {each} + {i}) * {across} + x] = sum{i};" for i in rs)}
+    barrier(CLK_LOCAL_MEM_FENCE);
+{ends}
+}}
+"""
+
+
+def _most(names: list[str]) -> str:
+    found = names[0]
+    for name in names[1:]:
+        found = f"fmax({found}, {name})"
+    return found

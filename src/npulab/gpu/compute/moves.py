@@ -1,0 +1,183 @@
+"""What moves tensors and works on one element at a time: views copied, put together, added, multiplied, activated.
+
+One kernel does all of it: it walks over the axes of the result and reads each operand with strides of its own. Sizes
+and strides are arguments, so that networks share compiled kernels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from npulab.errors import CapacityError
+from npulab.gpu.compute.types import Argument, Buffer, Kernel, Launch, Lowered, Traits
+from npulab.gpu.compute.views import Shape, collapsed
+
+INDEX_MAX = 2**31 - 1
+"""Kernels count elements in an int."""
+FUNCTIONS: Mapping[str, str] = {
+    "relu_": "fmax(x, 0.0f)",
+    "relu6_": "fmin(fmax(x, 0.0f), 6.0f)",
+    "sigmoid_": "1.0f / (1.0f + exp(-x))",
+    "silu_": "x / (1.0f + exp(-x))",
+    "hardswish_": "x * fmin(fmax(x / 6.0f + 0.5f, 0.0f), 1.0f)",
+    "gelu_": "0.5f * x * (1.0f + erf(x * 0.70710678118654752f))",
+    "gelu_tanh_": "0.5f * x * (1.0f + tanh(0.79788456080286536f * (x + 0.044715f * x * x * x)))",
+    "softplus_": "fmax(x, 0.0f) + log1p(exp(-fabs(x)))",
+    "mish_": "x * tanh(fmax(x, 0.0f) + log1p(exp(-fabs(x))))",
+    "softsign_": "x / (1.0f + fabs(x))",
+    "reciprocal_": "1.0f / x",
+    "sign_": "x > 0.0f ? 1.0f : x < 0.0f ? -1.0f : 0.0f",
+}
+"""Functions of one number that OpenCL C has not."""
+NUMBERS: Mapping[str, str] = {
+    "hardsigmoid_": "fmin(fmax(a * x + b, 0.0f), 1.0f)",
+    "clip_": "fmin(fmax(x, a), b)",
+    "leaky_": "x < 0.0f ? a * x : x",
+    "elu_": "x < 0.0f ? a * expm1(x) : x",
+    "celu_": "x < 0.0f ? a * expm1(x / a) : x",
+    "selu_": "b * (x < 0.0f ? a * expm1(x) : x)",
+    "threshold_": "x > a ? x : 0.0f",
+    "swish_": "x / (1.0f + exp(-a * x))",
+}
+"""The same, with numbers a and b."""
+
+
+@dataclass(frozen=True, slots=True)
+class Map:
+    """y = expression of operands, at every place of `shape`.
+
+    expression  OpenCL C; {0}, {1}, ... are operands, in the order of the roles "input", "input1", ....
+    reads       (strides over `shape`, offset) of each.      writes  of the output.     Counted in elements.
+    operations  of one element, roughly.
+    """
+
+    expression: str
+    shape: Shape
+    reads: tuple[tuple[Shape, int], ...]
+    writes: tuple[Shape, int]
+    operations: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Take:
+    """y[outer, i, inner] = x[outer, table[i], inner]; both dense. "input1": the table, int32 [count]."""
+
+    outer: int
+    size: int
+    count: int
+    inner: int
+
+
+def role(i: int) -> str:
+    return f"input{i or ''}"
+
+
+def literal(x: float) -> str:
+    """A float of OpenCL C, exact. What is not finite by its name."""
+    value = np.float32(x)
+    if np.isfinite(value):
+        return f"({float(value).hex()}f)"
+    return "(NAN)" if np.isnan(value) else "(INFINITY)" if value > 0 else "(-INFINITY)"
+
+
+def span(*axes: int, traits: Traits) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(work items in all, in a group) of a walk over up to three axes, the innermost first. Few kinds of groups: some
+    drivers compile a kernel for each."""
+    inner = axes[0]
+    wide = (64, 4, 1) if inner >= 32 else (16, 16, 1) if inner >= 8 else (4, 64, 1)
+    if len(axes) == 1 or (inner >= 128 and axes[1] < 4):
+        wide = (256, 1, 1)
+    group = list(wide[: len(axes)])
+    while np.prod(group) > traits.group_max:
+        group[group.index(max(group))] //= 2
+    return tuple(-(-n // g) * g for n, g in zip(axes, group, strict=True)), tuple(group)
+
+
+def lower_map(what: Map, traits: Traits) -> Lowered:
+    """One launch."""
+    # in the order in which the result lies, so that neighbours write side by side
+    order = sorted(range(len(what.shape)), key=lambda i: (-abs(what.writes[0][i]), i))
+    walks = [tuple(w[0][i] for i in order) for w in (what.writes, *what.reads)]
+    shape, walks = collapsed(tuple(what.shape[i] for i in order), walks)
+    total = int(np.prod(shape))
+    reach = max(sum(abs(s) * (n - 1) for s, n in zip(w, shape, strict=True)) + start
+                for w, start in zip(walks, (what.writes[1], *(r[1] for r in what.reads)), strict=True))
+    if max(total, reach) > INDEX_MAX:
+        raise CapacityError("a tensor has more elements than kernels count", got=max(total, reach), want=INDEX_MAX)
+    rank = len(shape)
+    numbers: list[int] = [what.writes[1], *(r[1] for r in what.reads)]
+    for axis in range(rank):
+        numbers += [shape[axis], *(w[axis] for w in walks)]
+    axes = [*shape[::-1][:2], int(np.prod(shape[:-2]))][: min(rank, 3)]
+    size, group = span(*axes, traits=traits)
+    arguments: tuple[Argument, ...] = (*(Buffer(role(i)) for i in range(len(what.reads))), Buffer("output"),
+                                       *map(np.int32, numbers))
+    read = sum(4 * int(np.prod([n for n, s in zip(what.shape, strides, strict=True) if s] or [1]))
+               for strides, _ in what.reads)
+    label = "copy" if what.expression == "{0}" else "map"
+    return Lowered((Launch(map_kernel(what.expression, rank, len(what.reads)), size, group, arguments, label,
+                           float(what.operations * total), float(read + 4 * total)),))
+
+
+@cache
+def map_kernel(expression: str, rank: int, operands: int) -> Kernel:
+    """Axes count from the outermost, 0; those before the last two share one dimension of the launch."""
+    names = ["y", *(f"x{i}" for i in range(operands))]
+    arguments = [f"__global const float *{n}" for n in names[1:]] + ["__global float *y"]
+    arguments += [f"const int {n}_at" for n in names]
+    for a in range(rank):
+        arguments += [f"const int n{a}", *(f"const int {n}_s{a}" for n in names)]
+    lines = [f"const int i{rank - 1} = get_global_id(0);"]
+    ends = [f"i{rank - 1} >= n{rank - 1}"]
+    if rank > 1:
+        lines.append(f"const int i{rank - 2} = get_global_id(1);")
+        ends.append(f"i{rank - 2} >= n{rank - 2}")
+    if rank > 2:
+        lines.append("int rest = get_global_id(2);")
+        for a in range(rank - 3, 0, -1):
+            lines.append(f"const int i{a} = rest % n{a}; rest /= n{a};")
+        lines.append("const int i0 = rest;")
+        ends.append("i0 >= n0")
+    lines.append(f"if ({' || '.join(ends)}) return;")
+
+    def at(n: str) -> str:
+        return " + ".join([f"{n}_at", *(f"i{a} * {n}_s{a}" for a in range(rank))])
+
+    value = re.sub(r"\{(\d+)\}", lambda m: f"v{m[1]}", expression)
+    lines += [f"const float v{i} = x{i}[{at(f'x{i}')}];" for i in range(operands)]
+    lines.append(f"y[{at('y')}] = {value};")
+    body = "\n    ".join(lines)
+    return Kernel(f"{functions(expression)}__kernel void map({', '.join(arguments)}) {{\n    {body}\n}}\n", "map")
+
+
+def functions(expression: str) -> str:
+    """Definitions of what it calls."""
+    called = [n for n in (*FUNCTIONS, *NUMBERS) if re.search(rf"\b{n}\(", expression)]
+    return "".join(f"float {n}(const float x{', const float a, const float b' if n in NUMBERS else ''}) "
+                   f"{{ return {FUNCTIONS.get(n) or NUMBERS[n]}; }}\n" for n in called)
+
+
+TAKE = Kernel("""
+__kernel void take(__global const float *x, __global const int *table, __global float *y, const int outer,
+                   const int size, const int count, const int inner) {
+    const int k = get_global_id(0), i = get_global_id(1), o = get_global_id(2);
+    if (k >= inner || i >= count || o >= outer) return;
+    y[(o * count + i) * inner + k] = x[(o * size + table[i]) * inner + k];
+}
+""", "take")
+
+
+def lower_take(what: Take, traits: Traits) -> Lowered:
+    size, group = span(what.inner, what.count, what.outer, traits=traits)
+    numbers = map(np.int32, (what.outer, what.size, what.count, what.inner))
+    return Lowered((Launch(TAKE, size, group, (Buffer("input"), Buffer("input1"), Buffer("output"), *numbers), "take",
+                           0.0, 8.0 * what.outer * what.count * what.inner),))
+
+
+def bytes_of(shape: Sequence[int]) -> int:
+    return 4 * int(np.prod(shape, dtype=np.int64))

@@ -1,0 +1,193 @@
+"""Pieces of OpenCL C that kernels share: vectors of a width, loads and stores of what is stored, sums over a group.
+
+Everything is computed in floats: float16 is how tensors lie in memory (vload_half and vstore_half need no extension).
+"""
+
+from __future__ import annotations
+
+from npulab.errors import UnsupportedError
+from npulab.gpu.compute.types import Number, Traits
+
+WIDTHS = (1, 2, 4, 8, 16)
+"""Of vectors (OpenCL C 1.2, section 6.1.2; 3 is left out, as it lies in memory like 4)."""
+GROUP = 64
+"""Work items of a group on a GPU, unless a warp is more: two warps or one, and rooms for many groups."""
+LOG2E = 1.44269504
+LN2 = (0.693145752, 1.42860677e-6)
+"""ln 2 in two parts: products of the first with whole numbers below 256 are exact."""
+EXP = (4.999999341e-01, 1.666652011e-01, 4.166839422e-02, 8.368780429e-03, 1.381446674e-03)
+"""exp(r) = 1 + r + r r q(r) for |r| <= ln(2) / 2, q by rising powers: fitted, 3e-9 off at most."""
+
+
+def fitting(traits: Traits, size: int) -> int:
+    """Lanes of a vector over `size` neighbours: the device's, or the most that are all used."""
+    return max(w for w in WIDTHS if w <= max(1, min(traits.vector, size)))
+
+
+def group_items(traits: Traits) -> int:
+    """Work items of a group: a power of two."""
+    most = max(1, min(traits.group_max, max(GROUP, traits.warp)))
+    return 1 if traits.cpu else 1 << (most.bit_length() - 1)
+
+
+def split(items: int, *sizes: int) -> tuple[int, ...]:
+    """A group of at most `items` (a power of two) over sizes, the first filled first."""
+    found = []
+    for size in sizes:
+        here = min(items, 1 << max(0, size - 1).bit_length())
+        found.append(here)
+        items //= here
+    return tuple(found)
+
+
+def up(size: int, step: int) -> int:
+    return -(-size // step) * step
+
+
+def attribute(group: tuple[int, ...]) -> str:
+    """That the group's size is known when the kernel is compiled; PoCL 3 makes vectors of work items otherwise."""
+    x, y, z = (*group, 1, 1)[:3]
+    return f"__attribute__((reqd_work_group_size({x}, {y}, {z})))"
+
+
+def number_bytes(number: Number) -> int:
+    """Raises: UnsupportedError if kernels of floats do not read it."""
+    if number not in ("float32", "float16"):
+        raise UnsupportedError(f"this layer has no kernel for {number}", want="float32 or float16")
+    return 4 if number == "float32" else 2
+
+
+def preamble(number: Number, width: int) -> str:
+    """T: what is stored. V: floats of `width`. LOAD(p), STORE(v, p): V there; LOAD1, STORE1: one number."""
+    number_bytes(number)
+    n = "" if width == 1 else str(width)
+    text = f"typedef float{n} V;\ntypedef int{n} I;\n"
+    if number == "float16":
+        return text + (f"typedef half T;\n#define LOAD(p) vload_half{n}(0, p)\n"
+                       f"#define STORE(v, p) vstore_half{n}(v, 0, p)\n#define LOAD1(p) vload_half(0, p)\n"
+                       "#define STORE1(v, p) vstore_half(v, 0, p)\n")
+    one = "#define LOAD1(p) (*(p))\n#define STORE1(v, p) (*(p) = (v))\n"
+    if width == 1:
+        return text + "typedef float T;\n#define LOAD(p) (*(p))\n#define STORE(v, p) (*(p) = (v))\n" + one
+    return text + f"typedef float T;\n#define LOAD(p) vload{n}(0, p)\n#define STORE(v, p) vstore{n}(v, 0, p)\n" + one
+
+
+def lanes(width: int) -> str:
+    """0, 1, 2... as an I."""
+    return f"(I)({', '.join(map(str, range(width)))})"
+
+
+def across(width: int, x: str, combine: str) -> str:
+    """Lanes of the variable x put together: combine has {a} and {b}."""
+    if width == 1:
+        return x
+    parts = [f"{x}.s{i:x}" for i in range(width)]
+    while len(parts) > 1:  # a tree: rounding grows with its depth alone
+        parts = [combine.format(a=a, b=b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
+SUM, MAX = "({a} + {b})", "fmax({a}, {b})"
+
+
+def reduction(name: str, items: int, combine: str) -> str:
+    """float name(float x, local float *room): of `items` neighbours of dimension 0 (a power of two) in each row of
+    the group; all of them get it. room: a float for each work item of the group."""
+    step = combine.format(a="at[lid]", b="at[lid + s]")
+    return f"""
+float {name}(float x, __local float *room) {{
+    int lid = get_local_id(0);
+    __local float *at = room + get_local_id(1) * {items};
+    barrier(CLK_LOCAL_MEM_FENCE);
+    at[lid] = x;
+    for (int s = {items} / 2; s > 0; s >>= 1) {{
+        barrier(CLK_LOCAL_MEM_FENCE);
+        if (lid < s) at[lid] = {step};
+    }}
+    barrier(CLK_LOCAL_MEM_FENCE);
+    return at[0];
+}}
+"""
+
+
+def transposition(width: int) -> str:
+    """gather(from, first, rows, columns, many, scale, to): rows first.. of a matrix into lanes: to[c * many + n],
+    `many` vectors a column; rows beyond the last repeat it. scatter(from, first, rows, columns, many, to): back."""
+    if width == 1:
+        return """
+void gather(__global const T *from, int first, int rows, int columns, int many, float scale, V *to) {
+    for (int n = 0; n < many; n++)
+        for (int c = 0; c < columns; c++)
+            to[c * many + n] = LOAD1(from + (size_t)min(first + n, rows - 1) * columns + c) * scale;
+}
+void scatter(const V *from, int first, int rows, int columns, int many, __global T *to) {
+    for (int n = 0; n < many && first + n < rows; n++)
+        for (int c = 0; c < columns; c++) STORE1(from[c * many + n], to + (size_t)(first + n) * columns + c);
+}
+"""
+    w, half = width, width // 2
+    loads = "\n".join(f"            V a{i} = LOAD(from + (size_t)min(row + {i}, rows - 1) * columns + c) * scale;"
+                      for i in range(w))
+    reads = "\n".join(f"            V a{i} = from[(c + {i}) * many + n];" for i in range(w))
+    steps, names = [], [f"a{i}" for i in range(w)]
+    for step in range(w.bit_length() - 1):  # so many perfect shuffles of the rows transpose them
+        fresh = [f"{'bcde'[step]}{i}" for i in range(w)]
+        for i in range(half):
+            for j, base in enumerate((0, half)):
+                pairs = ", ".join(f"{names[i + side * half]}.s{base + k:x}" for k in range(half) for side in (0, 1))
+                steps.append(f"            V {fresh[2 * i + j]} = (V)({pairs});")
+        names = fresh
+    shuffled = "\n".join(steps)
+    writes = "\n".join(f"            to[(c + {i}) * many + n] = {x};" for i, x in enumerate(names))
+    stores = "\n".join(f"            if (row + {i} < rows) STORE({x}, to + (size_t)(row + {i}) * columns + c);"
+                       for i, x in enumerate(names))
+    at = f"int c = min(block, columns - {w});  // the last block overlaps the one before"
+    return f"""
+void gather(__global const T *from, int first, int rows, int columns, int many, float scale, V *to) {{
+    for (int n = 0; n < many; n++) {{
+        int row = first + n * {w};
+        if (columns < {w}) {{
+            for (int c = 0; c < columns; c++)
+                for (int i = 0; i < {w}; i++)
+                    ((float *)(to + c * many + n))[i] =
+                        LOAD1(from + (size_t)min(row + i, rows - 1) * columns + c) * scale;
+        }} else for (int block = 0; block < columns; block += {w}) {{
+            {at}
+{loads}
+{shuffled}
+{writes}
+        }}
+    }}
+}}
+void scatter(const V *from, int first, int rows, int columns, int many, __global T *to) {{
+    for (int n = 0; n < many; n++) {{
+        int row = first + n * {w};
+        if (columns < {w}) {{
+            for (int c = 0; c < columns; c++)
+                for (int i = 0; i < {w} && row + i < rows; i++)
+                    STORE1(((const float *)(from + c * many + n))[i], to + (size_t)(row + i) * columns + c);
+        }} else for (int block = 0; block < columns; block += {w}) {{
+            {at}
+{reads}
+{shuffled}
+{stores}
+        }}
+    }}
+}}
+"""
+
+
+def exponential(w: int) -> str:
+    """exp of what is not above 0, of -INFINITY too; 3e-7 of it off at most. No library's special cases."""
+    q = "\n    ".join(f"q = fma(q, r, (V)({c}f));" for c in (*reversed(EXP[:-1]), 1.0, 1.0))
+    return f"""
+V exponential(V x) {{
+    V t = fma(x, (V)({LOG2E}f), (V)(12582912.0f));  // 1.5 * 2**23: rounds to a whole number, in the lowest bits
+    V n = t - 12582912.0f;
+    V r = fma(n, (V)({-LN2[1]}f), fma(n, (V)({-LN2[0]}f), x));
+    V q = (V)({EXP[-1]}f);
+    {q}
+    q = as_float{w if w > 1 else ""}(as_int{w if w > 1 else ""}(q) + (as_int{w if w > 1 else ""}(t) << 23));
+    return x < -87.0f ? (V)(0.0f) : q;
+}}
+"""

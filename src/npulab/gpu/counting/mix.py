@@ -1,0 +1,56 @@
+"""Nouns of counting: a mix of operations, and code that is not understood."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+Mix = dict[str, float]
+"""How many of each: "fma float32" (scalars: lanes of vectors count each), "mul int32", "sqrt float32"..., "load bytes"
+and "store bytes" of memory that is not the thread's own, "spill bytes" of its own, "calls" of what is not seen,
+"masked" instructions that leave some lanes as they are."""
+OWN = 1 << 22
+"""Instructions to follow at most, those apart that only compute on data."""
+
+
+class NotRead(Exception):  # noqa: N818 - an answer, not an error
+    """The code cannot be read, or where it goes hangs on what is not known; the message says which."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """What a turn of a kernel's loop does in each work item.
+
+    mix     None: not read.      code  what was read: "x86-64 machine code", "PTX", "SPIR-V".
+    uneven  kinds of which some turns have more than others, and what was seen.
+    why     of what was not read, the reason.
+    """
+
+    mix: Mapping[str, float] | None
+    code: str = ""
+    uneven: Mapping[str, str] = field(default_factory=dict)
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the source states of a turn in each work item.
+
+    work   its name in a Timing's work: "operations", "bytes", "loads".
+    kinds  how many of each kind of a Mix.     unit  of the kinds for one of `work`: 4 where a load has 4 bytes.
+    pads   what is done at once does not fill a vector register of four: lanes that nothing needs may come with it.
+    """
+
+    work: str
+    kinds: Mapping[str, float] = field(default_factory=dict)
+    unit: float = 1.0
+    pads: bool = False
+
+
+Follow = Callable[[int], Mix]
+"""What the work items of a group do in all with so many turns. Raises: NotRead."""
+
+
+def add(to: Mix, more: Mapping[str, float], times: float = 1.0) -> None:
+    for kind, count in more.items():
+        to[kind] = to.get(kind, 0.0) + times * count

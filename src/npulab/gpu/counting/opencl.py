@@ -1,0 +1,55 @@
+"""Kernels of an OpenCL program counted in what the driver compiled them to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from npulab.gpu.counting import pocl, ptx
+from npulab.gpu.counting.mix import Counted, NotRead
+
+TURNS = "turns"
+"""The argument of a kernel that says how often its loop turns."""
+
+
+def count(cl: Any, queue: Any, kernel: Any, size: Sequence[int], group: Sequence[int], arguments: Sequence[Any]
+          ) -> Counted:
+    """A turn of the kernel's loop, in each work item, as it was launched.
+
+    Built anew: pyopencl asks for a program's binary when it is built, and PoCL, which compiles for a size of work
+    groups when one is launched, does not look again.
+    """
+    try:
+        import capstone  # noqa: F401
+    except ImportError:
+        return Counted(None, why="the package capstone is not installed")
+    program = kernel.get_info(cl.kernel_info.PROGRAM)
+    source, name = str(program.get_info(cl.program_info.SOURCE)), str(kernel.function_name)
+    try:
+        turns = place(source, name)
+        anew = cl.Program(queue.context, source).build(cache_dir=False)
+        none = [np.uint32(0) if k == turns else a for k, a in enumerate(arguments)]  # changes nothing
+        getattr(anew, name)(queue, tuple(size), tuple(group), *none).wait()
+        binary = bytes(anew.get_info(cl.program_info.BINARIES)[0])
+    except NotRead as e:
+        return Counted(None, why=str(e))
+    except cl.Error as e:
+        return Counted(None, why=f"the driver does not give its binary: {str(e).strip()[:120]}")
+    scalars = [a.tobytes() if isinstance(a, np.generic) else None for a in arguments]
+    if binary.startswith(pocl.MAGIC):
+        return pocl.count(binary, name, size, group, scalars, turns)
+    if ptx.is_ptx(binary):
+        return ptx.count(binary, name, size, group, scalars, turns)
+    return Counted(None, why="the driver's binary is of no known kind")
+
+
+def place(source: str, kernel: str) -> int:
+    """Which argument of a kernel is TURNS. Raises: NotRead."""
+    m = re.search(rf"\bvoid\s+{re.escape(kernel)}\s*\(([^)]*)\)", source)
+    names = [re.findall(r"\w+", a)[-1] for a in m[1].split(",")] if m and m[1].strip() else []
+    if TURNS not in names:
+        raise NotRead(f"the kernel {kernel} has no argument {TURNS}")
+    return names.index(TURNS)

@@ -1,0 +1,88 @@
+"""What one turn does, by what more turns do more; and whether it is what was asked."""
+
+from __future__ import annotations
+
+from npulab.gpu.counting.mix import Asked, Counted, Follow, Mix, NotRead
+
+TURNS = (8, 16, 32)
+"""Followed: the more of the last over the second must be twice the more of that over the first."""
+STATED = "work as the source states"
+PADDED = (2.0, 4.0)
+"""Lanes of a vector register for one or two that are needed."""
+
+
+def of_a_turn(follow: Follow, items: int, code: str) -> Counted:
+    """Of one work item, from code that `follow` goes through for `items` of them."""
+    try:
+        few, more, most = (follow(n) for n in TURNS)
+    except NotRead as e:
+        return Counted(None, code, why=str(e))
+    mix: Mix = {}
+    uneven = {}
+    for kind in sorted({*few, *more, *most}):
+        first = (more.get(kind, 0.0) - few.get(kind, 0.0)) / (TURNS[1] - TURNS[0])
+        second = (most.get(kind, 0.0) - more.get(kind, 0.0)) / (TURNS[2] - TURNS[1])
+        if abs(first - second) > 1e-9 * max(1.0, abs(first)):
+            uneven[kind] = (f"{first / items:.4g} a turn from {TURNS[0]} to {TURNS[1]} turns, {second / items:.4g} "
+                            f"from there to {TURNS[2]}")
+        elif first:
+            mix[kind] = first / items
+    if "masked" in mix or "masked" in uneven:
+        return Counted(None, code, why="lanes of vectors are switched off by masks")
+    if "mul int32" in mix:  # a multiply-add takes two instructions
+        mix["fma int32"] = mix.get("fma int32", 0.0) + min(mix["mul int32"], mix.get("add int32", mix["mul int32"]
+                                                           if "add int32" in uneven else 0.0))
+    for number in ("float32", "float16"):
+        if roots := sum(mix.get(f"{kind} {number}", 0.0) for kind in ("sqrt", "rsqrt")):
+            mix[f"special {number}"] = roots
+    return Counted(mix, code, uneven)
+
+
+def objection(counted: Counted, asked: Asked) -> str:
+    """What is wrong with the compiled code, "" if nothing is or it was not read.
+
+    More than was asked is wrong, too, but for lanes of vectors that nothing needs: two floats in a register of four.
+    """
+    if counted.mix is None or counted.mix.get("calls"):
+        return ""
+    for kind, want in asked.kinds.items():
+        if kind in counted.uneven:
+            return f"the compiled loop does not do the same {kind} in each turn: {counted.uneven[kind]}"
+        have = counted.mix.get(kind, 0.0)
+        if have == want or _padding(asked, have / want):
+            continue
+        seen = ", ".join(f"{n:g} {k}" for k, n in sorted(counted.mix.items())) or "nothing"
+        return (f"the compiled loop has {have:g} {kind} a turn, not {want:g}: {_reason(kind, have, want)} (it has "
+                f"{seen})")
+    return ""
+
+
+def work(counted: Counted, asked: Asked) -> float:
+    """Of a turn and work item, in the unit of `asked`; as the source states where the code was not read."""
+    have = counted.mix or {}
+    return sum(want if _padding(asked, have.get(kind, want) / want) else have.get(kind, want)
+               for kind, want in asked.kinds.items()) / asked.unit
+
+
+def _padding(asked: Asked, ratio: float) -> bool:
+    return asked.pads and ratio in PADDED
+
+
+def source(counted: Counted) -> str:
+    """Where work is counted, for a Timing."""
+    if counted.mix is None:
+        return f"{STATED}, not read from compiled code: {counted.why}"
+    if counted.mix.get("calls"):
+        return f"{STATED}, not read from compiled code: it calls functions of another library"
+    return f"work counted in {counted.code}"
+
+
+def _reason(kind: str, have: float, want: float) -> str:
+    load = kind == "load bytes"
+    if have > want:
+        return "the compiler made more of it than was asked for"
+    if kind == "store bytes":
+        return "stores were left out as dead"
+    if not have:
+        return "loads were taken out of the loop" if load else "the loop was folded, or is dead"
+    return "loads were taken out of the loop or shared" if load else "the compiler put steps together or left some out"

@@ -1,0 +1,172 @@
+"""Experiments that not every OpenCL device has room for: images, constant memory, stores to local memory, mapping.
+
+Each is of an `npulab.gpu.opencl.OpenCL`, is checked by what the host computes, and follows `npulab.gpu.types.Extra`.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from npulab.errors import UnsupportedError
+from npulab.gpu.counting import Asked
+from npulab.gpu.types import Timing
+
+if TYPE_CHECKING:
+    from npulab.gpu.opencl import OpenCL
+
+TEXEL = 16  # bytes: four 32-bit integers
+READ = 4
+"""Texels, words or stores of a turn of each kernel."""
+WORDS = 1024
+"""Of constant memory: 4 KiB of the 64 that each device has at least (OpenCL 1.2, table 4.3)."""
+
+IMAGE = """
+__constant sampler_t NEAREST = CLK_NORMALIZED_COORDS_FALSE | CLK_ADDRESS_NONE | CLK_FILTER_NEAREST;
+#define TEXEL(at) read_imageui(data, NEAREST, (int2)((int)((at) & (width - 1)), (int)((at) / width)))
+__kernel void image(__read_only image2d_t data, __global uint *out, uint width, uint size, uint offset, uint turns) {
+    uint step = get_local_size(0) % size;
+    uint at = (uint)(((ulong)get_group_id(0) * offset + (ulong)get_local_id(0)) % size);
+    uint4 x = (uint4)(0);
+    for (uint i = 0; i < turns; i++) {
+        x += TEXEL(at); at += step; at -= at >= size ? size : 0;
+        x += TEXEL(at); at += step; at -= at >= size ? size : 0;
+        x += TEXEL(at); at += step; at -= at >= size ? size : 0;
+        x += TEXEL(at); at += step; at -= at >= size ? size : 0;
+    }
+    out[get_global_id(0)] = x.s0 + x.s1 + x.s2 + x.s3;
+}
+"""
+
+CONSTANT = """
+__kernel void constants(__constant uint *cells, __global uint *out, uint turns, uint spread) {
+    uint at = get_local_id(0) * spread, x = 0;
+    for (uint i = 0; i < turns; i++) {
+        x += cells[at & 1023]; x += cells[(at + 1) & 1023];
+        x += cells[(at + 2) & 1023]; x += cells[(at + 3) & 1023];
+        at += 4 + (x & turns & 0x80000000u);
+    }
+    out[get_global_id(0)] = x;
+}
+"""
+
+LOCAL_WRITE = """
+#define WORDS {words}
+__kernel void local_stores(__global uint *out, uint turns, uint stride) {{
+    __local uint cells[WORDS];
+    uint lid = get_local_id(0), at = lid * stride;
+    for (uint i = lid; i < WORDS; i += get_local_size(0)) cells[i] = 0;
+    barrier(CLK_LOCAL_MEM_FENCE);
+    for (uint i = 0; i < turns; i++) {{
+        uint w = at & (WORDS - 1); cells[w] = w * 2654435761u;
+        w = (at + 1) & (WORDS - 1); cells[w] = w * 2654435761u;
+        w = (at + 2) & (WORDS - 1); cells[w] = w * 2654435761u;
+        w = (at + 3) & (WORDS - 1); cells[w] = w * 2654435761u;
+        at += 4;
+    }}
+    barrier(CLK_LOCAL_MEM_FENCE);
+    uint x = 0;
+    for (uint i = lid; i < WORDS; i += get_local_size(0)) x += cells[i] + 1;
+    out[get_global_id(0)] = x;
+}}
+"""
+
+
+def image(bench: OpenCL, footprint: int) -> Timing:
+    cl = bench.cl
+    if not bench.device.image_support:
+        raise UnsupportedError("the device has no images")
+    texels = footprint // TEXEL
+    width = 1
+    while width * width < texels and 2 * width <= int(bench.device.image2d_max_width):
+        width *= 2
+    height = texels // width
+    if height < 1 or height > int(bench.device.image2d_max_height):
+        raise UnsupportedError("the device has no images of this size", got=f"{footprint} bytes")
+    size = width * height
+    data = (np.arange(size * 4, dtype=np.uint32) * np.uint32(2654435761)) >> np.uint32(7)
+    flags = cl.mem_flags.READ_ONLY | cl.mem_flags.COPY_HOST_PTR
+    kind = cl.ImageFormat(cl.channel_order.RGBA, cl.channel_type.UNSIGNED_INT32)
+    make = getattr(cl, "create_image", cl.Image)  # older bindings have the latter alone
+    picture = bench._do(lambda: make(bench.context, flags, kind, shape=(width, height), hostbuf=data))
+    kernel = bench._kernel(IMAGE, "image")
+    group = bench.group
+    groups = bench.full_groups
+    out = bench._buffer(np.zeros(groups * group, np.uint32))
+    offset, step = max(1, size // groups), group % size
+    sums = data.reshape(size, 4).sum(axis=1, dtype=np.uint32)
+    spots = np.random.default_rng(0).integers(0, groups * group, 8)
+
+    def run(turns: int) -> tuple[float, str]:
+        seconds = bench._time(kernel, (groups * group,), (group,), picture, out, np.uint32(width), np.uint32(size),
+                              np.uint32(offset), np.uint32(turns))
+        return seconds, bench._checked("read", out, sums, spots, group, offset, 1, step, turns)
+
+    return bench._measured(run, Asked("bytes", {"load bytes": READ * TEXEL}), whole=-(-size // (groups * group * READ)))
+
+
+def constant(bench: OpenCL, spread: bool) -> Timing:
+    kernel = bench._kernel(CONSTANT, "constants")
+    group, threads = bench.group, bench.group * bench.full_groups
+    cells = ((np.arange(WORDS, dtype=np.uint64) * 2654435761) % (1 << 32)).astype(np.uint32)
+    table, out = bench._buffer(cells), bench._buffer(np.zeros(threads, np.uint32))
+
+    def run(turns: int) -> tuple[float, str]:
+        seconds = bench._time(kernel, (threads,), (group,), table, out, np.uint32(turns), np.uint32(spread))
+        found = bench._read(out, threads)
+        for i in (0, group - 1):
+            at = (i * spread + np.arange(turns * READ, dtype=np.uint64)) % WORDS
+            want = int(cells[at].sum(dtype=np.uint64)) % (1 << 32)
+            if int(found[i]) != want:
+                return seconds, f"thread {i} read {found[i]}, not {want}"
+        return seconds, ""
+
+    return bench._measured(run, Asked("bytes", {"load bytes": 4 * READ}), 1 << 18)
+
+
+def local_write(bench: OpenCL, stride: int) -> Timing:
+    words = bench.words
+    kernel = bench._kernel(LOCAL_WRITE.format(words=words), "local_stores")
+    group, threads = bench.group, bench.group * bench.full_groups
+    out = bench._buffer(np.zeros(threads, np.uint32))
+    written = (np.arange(words, dtype=np.uint64) * 2654435761) % (1 << 32)
+
+    def run(turns: int) -> tuple[float, str]:
+        seconds = bench._time(kernel, (threads,), (group,), out, np.uint32(turns), np.uint32(stride))
+        found = bench._read(out, threads)
+        cells = np.zeros(words, np.uint64)
+        many = min(turns * READ, words)
+        for lane in range(group if many < words else 1):
+            at = (lane * stride + np.arange(many)) % words
+            cells[at] = written[at]
+        for i in (0, group - 1):
+            want = int((cells[i::group] + 1).sum(dtype=np.uint64)) % (1 << 32)
+            if int(found[i]) != want:
+                return seconds, f"thread {i} found {found[i]} in local memory, not {want}"
+        return seconds, ""
+
+    return bench._measured(run, Asked("stores", {"store bytes": 4 * READ}, 4), 1 << 18)
+
+
+def map_buffer(bench: OpenCL, size: int, repeats: int) -> Timing:
+    cl = bench.cl
+    flags = cl.mem_flags.READ_WRITE | cl.mem_flags.ALLOC_HOST_PTR
+    buffer = bench._do(lambda: cl.Buffer(bench.context, flags, size))
+    cells = size // 4
+
+    def once(value: int) -> float:
+        start = time.perf_counter()
+        view, _ = cl.enqueue_map_buffer(bench.queue, buffer, cl.map_flags.READ | cl.map_flags.WRITE, 0, (cells,),
+                                        np.uint32, is_blocking=True)
+        view[value % cells] = value
+        view.base.release(bench.queue)
+        bench.queue.finish()
+        return time.perf_counter() - start
+
+    found = [bench._do(lambda v=v: once(v)) for v in range(1, repeats + 1)]  # type: ignore[misc]
+    seen = bench._read(buffer, cells)
+    places = np.arange(1, repeats + 1) % cells
+    wrong = "" if (seen[places[-cells:]] == np.arange(1, repeats + 1)[-cells:]).all() else "the device did not get it"
+    return Timing(tuple(found[repeats // 8:]), {"bytes": float(size)}, wrong)

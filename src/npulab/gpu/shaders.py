@@ -1,0 +1,275 @@
+"""Experiments as SPIR-V: those of `npulab.gpu.kernels` under the same names, with the same arguments and results.
+
+What is there a source in OpenCL C is here a `Recipe`: the size of a work group is part of SPIR-V, so that a shader is
+made when its group is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+from npulab.errors import UnsupportedError
+from npulab.gpu.kernels import CHASED, DIVERGED, LOADED, MET, STEPS, STREAMED
+from npulab.gpu.spirv_builder import Kind, Shader, Type, Value, Variable
+from npulab.gpu.types import Element, Operation
+
+__all__ = ["BARRIER", "CHASE", "CHASED", "DIVERGE", "DIVERGED", "LAUNCH", "LOADED", "MET", "STEPS", "STREAMED",
+           "Recipe", "chain", "constant", "hold", "image", "local", "local_write", "stream"]
+
+KINDS: dict[Element, Kind] = {"float32": "float", "float16": "half", "int32": "uint"}
+LANES = (1, 2, 4)
+"""Vectors of a shader: those of 8 and 16 are of OpenCL's kernels alone (SPIR-V, capability Vector16)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """make: (entry, threads of a group) to the words of the module. key: what tells it from others of its name.
+    turns: which of its numbers says how often the loop turns."""
+
+    name: str
+    key: tuple[object, ...]
+    make: Callable[[str, int], bytes] = field(compare=False)
+    turns: int = 0
+
+
+def _chase(_: str, group: int) -> bytes:
+    s = Shader(group, ("uint", "uint"), ("uint",))
+    p = s.variable(s.load(1, s.constant(0)))
+    with s.loop(s.arguments[0]):
+        x = p.get()
+        for _step in range(CHASED):
+            x = s.load(0, x)
+        p.set(x)
+    s.store(1, s.constant(0), p.get())
+    return s.assemble()
+
+
+def _launch(_: str, group: int) -> bytes:
+    s = Shader(group, ("uint",), ("uint",))
+    with s.when(s.arguments[0].differs(0)):
+        s.store(0, s.constant(0), s.arguments[0])
+    return s.assemble()
+
+
+def _barrier(_: str, group: int) -> bytes:
+    s = Shader(group, ("uint",), ("uint",))
+    last, zero = s.shared("uint", 1), s.constant(0)
+    x = s.variable(zero)
+    with s.loop(s.arguments[0]) as i:
+        with s.when(s.local_id.same(i % group)):
+            s.shared_store(last, zero, i + x.get())
+        s.barrier()
+        x.set(s.shared_load(last, zero) - i)
+        s.barrier()
+    s.store(0, s.global_id, x.get())
+    return s.assemble()
+
+
+def _diverge(_: str, group: int) -> bytes:
+    s = Shader(group, ("uint",), ("uint", "uint", "uint", "uint"))
+    turns, period, a, b = s.arguments
+    x = s.variable(s.global_id)
+
+    def way(times: Value, plus: Value) -> None:
+        with s.loop(turns):
+            now = x.get()
+            for _step in range(DIVERGED):
+                now = now * times + plus
+            x.set(now)
+
+    s.either(((s.local_id // period) & 1).differs(0), lambda: way(a, b), lambda: way(b, a))
+    s.store(0, s.global_id, x.get())
+    return s.assemble()
+
+
+CHASE, LAUNCH = Recipe("chase", (), _chase), Recipe("launch", (), _launch)
+BARRIER, DIVERGE = Recipe("meet", (), _barrier), Recipe("diverge", (), _diverge)
+
+
+def local(words: int) -> Recipe:
+    """`words`: a power of two."""
+    return Recipe("local_loads", (words,), partial(_local, words))
+
+
+def _local(words: int, _: str, group: int) -> bytes:
+    s = Shader(group, ("uint",), ("uint", "uint"))
+    turns, stride = s.arguments
+    cells = s.shared("uint", words)
+    with s.loop(words, group, s.local_id) as i:
+        s.shared_store(cells, i, i * 2654435761)
+    s.barrier()
+    at, x = s.variable(s.local_id * stride), s.variable(s.constant(0))
+    with s.loop(turns):
+        now, total = at.get(), x.get()
+        for step in range(LOADED):
+            total = total + s.shared_load(cells, ((now + step) if step else now) & (words - 1))
+        x.set(total)
+        at.set(now + (s.constant(LOADED) + (total & turns & 0x80000000)))  # no load can be done before its turn
+    s.store(0, s.global_id, x.get())
+    return s.assemble()
+
+
+def local_write(words: int) -> Recipe:
+    """`words`: a power of two. A word's content is its place times a number; LOADED stores a turn."""
+    return Recipe("local_stores", (words,), partial(_local_write, words))
+
+
+def _local_write(words: int, _: str, group: int) -> bytes:
+    s = Shader(group, ("uint",), ("uint", "uint", "uint"))
+    turns, stride, factor = s.arguments
+    cells = s.shared("uint", words)
+    with s.loop(words, group, s.local_id) as i:
+        s.shared_store(cells, i, s.constant(0))
+    s.barrier()
+    at = s.variable(s.local_id * stride)
+    with s.loop(turns):
+        now = at.get()
+        for _step in range(LOADED):
+            place = now & (words - 1)
+            s.shared_store(cells, place, place * factor)
+            now = now + 1
+        at.set(now)
+    s.barrier()
+    x = s.variable(at.get())
+    with s.loop(words, group, s.local_id) as i:
+        x.set(x.get() + s.shared_load(cells, i))
+    s.store(0, s.global_id, x.get())
+    return s.assemble()
+
+
+def constant(vectors: int, spread: bool) -> Recipe:
+    """`vectors` of four words, a power of two. spread: neighbours read neighbours, else all threads the same one."""
+    return Recipe("constant", (vectors, spread), partial(_constant, vectors, spread))
+
+
+def _constant(vectors: int, spread: bool, _: str, group: int) -> bytes:
+    s = Shader(group, ("uint",), ("uint",), vectors)
+    turns = s.arguments[0]
+    at, x = s.variable(s.local_id if spread else s.constant(0)), s.variable(s.constant(0, "uint", 4))
+    with s.loop(turns):
+        now, total = at.get(), x.get()
+        for step in range(LOADED):
+            total = total + s.load_constant(((now + step) if step else now) & (vectors - 1))
+        x.set(total)
+        at.set(now + LOADED)
+    s.store(0, s.global_id, s.sum(x.get()))
+    return s.assemble()
+
+
+def stream(width: int) -> Recipe:
+    """Entries read, write and copy for vectors of `width` bytes: 4, 8, 16."""
+    return Recipe("stream", (width,), partial(_stream, width // 4), 3)
+
+
+def _stream(lanes: int, way: str, group: int) -> bytes:
+    s = Shader(group, (Type("uint", lanes), "uint"), ("uint", "uint", "uint", "uint"))
+    size, offset, stride, turns = s.arguments
+    step = (stride * group) % size
+    at = s.variable((s.group_id * offset + s.local_id * stride) % size)
+    x = s.variable(s.constant(0, "uint", lanes))
+    seven = s.constant(7, "uint", lanes)
+    with s.loop(turns):
+        now, total = at.get(), x.get()
+        for _step in range(STREAMED[way]):
+            if way == "read":
+                total = total + s.load(0, now)
+            else:
+                s.store(0, now + size if way == "copy" else now, s.load(0, now) if way == "copy" else seven)
+            now = now + step
+            now = now - s.select(now >= size, size, s.constant(0))
+        at.set(now)
+        x.set(total)
+    s.store(1, s.global_id, s.sum(x.get()) if way == "read" else at.get())
+    return s.assemble()
+
+
+def image(columns: int) -> Recipe:
+    """As reading in `stream`, of an image with so many columns, a power of two, and `size` texels in all."""
+    return Recipe("image", (columns,), partial(_image, columns), 2)
+
+
+def _image(columns: int, _: str, group: int) -> bytes:
+    s = Shader(group, ("uint",), ("uint", "uint", "uint"), image=True)
+    size, offset, turns = s.arguments
+    step = s.constant(group) % size
+    at = s.variable((s.group_id * offset + s.local_id) % size)
+    x = s.variable(s.constant(0, "uint", 4))
+    with s.loop(turns):
+        now, total = at.get(), x.get()
+        for _step in range(STREAMED["read"]):
+            total = total + s.texel(now & (columns - 1), now >> (columns.bit_length() - 1))
+            now = now + step
+            now = now - s.select(now >= size, size, s.constant(0))
+        at.set(now)
+        x.set(total)
+    s.store(0, s.global_id, s.sum(x.get()))
+    return s.assemble()
+
+
+def chain(operation: Operation, element: Element, width: int, chains: int) -> Recipe:
+    """Arguments: turns, a, b, c; products and roots begin with c. Results by `npulab.gpu.exact.chained`.
+
+    Raises: UnsupportedError for a step that an element type has not, or vectors that shaders have not.
+    """
+    if element not in KINDS or (element == "int32" and operation != "fma"):
+        raise UnsupportedError(f"there is no chain of {operation} on {element}")
+    if width not in LANES:
+        raise UnsupportedError(f"shaders have no vectors of {width}")
+    make = partial(_chain, operation, KINDS[element], width, chains)
+    return Recipe("chain", (operation, element, width, chains), make)
+
+
+def _chain(operation: Operation, kind: Kind, width: int, chains: int, _: str, group: int) -> bytes:
+    given: Kind = "uint" if kind == "uint" else "float"
+    s = Shader(group, (given,), ("uint", given, given, given))
+    turns = s.arguments[0]
+    a, b, c = (s.spread(s.convert(v, kind), width) for v in s.arguments[1:])
+    first = s.convert(s.convert(s.local_id & 7, given), kind)
+    if operation in ("mul", "special"):
+        xs = [s.variable(c) for _ in range(chains)]
+    else:
+        xs = [s.variable(s.spread(first + (i + 1), width)) for i in range(chains)]
+    with s.loop(turns):
+        now = [x.get() for x in xs]
+        for step in range(STEPS):
+            now = [_step(s, operation, x, a, b, step) for x in now]
+        for x, value in zip(xs, now, strict=True):
+            x.set(value)
+    total = xs[0].get()
+    for x in xs[1:]:
+        total = total + x.get()
+    s.store(0, s.global_id, s.convert(s.sum(total), given))
+    return s.assemble()
+
+
+def _step(s: Shader, operation: Operation, x: Value, a: Value, b: Value, step: int) -> Value:
+    if operation == "special":
+        return s.builtin("InverseSqrt", x)
+    if operation == "fma":
+        return x * a + b if x.type.kind == "uint" else s.fma(x, a, b)
+    other = b if step % 2 else a
+    return x * other if operation == "mul" else x + other
+
+
+def hold(registers: int) -> Recipe:
+    """A loop that keeps `registers` numbers alive, each made of the next: with a = b = 1/2 all of them go to 1."""
+    return Recipe("hold", (registers,), partial(_hold, registers))
+
+
+def _hold(registers: int, _: str, group: int) -> bytes:
+    s = Shader(group, ("float",), ("uint", "float", "float"))
+    turns, a, b = s.arguments
+    held: list[Variable] = [s.variable(a * (i + 1)) for i in range(registers)]
+    with s.loop(turns):
+        now = [x.get() for x in held]
+        for i in range(registers):
+            now[i] = s.fma(now[(i + 1) % registers], a, b)
+        for x, value in zip(held, now, strict=True):
+            x.set(value)
+    total = held[0].get()
+    for x in held[1:]:
+        total = total + x.get()
+    s.store(0, s.global_id, total)
+    return s.assemble()

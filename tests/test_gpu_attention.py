@@ -1,0 +1,665 @@
+"""Depthwise convolution, softmax, layer norm, attention and their like on an OpenCL device, against float64 NumPy.
+
+Bounds: a sum of n products in float32 is within (n + 2) 2**-24 of the sum of their magnitudes, in whatever order
+(Higham, Accuracy and Stability of Numerical Algorithms, section 3.1: gamma_n).
+"""
+
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from layers import litert
+from npulab.errors import CapacityError, InvariantError, UnsupportedError
+from npulab.exporters.tflite_builder import ModelBuilder
+from npulab.gpu import opencl
+from npulab.gpu.compute import (
+    activations,
+    attention,
+    depthwise,
+    elementwise,
+    integers,
+    normalize,
+    pool,
+    softmax,
+    vectors,
+)
+from npulab.gpu.compute.problems import Attention, Convolution, LayerNorm, Softmax
+from npulab.gpu.compute.types import Activation, Buffer, Kernel, Launch, Lowered, Traits
+from npulab.reference import requantize
+
+EPS = 2.0**-24
+HALF = 2.0**-11
+CPU = Traits("a CPU", cpu=True, compute_units=2, vector=16, registers=512, warp=1, local_bytes=1 << 20, group_max=4096,
+             caches=(48 << 10, 1280 << 10))
+SMALL_CPU = replace(CPU, vector=4, registers=128)
+GPU = Traits("a GPU", cpu=False, compute_units=4, vector=1, registers=64, warp=16, local_bytes=48 << 10, group_max=16)
+MALI = replace(GPU, vector=4, warp=8, local_bytes=32 << 10)
+TRAITS = {"cpu": CPU, "small cpu": SMALL_CPU, "gpu": GPU, "mali": MALI}
+"""Groups of the GPUs are small: PoCL takes seconds to compile larger ones."""
+
+
+@pytest.fixture(scope="module")
+def device():
+    pytest.importorskip("pyopencl", reason="needs OpenCL: pip install 'npulab[gpu]'")
+    if not opencl.devices():
+        pytest.skip("needs an OpenCL device: apt install pocl-opencl-icd")
+    from npulab.gpu.compute.device import Device
+    return Device(0)
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def traits(request):
+    return TRAITS[request.param]
+
+
+def computed(device, lowered: Lowered, inputs: list, shape, number="float32", out=None):
+    """Output is filled with NaN (or -77) before, so that what is not written is seen."""
+    dtype = np.dtype(number)
+    junk = np.full(shape, np.nan if dtype.kind == "f" else -77, out or dtype)
+    buffers = {"output": device.upload(junk)}
+    for i, x in enumerate(inputs):
+        buffers[f"input{i or ''}"] = device.upload(x)
+    buffers |= {k: device.upload(v) for k, v in lowered.constants.items()}
+    buffers |= {k: device.allocate(v) for k, v in lowered.scratch.items()}
+    for launch in lowered.launches:
+        assert all(s % g == 0 for s, g in zip(launch.size, launch.group, strict=True))
+    device.run(lowered.launches, buffers)
+    return device.download(buffers["output"], shape, out or dtype)
+
+
+def within(found, want, bound):
+    """Everywhere."""
+    wrong = ~(np.abs(found.astype(np.float64) - want) <= bound)
+    assert not wrong.any(), (int(wrong.sum()), found[wrong][:4], want[wrong][:4])
+
+
+def numbers(shape, number="float32", seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(number)
+
+
+def stored(want, number):
+    """What rounding to the stored number may add."""
+    return np.abs(want) * (HALF if number == "float16" else 0) + (2.0**-24 if number == "float16" else 0)
+
+
+# softmax and layer norm
+
+
+def softmax_of(x, scale=1.0):
+    x = x.astype(np.float64) * scale
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def softmax_bound(x, scale=1.0):
+    """exp of a rounded argument of size a is a 2**-24 off and 4 units more; so is the sum."""
+    x = np.abs(x.astype(np.float64) * scale).max(-1, keepdims=True)
+    return (4 * x + 18) * EPS
+
+
+ROWS = [((1, 1), "float32"), ((5, 3), "float32"), ((7, 16), "float32"), ((3, 17), "float32"), ((33, 197), "float32"),
+        ((1, 5000), "float32"), ((3, 2), "float16"), ((9, 31), "float16")]
+
+
+@pytest.mark.parametrize(("shape", "number"), ROWS)
+def test_softmax(device, traits, shape, number):
+    x = (numbers(shape) * 5).astype(number)
+    want = softmax_of(x, 0.5)
+    found = computed(device, softmax.lower(Softmax(*shape, 0.5, number), traits), [x], shape, number)
+    within(found, want, want * softmax_bound(x, 0.5) + stored(want, number) + 1e-37)
+
+
+@pytest.mark.parametrize("row", [[-1e30] * 37, [3e38] + [0] * 36, [-3e38] * 36 + [1], [88.0, -88.0] * 18 + [0],
+                                 [-np.inf] * 36 + [0]])
+def test_softmax_of_extremes(device, traits, row):
+    x = np.array([row, row[::-1]], np.float32)
+    want = softmax_of(x)
+    found = computed(device, softmax.lower(Softmax(2, 37), traits), [x], x.shape)
+    within(found, want, want * softmax_bound(np.clip(x, -100, 100)) + 1e-37)
+
+
+def test_softmax_in_place(device, traits):
+    x = numbers((5, 37)) * 3
+    buffer = device.upload(x)
+    device.run(softmax.lower(Softmax(5, 37), traits).launches, {"input": buffer, "output": buffer})
+    found = device.download(buffer, x.shape)
+    within(found, softmax_of(x), softmax_of(x) * softmax_bound(x))
+
+
+@pytest.mark.parametrize(("shape", "number"), ROWS)
+def test_layer_norm(device, traits, shape, number):
+    affine = shape[1] % 3 > 0
+    x = (numbers(shape) + 10).astype(number)
+    gamma, beta = (numbers(shape[1], seed=1), numbers(shape[1], seed=2)) if affine else (None, None)
+    found = computed(device, normalize.lower(LayerNorm(*shape, 1e-5, number), traits, gamma, beta), [x], shape, number)
+    x = x.astype(np.float64)
+    mean, part = x.mean(-1, keepdims=True), 1 / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    want = (x - mean) * part
+    n = shape[1]
+    # the mean is off by n roundings of the largest; the rest follows from it
+    bound = ((n + 3) * EPS * np.abs(x).max(-1, keepdims=True) * part + (n + 8) * EPS * np.abs(want)) * 2
+    if affine:
+        want, bound = want * gamma + beta, bound * np.abs(gamma) + 2 * EPS * (np.abs(want * gamma) + np.abs(beta))
+    within(found, want, bound + stored(want, number))
+
+
+def test_layer_norm_far_from_zero(device, traits):
+    """The mean of squares less the square of the mean would be nothing but rounding here."""
+    x = numbers((3, 77)) + np.float32(10000)
+    d = x.astype(np.float64) - x.astype(np.float64).mean(-1, keepdims=True)
+    want = d / np.sqrt((d**2).mean(-1, keepdims=True) + 1e-5)
+    found = computed(device, normalize.lower(LayerNorm(3, 77), traits), [x], x.shape)
+    within(found, want, 80 * EPS * 10000)
+
+
+# depthwise
+
+
+def depthwise_of(what: Convolution, x, w, bias, residual):
+    """In float64, and the sum of magnitudes."""
+    top, left, bottom, right = what.pads
+    x = np.pad(x.astype(np.float64), ((0, 0), (top, bottom), (left, right), (0, 0)))
+    x = np.repeat(x, what.filters // what.channels, axis=3)
+    h, wd = what.out
+    both = []
+    for sign in (lambda v: v.astype(np.float64), lambda v: np.abs(v.astype(np.float64))):
+        xs, ws = sign(x), sign(w)
+        out = np.zeros((what.batch, h, wd, what.filters))
+        for ky, kx in product(range(what.kernel[0]), range(what.kernel[1])):
+            y0, x0 = ky * what.dilations[0], kx * what.dilations[1]
+            out += xs[:, y0:y0 + (h - 1) * what.strides[0] + 1:what.strides[0],
+                     x0:x0 + (wd - 1) * what.strides[1] + 1:what.strides[1]] * ws[:, ky, kx, 0]
+        both.append(out)
+    want, size = both
+    for more in (bias, residual):
+        if more is not None:
+            want, size = want + more.astype(np.float64), size + np.abs(more.astype(np.float64))
+    return want, size
+
+
+def check_depthwise(device, traits, what: Convolution, biased=True, choice=None):
+    x = numbers((what.batch, what.height, what.width, what.channels), what.number)
+    w = numbers((what.filters, *what.kernel, 1), what.number, 1)
+    bias = numbers(what.filters, seed=2) if biased else None
+    shape = (what.batch, *what.out, what.filters)
+    residual = numbers(shape, what.number, 3) if what.residual else None
+    found = computed(device, depthwise.lower(what, traits, w, bias, choice),
+                     [x] + ([residual] if what.residual else []), shape, what.number)
+    want, size = depthwise_of(what, x, w, bias, residual)
+    if what.activation != "none":
+        want = ACTIVATIONS[what.activation](want, what.slope)
+    n = what.kernel[0] * what.kernel[1]
+    within(found, want, (n + 4) * EPS * size * 1.2 + 1e-6 * np.abs(want) + stored(want, what.number))
+
+
+DEPTHWISE = {
+    "3x3": Convolution(1, 7, 9, 24, 24, (3, 3), pads=(1, 1, 1, 1), groups=24),
+    "stride 2": Convolution(2, 9, 8, 17, 17, (3, 3), (2, 2), pads=(0, 0, 1, 1), groups=17, activation="relu6"),
+    "5x5 dilated": Convolution(1, 11, 13, 5, 5, (5, 5), (1, 1), (2, 3), (4, 6, 4, 6), 5, activation="hardswish"),
+    "1 channel": Convolution(1, 5, 30, 1, 1, (3, 3), pads=(1, 1, 1, 1), groups=1),
+    "multiplier": Convolution(1, 6, 6, 3, 18, (3, 3), pads=(1, 1, 1, 1), groups=3),
+    "multiplier 2": Convolution(1, 6, 7, 33, 66, (2, 3), (2, 1), pads=(0, 1, 1, 1), groups=33, activation="silu"),
+    "residual": Convolution(1, 8, 8, 40, 40, (3, 3), pads=(1, 1, 1, 1), groups=40, residual=True, activation="relu"),
+    "1x31": Convolution(1, 3, 37, 20, 20, (1, 31), pads=(0, 15, 0, 15), groups=20),
+    "no pads": Convolution(1, 4, 21, 16, 16, (4, 2), (1, 2), groups=16, activation="gelu"),
+    "half": Convolution(1, 9, 9, 19, 19, (3, 3), pads=(1, 1, 1, 1), groups=19, residual=True, activation="leaky",
+                        number="float16"),
+}
+
+
+@pytest.mark.parametrize("name", DEPTHWISE)
+def test_depthwise(device, traits, name):
+    check_depthwise(device, traits, DEPTHWISE[name])
+
+
+@pytest.mark.parametrize("name", ["small cpu", "mali"])
+def test_vectors_of_four(device, name):
+    check_depthwise(device, TRAITS[name], DEPTHWISE["stride 2"])
+    check_depthwise(device, TRAITS[name], DEPTHWISE["multiplier"])
+    x = numbers((5, 37))
+    found = computed(device, softmax.lower(Softmax(5, 37), TRAITS[name]), [x], x.shape)
+    within(found, softmax_of(x), softmax_of(x) * softmax_bound(x))
+
+
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 20), st.integers(1, 4), st.integers(1, 4),
+       st.integers(1, 3), st.integers(0, 2), st.sampled_from(sorted(TRAITS)))
+def test_depthwise_of_any_size(device, height, width, channels, kh, kw, stride, pad, traits):
+    if height + 2 * pad < kh or width + 2 * pad < kw:
+        return
+    check_depthwise(device, TRAITS[traits], Convolution(1, height, width, channels, channels, (kh, kw), (stride, 1),
+                                                        pads=(pad,) * 4, groups=channels))
+
+
+def test_depthwise_as_chosen(device):
+    check_depthwise(device, CPU, DEPTHWISE["3x3"], biased=False, choice={"pixels": 3, "width": 8})
+
+
+def test_only_depthwise_is_depthwise():
+    with pytest.raises(InvariantError, match="not depthwise"):
+        depthwise.lower(Convolution(1, 4, 4, 4, 4, (3, 3), groups=2), CPU, np.zeros((4, 3, 3, 2), np.float32))
+
+
+def test_kernels_of_floats_refuse_others(traits):
+    with pytest.raises(UnsupportedError, match="no kernel for int8"):
+        softmax.lower(Softmax(2, 2, number="int8"), traits)
+
+
+# activations
+
+
+def erf(x):
+    from math import erf
+    return np.vectorize(erf, otypes=[float])(x)
+
+
+def erfc(x):
+    from math import erfc
+    return np.vectorize(erfc, otypes=[float])(x)
+
+
+ACTIVATIONS = {
+    "none": lambda x, s: x, "relu": lambda x, s: np.maximum(x, 0), "relu6": lambda x, s: np.clip(x, 0, 6),
+    "silu": lambda x, s: x / (1 + np.exp(-x)), "sigmoid": lambda x, s: 1 / (1 + np.exp(-x)),
+    "hardswish": lambda x, s: x * np.clip(x + 3, 0, 6) / 6, "hardsigmoid": lambda x, s: np.clip(x / 6 + 0.5, 0, 1),
+    "tanh": lambda x, s: np.tanh(x), "gelu": lambda x, s: x * erfc(-x / np.sqrt(2)) / 2,
+    "leaky": lambda x, s: np.where(x < 0, s * x, x),
+}
+
+
+def test_every_activation_is_tested():
+    from typing import get_args
+    assert set(ACTIVATIONS) == set(get_args(Activation))
+
+
+@pytest.mark.parametrize(("kind", "width"), [*((k, 16) for k in ACTIVATIONS), ("gelu", 1), ("tanh", 1)])
+def test_activations(device, kind, width):
+    x = np.concatenate([np.linspace(-13, 13, 4001), np.linspace(-90, 90, 3871), np.logspace(-30, 0, 60),
+                        -np.logspace(-30, 0, 60), [0.0, 1e30, -1e30, 3, -3, 6, 3.0000002, -3.0000002]])
+    x = np.ascontiguousarray(x[:len(x) // 16 * 16].astype(np.float32))
+    source = vectors.preamble("float32", width) + activations.helpers(kind, width) + f"""
+__kernel void f(__global const float *x, __global float *y) {{
+    int i = get_global_id(0) * {width};
+    V v = LOAD(x + i);
+    STORE({activations.activation(kind, "v", width, 0.2)}, y + i);
+}}"""
+    launch = Launch(Kernel(source, "f"), (len(x) // width,), (1,), (Buffer("input"), Buffer("output")), kind)
+    found = computed(device, Lowered((launch,)), [x], x.shape)
+    with np.errstate(over="ignore"):
+        want = ACTIVATIONS[kind](x.astype(np.float64), 0.2)
+    hard = 1e-7 * np.abs(x) * (kind == "hardswish") + 1e-7 * (kind == "hardsigmoid")  # near -3: what x + 3 is off by
+    within(found, want, 1e-6 * np.abs(want) + hard + 1e-36)  # where exp() is infinite or a denormal, nothing
+
+
+# attention
+
+
+def attention_of(what: Attention, q, k, v):
+    """In float64, and what each output is off by at most when computed in float32."""
+    q, k, v = (x.astype(np.float64) for x in (q, k, v))
+    scores, size = q @ k.swapaxes(1, 2) * what.scale, np.abs(q) @ np.abs(k).swapaxes(1, 2) * abs(what.scale)
+    if what.causal:
+        scores = np.where(np.arange(what.keys) > np.arange(what.queries)[:, None], -np.inf, scores)
+    part = softmax_of(scores)
+    # a score is off by so much, twice (it and the largest); exp is off by 5 units, the sum by one a key
+    off = 2 * (what.depth + 3) * EPS * size.max(-1, keepdims=True) * 2 + (2 * what.keys + 20) * EPS
+    return part @ v, (part @ np.abs(v)) * off
+
+
+def check_attention(device, what: Attention, lowered: Lowered, spread=1.0, extra=0.0):
+    q, k, v = (numbers((what.batch, n, d), what.number, i) for i, (n, d) in enumerate(
+        ((what.queries, what.depth), (what.keys, what.depth), (what.keys, what.width))))
+    q = (q * spread).astype(what.number)
+    shape = (what.batch, what.queries, what.width)
+    found = computed(device, lowered, [q, k, v], shape, what.number)
+    want, bound = attention_of(what, q, k, v)
+    within(found, want, bound + stored(want, what.number) + extra)
+
+
+ATTENTION = {
+    "one of each": Attention(1, 1, 1, 1, 1, 1.0),
+    "ragged": Attention(3, 37, 53, 24, 20, 0.2),
+    "narrow": Attention(2, 5, 7, 3, 5, 0.5),
+    "odd heads": Attention(1, 33, 100, 33, 17, 0.17),
+    "long": Attention(1, 18, 331, 16, 16, 0.25),
+    "wide": Attention(1, 40, 20, 8, 70, 0.3),
+    "causal": Attention(2, 45, 45, 16, 16, 0.25, causal=True),
+    "causal, more keys": Attention(1, 21, 64, 8, 8, 0.3, causal=True),
+    "causal, fewer keys": Attention(1, 64, 21, 8, 8, 0.3, causal=True),
+    "half": Attention(2, 35, 43, 16, 20, 0.25, number="float16"),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention(device, traits, name):
+    what = ATTENTION[name]
+    if not traits.cpu and name in ("narrow", "odd heads", "long", "one of each"):
+        pytest.skip("PoCL takes seconds to compile these; any size is tested below")
+    check_attention(device, what, attention.lower(what, traits))
+
+
+@pytest.mark.parametrize("choice", [{"vectors": 1, "keys": 16}, {"vectors": 3, "keys": 500}, {"vectors": 4, "keys": 7}])
+def test_attention_as_chosen(device, choice):
+    check_attention(device, ATTENTION["ragged"], attention.lower(ATTENTION["ragged"], CPU, choice))
+
+
+@pytest.mark.parametrize("choice", [(4, 2, 2), (1, 1, 1), (2, 4, 3)])
+def test_attention_as_chosen_on_a_gpu(device, choice):
+    choice = dict(zip(("across", "down", "each"), choice, strict=True))
+    check_attention(device, ATTENTION["ragged"], attention.lower(ATTENTION["ragged"], GPU, choice))
+
+
+@pytest.mark.parametrize("name", ["ragged", "narrow", "half"])
+def test_attention_unfused(device, traits, name):
+    what = ATTENTION[name]
+    # as halves, scores of up to s are stored a 2**-11 off, and so are their exponentials
+    half = what.number == "float16"
+    check_attention(device, what, attention.unfused(what, traits), extra=4 * HALF * 8 if half else 0.0)
+
+
+def test_attention_with_large_scores(device, traits):
+    """exp() of them is infinite or nothing."""
+    check_attention(device, ATTENTION["ragged"], attention.lower(ATTENTION["ragged"], traits), spread=3000)
+
+
+@pytest.mark.parametrize("score", [-1e30, 0.0, 1e30])
+def test_attention_with_equal_scores(device, traits, score):
+    """The mean of the values."""
+    what = Attention(1, 19, 23, 1, 5, 1.0)
+    q, k, v = np.full((1, 19, 1), score, np.float32), np.ones((1, 23, 1), np.float32), numbers((1, 23, 5))
+    found = computed(device, attention.lower(what, traits), [q, k, v], (1, 19, 5))
+    within(found, np.broadcast_to(v.astype(np.float64).mean(1, keepdims=True), found.shape), 60 * EPS)
+
+
+def test_attention_with_growing_scores(device, traits):
+    """Each key is better than all before: what was summed is scaled down at every tile."""
+    what = Attention(1, 17, 300, 1, 3, 1.0)
+    q, v = np.ones((1, 17, 1), np.float32), numbers((1, 300, 3))
+    k = np.arange(300, dtype=np.float32).reshape(1, 300, 1) * 0.7
+    found = computed(device, attention.lower(what, traits), [q, k, v], (1, 17, 3))
+    want, bound = attention_of(what, q, k, v)
+    within(found, want, bound)
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40), st.integers(1, 20), st.integers(1, 20),
+       st.booleans(), st.sampled_from(sorted(TRAITS)))
+def test_attention_of_any_size(device, batch, queries, keys, depth, width, causal, traits):
+    what = Attention(batch, queries, keys, depth, width, depth**-0.5, causal)
+    check_attention(device, what, attention.lower(what, TRAITS[traits]))
+
+
+def test_attention_without_room():
+    with pytest.raises(CapacityError, match="no room in local memory"):
+        attention.lower(Attention(1, 8, 8, 4096, 4096, 1.0), replace(GPU, local_bytes=1024))
+
+
+def test_the_chain_has_no_mask():
+    with pytest.raises(UnsupportedError, match="no mask"):
+        attention.unfused(ATTENTION["causal"], CPU)
+
+
+# pools and reductions
+
+
+POOLS = {
+    "3x3, stride 2": pool.Pool(2, 9, 8, 20, (3, 3), (2, 2), pads=(1, 1, 1, 1)),
+    "2x2": pool.Pool(1, 7, 6, 3, (2, 2), (2, 2)),
+    "dilated": pool.Pool(1, 8, 9, 16, (2, 3), dilations=(3, 2), pads=(1, 2, 1, 2)),
+    "pads counted": pool.Pool(1, 5, 5, 33, (3, 3), (2, 1), pads=(1, 1, 1, 1), count_pads=True),
+    "half": pool.Pool(1, 6, 6, 17, (3, 3), pads=(1, 1, 1, 1), number="float16"),
+}
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_pools(device, traits, name):
+    what = POOLS[name]
+    x = numbers((what.batch, what.height, what.width, what.channels), what.number)
+    top, left, bottom, right = what.pads
+    padded = np.pad(x.astype(np.float64), ((0, 0), (top, bottom), (left, right), (0, 0)), constant_values=np.nan)
+    h, w = what.out
+    windows = np.stack([padded[:, ky * what.dilations[0]:][:, :(h - 1) * what.strides[0] + 1:what.strides[0],
+                               kx * what.dilations[1]:][:, :, :(w - 1) * what.strides[1] + 1:what.strides[1]]
+                        for ky, kx in product(*map(range, what.kernel))])
+    shape = (what.batch, h, w, what.channels)
+    most = computed(device, pool.lower_max(what, traits), [x], shape, what.number)
+    assert (most == np.nanmax(windows, 0)).all()
+    mean = computed(device, pool.lower_average(what, traits), [x], shape, what.number)
+    want = np.nansum(windows, 0) / len(windows) if what.count_pads else np.nanmean(windows, 0)
+    within(mean, want, 12 * EPS * np.nanmean(np.abs(windows), 0) + stored(want, what.number))
+
+
+@pytest.mark.parametrize(("kind", "shape"), [("mean", (2, 49, 37)), ("sum", (3, 1, 5)), ("sum", (1, 1027, 1)),
+                                             ("max", (2, 6, 35)), ("min", (1, 7, 64))])
+def test_reductions(device, traits, kind, shape):
+    x = numbers(shape)
+    found = computed(device, pool.reduce(kind, *shape, traits), [x], (shape[0], shape[2]))
+    wide = x.astype(np.float64)
+    bound = (shape[1] + 2) * EPS * np.abs(wide).sum(1) / (shape[1] if kind == "mean" else 1)
+    within(found, getattr(wide, kind)(1), bound if kind in ("sum", "mean") else 0)
+
+
+# number by number
+
+
+SHAPES = {"same": ((2, 3, 5, 7), (2, 3, 5, 7)), "scalar": ((3, 37), ()), "channels": ((2, 5, 33), (33,)),
+          "squeezed": ((2, 4, 5, 20), (2, 1, 1, 20)), "rows": ((2, 7, 19), (2, 7, 1)), "both": ((4, 1, 6), (1, 5, 6)),
+          "one": ((1,), (1,)), "scalar first": ((), (40,))}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_binary_is_broadcast(device, traits, name):
+    a, b = (np.asarray(numbers(s, seed=i)) for i, s in enumerate(SHAPES[name]))
+    want = a - b
+    assert (computed(device, elementwise.binary("sub", a.shape, b.shape, traits), [a, b], want.shape) == want).all()
+
+
+@pytest.mark.parametrize("kind", elementwise.BINARY)
+def test_binary(device, kind):
+    a, b = numbers((3, 37)), numbers((3, 37), seed=1)
+    want = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "max": np.maximum,
+            "min": np.minimum}[kind](a.astype(np.float64), b)
+    found = computed(device, elementwise.binary(kind, a.shape, b.shape, CPU), [a, b], a.shape)
+    within(found, want, 5 * EPS * np.abs(want))  # OpenCL 1.2, table 7.4: x / y is 2.5 units off at most
+
+
+def test_binary_with_an_activation_as_halves(device, traits):
+    a, b = numbers((5, 37), "float16"), numbers((5, 37), "float16", 1)
+    found = computed(device, elementwise.binary("add", a.shape, b.shape, traits, "float16", "gelu"), [a, b], a.shape,
+                     "float16")
+    want = ACTIVATIONS["gelu"](a.astype(np.float64) + b, 0)
+    within(found, want, 3e-6 * np.abs(want) + stored(want, "float16"))
+
+
+def test_in_place(device, traits):
+    """What was written is not read again: each number doubles once."""
+    x = numbers((7, 53))
+    buffer = device.upload(x)
+    device.run(elementwise.binary("add", x.shape, x.shape, traits).launches,
+               {"input": buffer, "input1": buffer, "output": buffer})
+    assert (device.download(buffer, x.shape) == 2 * x).all()
+
+
+def test_unary(device, traits):
+    x = numbers((3, 5, 7))
+    found = computed(device, elementwise.unary("leaky", x.shape, traits, slope=0.25), [x], x.shape)
+    assert (found == np.where(x < 0, x / 4, x)).all()
+
+
+@pytest.mark.parametrize(("shape", "order"), [((2, 3, 4, 37), (0, 2, 1, 3)), ((5, 37), (1, 0)),
+                                              ((1, 1, 4), (2, 0, 1)), ((2, 6, 5, 3), (0, 3, 1, 2))])
+def test_transpose(device, traits, shape, order):
+    number = "float16" if len(shape) == 3 else "float32"
+    x = numbers(shape, number)
+    want = x.transpose(order)
+    assert (computed(device, elementwise.transpose(shape, order, traits, number), [x], want.shape, number)
+            == want).all()
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_concat(device, traits, axis):
+    shapes = [[2, 3, 20], [2, 3, 20], [2, 3, 20]]
+    for s, n in zip(shapes, (1, 17, 5), strict=True):
+        s[axis] = n
+    parts = [numbers(s, seed=i) for i, s in enumerate(shapes)]
+    want = np.concatenate(parts, axis)
+    assert (computed(device, elementwise.concat(shapes, axis, traits), parts, want.shape) == want).all()
+
+
+def test_crop(device, traits):
+    x = numbers((4, 9, 37))
+    want = x[1:3, 8:2:-2, 3:36]
+    lowered = elementwise.crop(x.shape, (1, 8, 3), want.shape, traits, steps=(1, -2, 1))
+    found = computed(device, lowered, [x], want.shape)
+    assert (found == want).all()
+
+
+def test_nothing_is_not_launched():
+    with pytest.raises(InvariantError, match="without numbers"):
+        elementwise.unary("relu", (0, 3), CPU)
+
+
+@pytest.mark.parametrize("coordinates", ["half_pixel", "asymmetric", "align_corners"])
+@pytest.mark.parametrize("kind", ["nearest", "bilinear"])
+@pytest.mark.parametrize("out", [(10, 14), (3, 1)])
+def test_resize(device, traits, kind, coordinates, out):
+    """ONNX Runtime is the witness."""
+    ort, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
+    x = numbers((2, 5, 7, 19))
+    rounding = "floor" if coordinates == "asymmetric" else "round_prefer_floor"
+    how = {"nearest_mode": rounding} if kind == "nearest" else {}
+    node = onnx.helper.make_node("Resize", ["x", "", "", "s"], ["y"], mode={"bilinear": "linear"}.get(kind, kind),
+                                 coordinate_transformation_mode=coordinates, **how)
+    sizes = onnx.numpy_helper.from_array(np.array([2, 19, *out], np.int64), "s")
+    info = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph([node], "g", [info("x", 1, [2, 19, 5, 7])], [info("y", 1, [2, 19, *out])], [sizes])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    want = session.run(None, {"x": np.ascontiguousarray(x.transpose(0, 3, 1, 2))})[0].transpose(0, 2, 3, 1)
+    found = computed(device, elementwise.resize(x.shape, out, kind, coordinates, traits), [x], want.shape)
+    within(found, want, 0 if kind == "nearest" else 2e-6 * np.abs(x).max())
+
+
+# integers
+
+
+def integers_of(what: Convolution, x, w, bias, zero_in, multipliers, shifts, zero_out, low, high):
+    """Sums in int64, wrapped to 32 bits; npulab's reference rounds them."""
+    top, left, bottom, right = what.pads
+    x = np.pad(x.astype(np.int64) - zero_in, ((0, 0), (top, bottom), (left, right), (0, 0)))
+    h, wd = what.out
+    sums = np.zeros((what.batch, h, wd, what.filters), np.int64) + (0 if bias is None else bias)
+    for ky, kx in product(*map(range, what.kernel)):
+        y0, x0 = ky * what.dilations[0], kx * what.dilations[1]
+        part = x[:, y0:y0 + (h - 1) * what.strides[0] + 1:what.strides[0],
+                 x0:x0 + (wd - 1) * what.strides[1] + 1:what.strides[1]]
+        if what.groups > 1:
+            sums += np.repeat(part, what.filters // what.channels, 3) * w[:, ky, kx, 0].astype(np.int64)
+        else:
+            sums += part @ w[:, ky, kx].T.astype(np.int64)
+    sums = requantize.multiply(requantize.wrapped(sums), np.array(multipliers), np.array(shifts))
+    return np.clip(sums + zero_out, low, high).astype(np.int8)
+
+
+INTEGERS = {
+    "1x1": Convolution(2, 5, 7, 19, 33, number="int8"),
+    "3x3": Convolution(1, 7, 9, 5, 20, (3, 3), pads=(1, 1, 1, 1), number="int8"),
+    "strided, dilated": Convolution(1, 13, 14, 3, 9, (3, 2), (2, 3), (2, 1), (1, 0, 2, 1), number="int8"),
+    "depthwise": Convolution(1, 8, 9, 37, 37, (3, 3), (2, 2), pads=(0, 0, 1, 1), groups=37, number="int8"),
+    "multiplier": Convolution(1, 6, 6, 5, 20, (3, 3), pads=(1, 1, 1, 1), groups=5, number="int8"),
+}
+
+
+def check_integers(device, traits, what: Convolution, seed=0, shifts=None, big=False, low=-128, high=127):
+    rng = np.random.default_rng(seed)
+    x = rng.integers(-128, 128, (what.batch, what.height, what.width, what.channels)).astype(np.int8)
+    w = rng.integers(-127, 128, (what.filters, *what.kernel, what.channels // what.groups)).astype(np.int8)
+    bias = rng.integers(-2**31 if big else -9999, 2**31 if big else 9999, what.filters)
+    m = rng.integers(2**30, 2**31, what.filters)
+    shifts = shifts if shifts is not None else rng.integers(-9, -4, what.filters)
+    zero_in, zero_out = int(rng.integers(-128, 128)), int(rng.integers(-40, 40))
+    lowered = integers.convolution(what, traits, w, bias, zero_in, m, shifts, zero_out, low, high)
+    shape = (what.batch, *what.out, what.filters)
+    found = computed(device, lowered, [x], shape, "int8")
+    want = integers_of(what, x, w, bias, zero_in, m, shifts, zero_out, low, high)
+    assert big or len(np.unique(want)) > 20
+    assert (found == want).all()
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integers_are_the_reference_byte_for_byte(device, traits, name):
+    check_integers(device, traits, INTEGERS[name])
+
+
+def test_integers_are_clamped(device, traits):
+    check_integers(device, traits, INTEGERS["3x3"], low=-10, high=30)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_sums_of_all_sizes_are_rounded_right(device, traits, seed):
+    """Every shift there is, sums of up to 32 bits that wrap."""
+    what = Convolution(1, 1, 40, 1, 62, number="int8")
+    check_integers(device, traits, what, seed, np.arange(-31, 31), big=True)
+
+
+def test_ties_are_rounded_as_twice(device, traits):
+    """Sums of -20..20 halved, quartered...: every tie of both roundings."""
+    x = np.arange(-20, 21, dtype=np.int8).reshape(1, 1, 41, 1)
+    what = Convolution(1, 1, 41, 1, 8, number="int8")
+    m, shifts, w = [2**30] * 4 + [3 * 2**29] * 4, [0, -1, -2, -3] * 2, np.ones((8, 1, 1, 1), np.int8)
+    found = computed(device, integers.convolution(what, traits, w, None, 0, m, shifts, 0), [x], (1, 1, 41, 8), "int8")
+    assert (found == integers_of(what, x, w, None, 0, m, shifts, 0, -128, 127)).all()
+
+
+def test_integer_products(device, traits):
+    rng = np.random.default_rng(5)
+    x, w = rng.integers(-128, 128, (2, 7, 37)).astype(np.int8), rng.integers(-127, 128, (21, 37)).astype(np.int8)
+    m, shifts = [2**30 + 12345] * 21, [-7] * 21
+    found = computed(device, integers.product(2, 7, 37, 21, traits, w, None, 3, m, shifts, -1), [x], (2, 7, 21), "int8")
+    sums = (x.astype(np.int64) - 3) @ w.T.astype(np.int64)
+    assert (found == np.clip(requantize.multiply(sums, np.array(m), np.array(shifts)) - 1, -128, 127)).all()
+
+
+def test_integer_groups_are_refused():
+    with pytest.raises(InvariantError, match="one group"):
+        integers.convolution(Convolution(1, 2, 2, 4, 4, groups=2, number="int8"), CPU, np.zeros((4, 1, 1, 2), np.int8),
+                             None, 0, [0] * 4, [0] * 4, 0)
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integers_are_litert_byte_for_byte(device, traits, name):
+    """Scales of each channel; LiteRT's reference kernels are the witness."""
+    pytest.importorskip("ai_edge_litert")
+    what, rng = replace(INTEGERS[name], batch=1), np.random.default_rng(7)
+    if any(what.pads) and what.kernel != (3, 3):
+        what = replace(what, pads=(0, 0, 0, 0))  # TFLite pads less often
+    depth = what.groups > 1
+    x = rng.integers(-128, 128, (1, what.height, what.width, what.channels)).astype(np.int8)
+    w = rng.integers(-127, 128, (what.filters, *what.kernel, what.channels // what.groups)).astype(np.int8)
+    bias = rng.integers(-999, 999, what.filters).astype(np.int32)
+    scale_in, scale_out, zero_in, zero_out = np.float32(0.05), np.float32(0.8), -11, 5
+    scales = rng.uniform(0.002, 0.02, what.filters).astype(np.float32)
+    model = ModelBuilder("integers")
+    a = model.tensor("x", x.shape, "int8", scale=float(scale_in), zero_point=zero_in)
+    kernel = w.transpose(3, 1, 2, 0) if depth else w
+    b = model.tensor("w", kernel.shape, "int8", scales=[float(s) for s in scales], axis=3 if depth else 0, data=kernel)
+    c = model.tensor("b", bias.shape, "int32", scales=[float(scale_in) * float(s) for s in scales], data=bias)
+    d = model.tensor("y", (1, *what.out, what.filters), "int8", scale=float(scale_out), zero_point=zero_out)
+    model.op("DEPTHWISE_CONV_2D" if depth else "CONV_2D", [a, b, c], [d], padding="SAME" if any(what.pads) else "VALID",
+             stride_h=what.strides[0], stride_w=what.strides[1], dilation_h_factor=what.dilations[0],
+             dilation_w_factor=what.dilations[1], fused_activation_function="NONE",
+             **({"depth_multiplier": what.filters // what.channels} if depth else {}))
+    want = litert(model.build([a], [d]), {"x": x})["y"]
+    if any(what.pads):
+        from npulab.reference.accumulate import same_pads
+        top, left, bottom, right = same_pads((what.height, what.width), what.kernel, what.strides, what.dilations)
+        what = replace(what, pads=(top, left, bottom, right))
+    factors = [requantize.quantized_multiplier(float(scale_in) * float(s) / float(scale_out)) for s in scales]
+    lowered = integers.convolution(what, traits, w, bias, zero_in, *zip(*factors, strict=True), zero_out)
+    found = computed(device, lowered, [x], want.shape, "int8")
+    assert len(np.unique(want)) > 20
+    assert (found == want).all()

@@ -1,0 +1,389 @@
+"""Operations counted in compiled code: the machine that follows it against the processor itself, counts against
+Oclgrind's, PTX of our kernels by LLVM, files that are none."""
+
+import ctypes
+import mmap
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from npulab.gpu import kernels, opencl
+from npulab.gpu.counting import Asked, Counted, objection, pocl, ptx, source, spirv, work
+from npulab.gpu.counting.elf import Elf
+from npulab.gpu.counting.mix import NotRead
+from npulab.gpu.counting.opencl import place
+from npulab.gpu.counting.turns import of_a_turn
+
+# machine code: what the processor makes of it is right
+
+
+RET, TO_AL = b"\xc3", b"\x0f\xb6\xc0"
+FROM_EDI, FROM_RDI = b"\x89\xf8", b"\x48\x89\xf8"
+CODES = {
+    **{f"{name} eax, esi": FROM_EDI + bytes([op, 0xf0]) for name, op in
+       (("add", 1), ("or", 9), ("and", 0x21), ("sub", 0x29), ("xor", 0x31))},
+    **{f"{name} rax, rsi": FROM_RDI + bytes([0x48, op, 0xf0]) for name, op in (("add", 1), ("sub", 0x29))},
+    **{f"cmp edi, esi; set{cc:x}": b"\x31\xc0\x39\xf7\x0f" + bytes([0x90 | cc, 0xc0]) + TO_AL for cc in range(16)
+       if cc not in (10, 11)},
+    **{f"cmp dil, sil; set{cc:x}": b"\x31\xc0\x40\x38\xf7\x0f" + bytes([0x90 | cc, 0xc0]) + TO_AL for cc in range(16)
+       if cc not in (10, 11)},
+    **{f"sub edi, esi; dec edi; set{cc:x}": b"\x31\xc0\x29\xf7\xff\xcf\x0f" + bytes([0x90 | cc, 0xc0]) + TO_AL
+       for cc in (2, 3, 4, 5, 8, 9, 12, 13, 14, 15)},
+    **{f"cmp edi, esi; cmov{cc:x} eax, esi": FROM_EDI + b"\x39\xf7\x0f" + bytes([0x40 | cc, 0xc6])
+       for cc in (2, 6, 12)},
+    "cmp edi, esi; adc eax, esi": FROM_EDI + b"\x39\xf7\x11\xf0",
+    "cmp edi, esi; sbb eax, esi": FROM_EDI + b"\x39\xf7\x19\xf0",
+    "shl eax, cl": b"\x89\xf1" + FROM_EDI + b"\xd3\xe0", "shr eax, cl": b"\x89\xf1" + FROM_EDI + b"\xd3\xe8",
+    "sar eax, cl": b"\x89\xf1" + FROM_EDI + b"\xd3\xf8", "rol eax, cl": b"\x89\xf1" + FROM_EDI + b"\xd3\xc0",
+    "ror eax, cl": b"\x89\xf1" + FROM_EDI + b"\xd3\xc8", "sar rax, 5": FROM_RDI + b"\x48\xc1\xf8\x05",
+    "neg eax": FROM_EDI + b"\xf7\xd8", "not eax": FROM_EDI + b"\xf7\xd0", "inc eax": FROM_EDI + b"\xff\xc0",
+    "imul eax, esi": FROM_EDI + b"\x0f\xaf\xc6", "imul eax, esi, -3": b"\x6b\xc6\xfd",
+    "mul rsi": FROM_RDI + b"\x48\xf7\xe6", "mul rsi, high": FROM_RDI + b"\x48\xf7\xe6\x48\x89\xd0",
+    "div esi": FROM_EDI + b"\x31\xd2\x83\xce\x01\xf7\xf6",
+    "rest of esi": FROM_EDI + b"\x31\xd2\x83\xce\x01\xf7\xf6\x89\xd0",
+    "lea eax, [rdi + 4 * rsi + 3]": b"\x8d\x44\xb7\x03", "movsx eax, sil": b"\x40\x0f\xbe\xc6",
+    "movsxd rax, esi": b"\x48\x63\xc6", "mov al, sil": FROM_RDI + b"\x40\x88\xf0",
+    "push, pop": b"\x57\x56\x58\x5e\x48\x01\xf0", "a loop": b"\x31\xc0\x83\xe7\x1f\xff\xc7\x01\xf0\xff\xcf\x75\xfa",
+    "on the stack": b"\x48\x89\x7c\x24\xf8\x89\x74\x24\xf8\x48\x8b\x44\x24\xf8",
+    "xchg": FROM_RDI + b"\x48\x96\x48\x29\xf0",
+}
+VALUES = (0, 1, 5, 31, 0x7f, 0x80, 0xff, 0x7fff_ffff, 0x8000_0000, 0xffff_ffff, 0x8000_0000_0000_0000, (1 << 64) - 1)
+
+
+def machine(code):
+    from npulab.gpu.counting.x86 import Machine
+
+    def bytes_at(address, size, constant=False):
+        at = address - 0x1000
+        return code[at:at + size] if at >= 0 and at + size <= len(code) and not constant else None
+
+    return Machine(SimpleNamespace(machine="x86-64", slots={}, bytes_at=bytes_at), {})
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="compares with an x86-64 processor")
+@pytest.mark.skipif(sys.platform == "win32", reason="calls by the System V convention")
+@pytest.mark.parametrize("name", CODES)
+def test_what_the_machine_computes_the_processor_does(name):
+    pytest.importorskip("capstone")
+    code = CODES[name] + RET
+    page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    page.write(code)
+    function = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64)(
+        ctypes.addressof(ctypes.c_char.from_buffer(page)))
+    follower = machine(code + bytes(32))
+    for a in VALUES:
+        for b in VALUES:
+            follower.follow(0x1000, a, b)
+            assert follower.r[0] == function(a, b), (name, a, b)
+
+
+def test_what_is_not_known_decides_nothing():
+    pytest.importorskip("capstone")
+    follower = machine(b"\x85\xc0\x74\x01\xc3\xc3" + bytes(32))  # test eax, eax; je
+    with pytest.raises(NotRead, match="where the code goes at 0x1002 hangs on data"):
+        follower.follow(0x1000)
+    follower = machine(b"\xeb\xfe" + bytes(32))
+    with pytest.raises(NotRead, match="more than 4194304 instructions"):
+        follower.follow(0x1000)
+
+
+@pytest.mark.parametrize(("code", "mix"), [
+    ("c4e279a8c2", {"fma float32": 4}), ("62f27d48a8c2", {"fma float32": 16}), ("c4e279a9c2", {"fma float32": 1}),
+    ("c4e2f9a8c2", {"fma float64": 2}), ("c5f858c1", {"add float32": 4}), ("c5fd59c1", {"mul float64": 4}),
+    ("c5fa5ec1", {"div float32": 1}), ("c5f851c1", {"sqrt float32": 4}), ("c4e27940c1", {"mul int32": 4}),
+    ("c5fdfec1", {"add int32": 8}), ("0fafc6", {"mul int32": 1}), ("8d0437", {"add int32": 1}),
+    ("8b0487", {"load bytes": 4}), ("c5fc1007", {"load bytes": 32}), ("c5fc1107", {"store bytes": 32}),
+    ("c5fdfe07", {"add int32": 8, "load bytes": 32}), ("0107", {"add int32": 1, "load bytes": 4, "store bytes": 4}),
+    ("3907", {"load bytes": 4}), ("c5f8100424", {"spill bytes": 16}), ("c5f8100500000000", {}),
+    ("8b048c", {"load bytes": 4}), ("89d8", {}), ("c4e27958c0", {}), ("62f27d4850c1", {"fma int8": 64}),
+    ("62f1744958c2", {"add float32": 16, "masked": 1})])
+def test_instructions_are_counted_as_the_manual_has_them(code, mix):
+    pytest.importorskip("capstone")
+    assert machine(bytes.fromhex(code) + RET + bytes(32)).follow(0x1000) == mix
+
+
+def test_what_is_no_binary_is_not_read():
+    for data, why in ((b"", "no 64-bit ELF"), (b"\x7fELF\x01\x01" + bytes(80), "no 64-bit ELF"),
+                      (b"\x7fELF\x02\x01" + bytes(10) + b"\0\0\x3e\0" + b"\xff" * 60, "ends early")):
+        with pytest.raises(NotRead, match=why):
+            Elf(data)
+    arm = b"\x7fELF\x02\x01" + bytes(10) + (3).to_bytes(2, "little") + (183).to_bytes(2, "little") + bytes(60)
+    assert Elf(arm).machine == "AArch64"
+    assert "none of PoCL's" in pocl.count(b"x", "chain", (1,), (1,), (), 0).why
+    assert "no code of chain for work groups of 64-1-1, only of none" in pocl.count(
+        pocl.MAGIC + bytes(64), "chain", (64,), (64,), (), 0).why
+    one = b"/chain/64-1-1-goffs0/chain.so"
+    made = pocl.MAGIC + len(one).to_bytes(4, "little") + one + len(arm).to_bytes(4, "little") + arm
+    assert "no function _pocl_kernel_chain_workgroup" in pocl.count(made, "chain", (64,), (64,), (None, None), 1).why
+
+
+# PoCL, and another witness
+
+
+@pytest.fixture(scope="module")
+def bench():
+    pytest.importorskip("pyopencl", reason="needs OpenCL: pip install 'npulab[gpu]'")
+    pytest.importorskip("capstone", reason="reads machine code: pip install 'npulab[gpu]'")
+    if not opencl.devices():
+        pytest.skip("needs an OpenCL device: apt install pocl-opencl-icd")
+    return opencl.open_device(0)
+
+
+WITNESSED = """
+import sys, numpy as np, pyopencl as cl
+source, name, turns, threads = sys.argv[1], sys.argv[2], np.uint32(sys.argv[3]), int(sys.argv[4])
+device = next(d for p in cl.get_platforms() for d in p.get_devices() if "oclgrind" in d.name.lower())
+context = cl.Context([device])
+queue = cl.CommandQueue(context)
+program = cl.Program(context, source).build(cache_dir=False)
+data, out = (cl.Buffer(context, cl.mem_flags.READ_WRITE, 1 << 16) for _ in range(2))
+u, one = np.uint32, np.float32(1) if "float" in source else np.uint32(3)
+arguments = {"chain": (out, turns, one, one, one), "diverge": (out, turns, u(1), u(3), u(5)),
+             "chase": (data, out, turns)}.get(name, (data, out, u(256), u(16), u(1), turns))
+getattr(program, name)(queue, (threads,), (threads,), *arguments)
+queue.finish()
+"""
+
+
+def witnessed(source_, name, threads=4):
+    """Oclgrind's histogram of what one turn of a thread's loop adds."""
+    seen = []
+    for turns in (4, 12):
+        text = subprocess.run(["oclgrind", "--inst-counts", sys.executable, "-c", WITNESSED, source_, name, str(turns),
+                               str(threads)], capture_output=True, text=True, timeout=60, check=True).stdout
+        seen.append({k: (float(n), float(b or 0)) for n, k, b in
+                     re.findall(r"(\d+) - ([\w ]+?)(?:\(\))?(?: \((\d+) bytes\))?$", text, re.M)})
+    assert seen[0], "Oclgrind says nothing"
+    return {k: tuple((b - a) / 8 / threads for a, b in zip(seen[0].get(k, (0.0, 0.0)), v, strict=True))
+            for k, v in seen[1].items()}
+
+
+def counted(bench, run):
+    run()
+    return bench._count()[0].mix
+
+
+@pytest.mark.skipif(not shutil.which("oclgrind"), reason="needs the witness: apt install oclgrind")
+def test_oclgrind_counts_the_same(bench):
+    """It runs a kernel's LLVM code, before any processor's: vectors are one operation of their width there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opencl, "SCALES", 0.0)
+        patch.setattr(opencl, "ENOUGH", 1e-5)
+        seen = witnessed(kernels.chain("fma", "int32", 4, 2), "chain")
+        assert counted(bench, lambda: bench.chain("fma", "int32", 4, 2, 64))["mul int32"] == 4 * seen["mul"][0] == 128
+        seen = witnessed(kernels.DIVERGE, "diverge")
+        assert counted(bench, lambda: bench.diverge(1))["mul int32"] == seen["mul"][0] == 4
+        seen = witnessed(kernels.stream(16), "copy")
+        mix = counted(bench, lambda: bench.stream(1 << 16, 1, 16, "copy"))
+        assert mix["load bytes"] == seen["load global"][1] == 32
+        assert mix["store bytes"] == seen["store global"][1] == 32
+        seen = witnessed(kernels.CHASE, "chase", 1)
+        assert counted(bench, lambda: bench.chase(1 << 14, 64))["load bytes"] == seen["load global"][1] == 32
+
+
+def test_what_cannot_be_counted_is_said(bench, monkeypatch):
+    monkeypatch.setattr(opencl, "SCALES", 0.0)
+    monkeypatch.setattr(opencl, "ENOUGH", 1e-5)
+    monkeypatch.setitem(sys.modules, "capstone", None)
+    t = bench.chain("fma", "float32", 1, 3, 32)
+    assert t.wrong == ""
+    assert t.counted == ("work as the source states, not read from compiled code: the package capstone is not "
+                         "installed")
+    assert t.work["operations"] % (kernels.STEPS * 3 * 32) == 0
+    with pytest.raises(NotRead, match="has no argument turns"):
+        place("__kernel void f(__global uint *out) {}", "f")
+
+
+# PTX
+
+
+LOOP = """
+//
+.version 8.4
+.target sm_90, texmode_independent
+.address_size 64
+.entry chain(
+	.param .u64 .ptr .global .align 4 chain_param_0,
+	.param .u32 chain_param_1,
+	.param .f32 chain_param_2
+)
+{
+	.reg .pred 	%p<3>;
+	ld.param.u64 	%rd1, [chain_param_0];
+	ld.param.u32 	%r1, [chain_param_1];
+	setp.eq.s32 	%p1, %r1, 0;
+	@%p1 bra 	$L__BB0_2;
+$L__BB0_1:
+	fma.rn.f32 	%f1, %f1, %f2, %f3;
+	ld.global.v4.u32 	{%r4, %r5, %r6, %r7}, [%rd1];
+	fma.rn.f16x2 	%h1, %h1, %h2, %h3;
+	mad.lo.s32 	%r8, %r8, %r9, %r4;
+	mul.lo.s32 	%r8, %r8, %r9;
+	add.s32 	%r8, %r8, 7;
+	dp4a.u32.u32 	%r8, %r4, %r5, %r6;
+	rsqrt.approx.f32 	%f1, %f1;
+	st.global.f32 	[%rd1], %f1;
+	ld.local.u32 	%r9, [%rd2];
+	add.s32 	%r1, %r1, -1;
+	setp.ne.s32 	%p2, %r1, 0;
+	@%p2 bra 	$L__BB0_1;
+$L__BB0_2:
+	ret;
+}
+"""
+
+
+def test_ptx_is_followed():
+    assert ptx.is_ptx(LOOP.encode())
+    c = ptx.count(LOOP.encode() + b"\0", "chain", (64,), (32,), (None, bytes(4), bytes(4)), 1)
+    assert c == Counted({"add int32": 2.0, "fma float16": 2.0, "fma float32": 1.0, "fma int32": 2.0, "fma int8": 4.0,
+                         "load bytes": 16.0, "mul int32": 1.0, "rsqrt float32": 1.0, "special float32": 1.0,
+                         "spill bytes": 4.0, "store bytes": 4.0}, "PTX")
+    assert "no entry nothing" in ptx.count(LOOP.encode(), "nothing", (64,), (32,), (None, bytes(4), bytes(4)), 1).why
+    data = LOOP.replace("%p2, %r1, 0", "%p2, %r4, 0")
+    assert "hangs on data" in ptx.count(data.encode(), "chain", (64,), (32,), (None, bytes(4), bytes(4)), 1).why
+    assert not ptx.is_ptx(b"poclbin\0.entry")
+
+
+BUILTINS = """
+#define get_local_id(x) ((size_t)__nvvm_read_ptx_sreg_tid_x())
+#define get_group_id(x) ((size_t)__nvvm_read_ptx_sreg_ctaid_x())
+#define get_local_size(x) ((size_t)__nvvm_read_ptx_sreg_ntid_x())
+#define get_global_id(x) (get_group_id(0) * get_local_size(0) + get_local_id(0))
+#define barrier(x) __nvvm_bar_sync(0)
+#define rsqrt(x) __nvvm_rsqrt_approx_f(x)
+static inline float __attribute__((overloadable)) fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+static inline float4 __attribute__((overloadable)) fused(float4 a, float4 b, float4 c) {
+    return (float4)(fused(a.x, b.x, c.x), fused(a.y, b.y, c.y), fused(a.z, b.z, c.z), fused(a.w, b.w, c.w));
+}
+#define fma(a, b, c) fused(a, b, c)
+"""
+CLANG = next((c for c in ("clang", *(f"clang-{n}" for n in range(14, 22))) if shutil.which(c) and "nvptx64" in
+              subprocess.run([c, "--print-targets"], capture_output=True, text=True).stdout), "")
+
+
+def compiled(source_):
+    return subprocess.run([CLANG, "-target", "nvptx64-nvidia-nvcl", "-x", "cl", "-cl-std=CL1.2", "-Xclang",
+                           "-finclude-default-header", "-O3", "-march=sm_70", "-S", "-o", "-", "-"],
+                          input=(BUILTINS + source_).encode(), capture_output=True, check=True).stdout
+
+
+@pytest.mark.skipif(not CLANG, reason="needs clang with the NVPTX back end")
+@pytest.mark.parametrize(("text", "name", "kinds"), [
+    (kernels.CHASE, "chase", {"load bytes": 32}), (kernels.stream(4), "read", {"load bytes": 16}),
+    (kernels.stream(16), "write", {"store bytes": 64}), (kernels.stream(8), "copy", {"load bytes": 16,
+                                                                                     "store bytes": 16}),
+    (kernels.chain("fma", "float32", 1, 1), "chain", {"fma float32": 16}),
+    (kernels.chain("fma", "float32", 4, 2), "chain", {"fma float32": 128}),
+    (kernels.chain("mul", "float32", 2, 2), "chain", {"mul float32": 64}),
+    (kernels.chain("add", "float32", 1, 2), "chain", {"add float32": 32}),
+    (kernels.chain("special", "float32", 1, 2), "chain", {"special float32": 32}),
+    (kernels.chain("fma", "int32", 4, 2), "chain", {"fma int32": 128}), (kernels.DIVERGE, "diverge", {"fma int32": 4}),
+    (kernels.hold(24), "hold", {"fma float32": 24}), (kernels.local(1024), "local_loads", {"load bytes": 16}),
+    (kernels.BARRIER, "meet", {"barriers": 2})])
+def test_kernels_as_ptx_do_what_their_source_states(text, name, kinds):
+    """LLVM unrolls these loops by two and four, with a rest."""
+    many = text.split(f"void {name}(")[1].split(")")[0].count(",") + 1
+    number = {"size": 4096, "offset": 64, "stride": 1, "period": 1}
+    arguments = [number.get(re.findall(r"\w+", a)[-1], 1).to_bytes(4, "little") if "*" not in a else None
+                 for a in text.split(f"void {name}(")[1].split(")")[0].split(",")]
+    assert len(arguments) == many
+    c = ptx.count(compiled(text), name, (512,), (256,), arguments, place(text, name))
+    assert c.why == ""
+    assert objection(c, Asked("operations", kinds)) == ""
+
+
+@pytest.mark.skipif(not CLANG, reason="needs clang with the NVPTX back end")
+def test_a_loop_that_llvm_folds_is_seen_in_ptx():
+    text = kernels.chain("mul", "float32", 1, 1).replace("] = total;", "] = c;")
+    c = ptx.count(compiled(text), "chain", (512,), (256,), (None, bytes(4), *[bytes(4)] * 3), 1)
+    assert "0 mul float32 a turn, not 16: the loop was folded" in objection(c, Asked("operations", {"mul float32": 16}))
+
+
+# SPIR-V
+
+
+SHADER = """
+#version 450
+layout(local_size_x = 64) in;
+layout(push_constant) uniform P { uint other; uint turns; float b; } p;
+layout(set = 0, binding = 0) buffer B { vec4 data[]; };
+shared float cells[64];
+void main() {
+    uint at = gl_GlobalInvocationID.x;
+    vec4 x = vec4(1);
+    float y = 0;
+    for (uint i = 0; i < p.turns; i++) {
+        x = fma(x, vec4(p.b), data[at]);
+        y += cells[(at + i) & 63];
+        at = (at + 64u) % 1024u;
+        for (int k = 0; k < 3; k++) y = inversesqrt(y * p.b);
+        if ((i & 1u) == 0u) data[at] = x;
+    }
+    data[gl_GlobalInvocationID.x] = x + y;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def shader(tmp_path_factory):
+    if not shutil.which("glslangValidator"):
+        pytest.skip("needs a compiler of shaders: apt install glslang-tools")
+    folder = tmp_path_factory.mktemp("shader")
+    (folder / "a.comp").write_text(SHADER)
+    subprocess.run(["glslangValidator", "-V", "a.comp", "-o", "a.spv"], cwd=folder, check=True, capture_output=True)
+    return (folder / "a.spv").read_bytes()
+
+
+def test_a_shader_is_followed(shader):
+    c = spirv.count(shader, (512,), (64,), bytes(12), 4)
+    assert c.why == ""
+    assert {k: n for k, n in c.mix.items() if "int" not in k} == {
+        "add float32": 1, "fma float32": 4, "load bytes": 16 + 4, "mul float32": 3, "rsqrt float32": 3,
+        "special float32": 3, "store bytes": 8}
+    other = spirv.count(shader, (512,), (64,), bytes(12), 0)  # not what the loop turns by
+    assert other.mix == {}
+
+
+def test_a_shader_that_is_damaged_is_not_read(shader):
+    assert "no SPIR-V module" in spirv.count(b"", (64,), (64,), bytes(12), 4).why
+    assert "no entry nothing" in spirv.count(shader, (64,), (64,), bytes(12), 4, entry="nothing").why
+    assert "hangs on data" in spirv.count(shader, (64,), (64,), b"", 400, binding=3).why
+    for at in range(20, len(shader), 52):
+        assert spirv.count(shader[:at], (64,), (64,), bytes(12), 4).mix is None
+        for value in (b"\0\0\0\0", b"\xff\xff\xff\xff"):
+            spirv.count(shader[:at] + value + shader[at + 4:], (64,), (64,), bytes(12), 4)  # raises nothing
+
+
+# turns
+
+
+def test_a_turn_is_what_more_turns_do_more():
+    c = of_a_turn(lambda n: {"fma float32": 100 + 16 * n * 64, "add int32": n // 4, "spill bytes": n * n}, 64, "x")
+    assert c.mix == {"add int32": 0.25 / 64, "fma float32": 16}
+    assert list(c.uneven) == ["spill bytes"]
+
+    assert "switched off by masks" in of_a_turn(lambda n: {"masked": n, "add float32": n}, 1, "x").why
+
+    def lost(n):
+        raise NotRead("no way")
+
+    assert of_a_turn(lost, 1, "x") == Counted(None, "x", why="no way")
+
+
+def test_work_is_what_was_counted():
+    asked = Asked("operations", {"mul float32": 32}, pads=True)
+    assert work(Counted({"mul float32": 32.0}, "x"), asked) == 32
+    assert work(Counted({"mul float32": 64.0}, "x"), asked) == 32  # two lanes of a register of four
+    assert objection(Counted({"mul float32": 64.0}, "x"), asked) == ""
+    assert "more of it" in objection(Counted({"mul float32": 64.0}, "x"), Asked("operations", {"mul float32": 32}))
+    assert "put steps together" in objection(Counted({"mul float32": 31.0}, "x"), asked)
+    assert work(Counted(None, why="no"), asked) == 32
+    assert work(Counted({"load bytes": 16.0}, "x"), Asked("loads", {"load bytes": 16}, 4)) == 4
+    assert objection(Counted(None), asked) == ""
+    assert "calls functions of another library" in source(Counted({"calls": 2.0}, "x"))
