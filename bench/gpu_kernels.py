@@ -5,10 +5,10 @@ as the device has compute units): calls one after the other for 3 ms at least, f
 medians of 15 such series, each after a rest, in which the others' threads go to sleep. Rates are 10^9 multiply-adds a
 second of the plain convolution, whatever the algorithm: Winograd's may exceed the peak, that of direct sums cannot. The
 peak is that of chains of multiply-adds: the best of several widths and chains is found first, and runs in turns with
-the others; the column dir. is direct sums (dir.) over it. The last is ours over the roofline: the least of that peak and
-of the rate at which the bytes that must be moved once (input, weights, output) come where as many are read again and
-again, in the same turns: a footprint of the layer's own size. All results are checked. With `tuned` each problem is
-tuned for so many seconds first.
+the others; the column dir. is direct sums (dir.) over it. The last is ours over the roofline: the least of that peak
+and of the rate at which the bytes that must be moved once (input, weights, output) come where as many are read again
+and again, in the same turns: a footprint of the layer's own size. All results are checked. With `tuned` each problem
+is tuned for so many seconds first.
 
 CLBlast (Apache-2.0, apt install libclblast1) is called through ctypes: SGEMM, and of convolutions the quicker of its
 convgemm and its im2col with SGEMM. CLBlast's tuning tables know PoCL's CPU no better than by vendor and kind.
@@ -188,7 +188,8 @@ def moved(what: Convolution | Product) -> int:
     """Bytes of input, weights and output."""
     if isinstance(what, Product):
         return 4 * (what.rows * what.inner + what.inner * what.columns + what.rows * what.columns)
-    return 4 * (what.height * what.width * what.channels + what.filters * what.kernel[0] * what.kernel[1] * what.channels
+    taps = what.kernel[0] * what.kernel[1]
+    return 4 * (what.height * what.width * what.channels + what.filters * taps * what.channels
                 + what.out[0] * what.out[1] * what.filters)
 
 

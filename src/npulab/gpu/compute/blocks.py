@@ -193,7 +193,7 @@ _TAPS = """    for (int ky = 0; ky < kernel_height; ky++)
 
 def _alone(image: bool, outside: bool, tile: Tile) -> str:
     """Each work item reads what it needs."""
-    rows, vectors = range(tile.rows), range(tile.vectors)
+    rows = range(tile.rows)
     lines = [f"    int p{m} = min(first + {m}, rows - 1);" for m in rows]
     if image:
         lines += [f"    {_pixel(str(m), f'p{m}')}" for m in rows] + [_TAPS]

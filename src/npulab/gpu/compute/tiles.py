@@ -23,8 +23,8 @@ class Tile(msgspec.Struct, frozen=True):
     unroll                 steps of the inner loop written out.
     group                  work items across columns and down rows. (1, 1): rows next to each other follow in time.
     depth                  steps of rows and columns that a group copies to local memory; 0: none.
-    passes                 tiles of rows that a work item goes through for each stretch of the inner loop, so that a
-                           stretch of columns is read from the first cache by all but the first. 1: it ends a tile first.
+    passes                 tiles of rows that a work item goes through for each stretch of the inner loop: all but the
+                           first read its columns from the first cache. Only where `group` is (1, 1), without depth.
     """
 
     rows: int = 4
