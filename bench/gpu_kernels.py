@@ -6,9 +6,9 @@ medians of 15 such series, each after a rest, in which the others' threads go to
 second of the plain convolution, whatever the algorithm: Winograd's may exceed the peak, that of direct sums cannot. The
 peak is that of chains of multiply-adds: the best of several widths and chains is found first, and runs in turns with
 the others; the column dir. is direct sums (dir.) over it. The last is ours over the roofline: the least of that peak
-and of the rate at which the bytes that must be moved once (input, weights, output) come where as many are read again
-and again, in the same turns: a footprint of the layer's own size. All results are checked. With `tuned` each problem
-is tuned for so many seconds first.
+and of the rate at which the bytes that must be moved at least are moved, input and weights read and the output written
+once, by a plain stream over as many bytes in the same turns. All results are checked. With `tuned` each problem is
+tuned for so many seconds first.
 
 CLBlast (Apache-2.0, apt install libclblast1) is called through ctypes: SGEMM, and of convolutions the quicker of its
 convgemm and its im2col with SGEMM. CLBlast's tuning tables know PoCL's CPU no better than by vendor and kind.
@@ -90,10 +90,10 @@ def main() -> int:
         for title, what in PROBLEMS:
             best = tuner.tune(device, traits, what, Path(folder), tuning) if tuning else None
             runs, ours = contenders(device, traits, what, clblast, best)
-            medians = _medians({**runs, "peak": peak[0], "read": _reading(device, traits.compute_units, moved(what))})
+            medians = _medians({**runs, "peak": peak[0], "move": _moving(device, traits.compute_units, *moved(what))})
             medians["ours"] = medians[ours]
             rates = {n: (peak[1] if n == "peak" else what.operations / 2) / s for n, s in medians.items()}
-            roof = min(rates["peak"], rates["read"])
+            roof = min(rates["peak"], rates["move"])
             cells = "".join(f"{rates[n] / 1e9:{WIDTH}.1f}" if n in rates else f"{'-':>{WIDTH}}" for n in names)
             ratio = rates["ours"] / rates["CLB"] if "CLB" in rates else float("nan")
             worst = min(worst, ratio if ratio == ratio else worst)
@@ -184,35 +184,34 @@ def _peak(device: Device, number: int, units: int) -> tuple[Run, float]:
             float(turns) * kernels.STEPS * chains * width * THREADS * units)
 
 
-def moved(what: Convolution | Product) -> int:
-    """Bytes of input, weights and output."""
+def moved(what: Convolution | Product) -> tuple[int, int]:
+    """Bytes of input and weights, of the output."""
     if isinstance(what, Product):
-        return 4 * (what.rows * what.inner + what.inner * what.columns + what.rows * what.columns)
-    taps = what.kernel[0] * what.kernel[1]
-    return 4 * (what.height * what.width * what.channels + what.filters * taps * what.channels
-                + what.out[0] * what.out[1] * what.filters)
+        return 4 * (what.rows * what.inner + what.inner * what.columns), 4 * what.rows * what.columns
+    weights = what.filters * what.kernel[0] * what.kernel[1] * what.channels
+    return (4 * (what.height * what.width * what.channels + weights), 4 * what.out[0] * what.out[1] * what.filters)
 
 
-def _reading(device: Device, units: int, size: int) -> Run:
-    """Of `size` bytes, by vectors of 64 next to each other, some work items a compute unit: the plain stream of a CPU.
-    """
-    source = """__kernel void read(__global const float16 *data, __global float *out, uint each) {
-        __global const float16 *p = data + (size_t)get_global_id(0) * each;
+def _moving(device: Device, units: int, read: int, written: int) -> Run:
+    """So many bytes read, then so many written, by vectors of 64 next to each other, by some work items a compute unit:
+    the plain streams of a CPU."""
+    source = """__kernel void move(__global const float16 *data, __global float16 *out, uint reads, uint writes) {
+        __global const float16 *p = data + (size_t)get_global_id(0) * reads;
+        __global float16 *q = out + (size_t)get_global_id(0) * writes;
         float16 a = 0, b = 0, c = 0, d = 0;
-        for (uint i = 0; i < each; i += 4) { a += p[i]; b += p[i + 1]; c += p[i + 2]; d += p[i + 3]; }
+        for (uint i = 0; i < reads; i += 4) { a += p[i]; b += p[i + 1]; c += p[i + 2]; d += p[i + 3]; }
         a += b + c + d;
-        float8 h = a.lo + a.hi; float4 q = h.lo + h.hi;
-        out[get_global_id(0)] = q.x + q.y + q.z + q.w;
+        for (uint i = 0; i < writes; i++) q[i] = a;
     }"""
     items = READERS * units
-    each = max(4, size // (256 * items) * 4)
-    data = np.ones(16 * items * each, np.float32)
-    buffers = {"data": device.upload(data), "out": device.allocate(4 * items)}
-    run = _launches(device, (Launch(Kernel(source, "read"), (items,), (1,), (
-        Buffer("data"), Buffer("out"), np.uint32(each)), "read"),), buffers)
+    reads, writes = max(4, read // (256 * items) * 4), max(1, written // (64 * items))
+    data = np.ones(16 * items * reads, np.float32)
+    buffers = {"data": device.upload(data), "out": device.allocate(64 * items * writes)}
+    run = _launches(device, (Launch(Kernel(source, "move"), (items,), (1,), (
+        Buffer("data"), Buffer("out"), np.uint32(reads), np.uint32(writes)), "move"),), buffers)
     run(1)
-    assert (device.download(buffers["out"], (items,)) == 16 * each).all()
-    return lambda times: run(times) * size / data.nbytes
+    assert (device.download(buffers["out"], (16 * items * writes,)) == reads).all()
+    return lambda times: run(times) * (read + written) / (64 * items * (reads + writes))
 
 
 # others

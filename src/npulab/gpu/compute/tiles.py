@@ -148,7 +148,7 @@ def _cycles(traits: Traits, t: Tile, rows: int, inner: int, columns: int, batch:
         loads = t.rows + parts
         kept = 0.0
         if t.passes > 1:  # columns from the first cache, sums to it and back for each stretch
-            panel, kept = 4.0 * t.columns / 64, 2.0 * t.rows * parts / t.stretch
+            panel, kept = 4.0 * t.columns / 64, 4.0 * t.rows * parts / t.stretch
         issue = max(t.rows * parts / 2, loads / 2, _LATENCY, panel)
         cycles = issue + 0.15 * loads + 0.2 * (t.unroll - 2) + kept
         once = 4.0 * batch * inner * columns / _streamed(traits)  # columns come from memory, whoever needs them
@@ -183,7 +183,7 @@ def _winograd(what: Convolution, traits: Traits, t: Tile, size: int) -> float:
 
 _PASSES = 10
 """More are tiles enough to share what columns cost."""
-_WAITED = 0.3
+_WAITED = 0.6
 """Of the time that columns take from memory, where they are fetched ahead: measured as `_STREAMED`."""
 _LATENCY = 4.0
 """Cycles of a multiply-add: Cortex-A76 to Ice Lake (their vendors' optimization guides)."""
