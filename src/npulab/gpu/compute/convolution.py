@@ -48,7 +48,7 @@ def lower(what: Convolution, traits: Traits, weights: NDArray[Any], bias: NDArra
     if isinstance(choice, Direct) and narrow.fits(what, traits, tile):
         return Lowered((narrow.launch(what, tile, bias is not None, label),), constants)
     image = "input"
-    if isinstance(choice, Direct) and narrow.suits(what):
+    if isinstance(choice, Direct) and tiles.is_narrow(what):
         top, left, bottom, right = what.pads
         size = (what.height + top + bottom, what.width + left + right)
         if any(what.pads):

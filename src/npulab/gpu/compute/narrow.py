@@ -10,26 +10,18 @@ import math
 
 from npulab.gpu.compute import blocks, fused
 from npulab.gpu.compute.problems import Convolution
-from npulab.gpu.compute.tiles import Tile
+from npulab.gpu.compute.tiles import Tile, is_narrow
 from npulab.gpu.compute.types import Buffer, Kernel, Launch, Traits
 
-CHANNELS = 16
-"""Below which the inner loop goes through the taps of a row, too: they lie side by side in an image with zeros around
-it."""
 COPIED = 64 << 10
 """Most bytes of a work item's copy: a stack has more, a cache would not hold it."""
 _UNROLLED = 12
 """Most steps of the inner loop written out."""
 
 
-def suits(what: Convolution) -> bool:
-    """Whether taps of a row lie side by side and are worth an inner loop through them."""
-    return what.channels < CHANNELS and what.groups == 1 and what.dilations[1] == 1 < what.kernel[1]
-
-
 def fits(what: Convolution, traits: Traits, tile: Tile) -> bool:
     """Whether `launch` is for it."""
-    return suits(what) and traits.cpu and tile.group == (1, 1) and 4 * what.kernel[0] * _pitch(what, tile) <= COPIED
+    return is_narrow(what) and traits.cpu and tile.group == (1, 1) and 4 * what.kernel[0] * _pitch(what, tile) <= COPIED
 
 
 def _pitch(what: Convolution, tile: Tile) -> int:
