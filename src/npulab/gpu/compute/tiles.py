@@ -92,8 +92,10 @@ def candidates(what: Convolution | Product, traits: Traits) -> list[Choice]:
         pointwise = is_pointwise(what)
         for t in _tiles(traits, rows, 4 * inner * filters):
             cycles = _cycles(traits, t, rows, inner, filters, what.groups)
-            if is_narrow(what) and traits.cpu and what.out[1] % t.rows:  # a tile is within a row there
-                cycles *= _GUARDED * -(-what.out[1] // t.rows) * t.rows / what.out[1]
+            if is_narrow(what) and traits.cpu:  # a work item has a row of tiles, none beyond it
+                cycles -= _START * math.ceil(-(-rows // t.rows) * -(-filters // t.columns) / traits.compute_units)
+                if what.out[1] % t.rows:
+                    cycles *= _GUARDED * -(-what.out[1] // t.rows) * t.rows / what.out[1]
             ways.append((cycles, Matrix(t) if pointwise else Direct(t)))
         if suits_winograd(what):
             for size in SIZES:
@@ -163,7 +165,7 @@ def _cycles(traits: Traits, t: Tile, rows: int, inner: int, columns: int, batch:
             tiles = -(-rows // t.rows)  # not the last pass's rows that are none
             return (math.ceil(groups / traits.compute_units) * t.passes * (inner * cycles + 6 * t.rows * parts)
                     * tiles / (-(-tiles // t.passes) * t.passes) + _WAITED * once)
-        return math.ceil(groups / traits.compute_units) * (inner * cycles + 40 + 6 * t.rows * parts) + once
+        return math.ceil(groups / traits.compute_units) * (inner * cycles + _START + 6 * t.rows * parts) + once
     items = t.group[0] * t.group[1]
     accumulators = t.rows * t.vectors * t.width
     used = accumulators + t.vectors * t.width + t.rows + 16
@@ -191,6 +193,8 @@ def _winograd(what: Convolution, traits: Traits, t: Tile, size: int) -> float:
 NARROW = 16
 """Channels below which the inner loop goes through the taps of a row, too: they lie side by side in an image with zeros
 around it."""
+_START = 40.0
+"""Cycles of a work item's beginning."""
 _GUARDED = 1.05
 """Stores that are tested, of a first layer: measured, 224 x 224 x 3 with 6 rows beside 4."""
 _PASSES = 10
