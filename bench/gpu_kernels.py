@@ -5,8 +5,10 @@ as the device has compute units): calls one after the other for 3 ms at least, f
 medians of 15 such series, each after a rest, in which the others' threads go to sleep. Rates are 10^9 multiply-adds a
 second of the plain convolution, whatever the algorithm: Winograd's may exceed the peak, that of direct sums cannot. The
 peak is that of chains of multiply-adds: the best of several widths and chains is found first, and runs in turns with
-the others; the last column is direct sums (dir.) over it. All results are checked. With `tuned` each problem is tuned
-for so many seconds first.
+the others; the column dir. is direct sums (dir.) over it. The last is ours over the roofline: the least of that peak
+and of the rate at which the bytes that must be moved at least are moved, input and weights read and the output written
+once, by a plain stream over as many bytes in the same turns. All results are checked. With `tuned` each problem is
+tuned for so many seconds first.
 
 CLBlast (Apache-2.0, apt install libclblast1) is called through ctypes: SGEMM, and of convolutions the quicker of its
 convgemm and its im2col with SGEMM. CLBlast's tuning tables know PoCL's CPU no better than by vendor and kind.
@@ -39,6 +41,8 @@ from npulab.gpu.compute.types import Buffer, Kernel, Launch, Traits
 ROUNDS = 15
 THREADS = 4096
 """A compute unit, in groups of 256: one that waits for a core of a busy machine does not hold up the rest."""
+READERS = 16
+"""Work items a compute unit."""
 WIDTH = 6
 """Of a column."""
 SERIES, REST = 3e-3, 10e-3
@@ -80,20 +84,21 @@ def main() -> int:
     print(f"{device.identity.name}\n{device.identity.platform}, {traits.compute_units} compute units\n")
     names = ("ours", "dir.", "F(2)", "F(4)", "CLB", "ORT", "peak")
     print(f"{'G multiply-adds/s':18}" + "".join(f"{n:>{WIDTH}}" for n in names)
-          + f"{'/CLB':>6}{'/peak':>6}{'dir.':>6}")
+          + f"{'/CLB':>6}{'/peak':>6}{'dir.':>5}{'roof':>5}")
     worst = 9.9e9
     with tempfile.TemporaryDirectory() as folder:
         for title, what in PROBLEMS:
             best = tuner.tune(device, traits, what, Path(folder), tuning) if tuning else None
             runs, ours = contenders(device, traits, what, clblast, best)
-            medians = _medians({**runs, "peak": peak[0]})
+            medians = _medians({**runs, "peak": peak[0], "move": _moving(device, traits.compute_units, *moved(what))})
             medians["ours"] = medians[ours]
             rates = {n: (peak[1] if n == "peak" else what.operations / 2) / s for n, s in medians.items()}
+            roof = min(rates["peak"], rates["move"])
             cells = "".join(f"{rates[n] / 1e9:{WIDTH}.1f}" if n in rates else f"{'-':>{WIDTH}}" for n in names)
             ratio = rates["ours"] / rates["CLB"] if "CLB" in rates else float("nan")
             worst = min(worst, ratio if ratio == ratio else worst)
             print(f"{title:18}{cells}{ratio:6.1f}{rates['ours'] / rates['peak']:6.2f}"
-                  f"{rates['dir.'] / rates['peak']:6.2f}", flush=True)
+                  f"{rates['dir.'] / rates['peak']:5.2f}{rates['ours'] / roof:5.2f}", flush=True)
     print(f"\nleast of ours over CLBlast: {worst:.2f}" if clblast else "\nno CLBlast: apt install libclblast1")
     return int(clblast is not None and worst < 1)
 
@@ -127,9 +132,13 @@ def _ours(trials: Trials, choice: Choice) -> Run:
 
 
 def _launches(device: Device, launches: tuple[Launch, ...], buffers: dict[str, Any]) -> Run:
+    ready: dict[int, Callable[[], list[float]]] = {}
+
     def run(times: int) -> float:
+        if times not in ready:
+            ready[times] = device.prepared(launches * times, buffers)
         start = time.perf_counter()
-        device.run(launches * times, buffers)
+        ready[times]()
         return (time.perf_counter() - start) / times
 
     return run
@@ -173,6 +182,36 @@ def _peak(device: Device, number: int, units: int) -> tuple[Run, float]:
         Buffer("out"), np.uint32(turns), np.float32(1), np.float32(1), np.float32(1)), "chains")
     return (_launches(device, (launch,), {"out": device.allocate(4 * THREADS * units)}),
             float(turns) * kernels.STEPS * chains * width * THREADS * units)
+
+
+def moved(what: Convolution | Product) -> tuple[int, int]:
+    """Bytes of input and weights, of the output."""
+    if isinstance(what, Product):
+        return 4 * (what.rows * what.inner + what.inner * what.columns), 4 * what.rows * what.columns
+    weights = what.filters * what.kernel[0] * what.kernel[1] * what.channels
+    return (4 * (what.height * what.width * what.channels + weights), 4 * what.out[0] * what.out[1] * what.filters)
+
+
+def _moving(device: Device, units: int, read: int, written: int) -> Run:
+    """So many bytes read, then so many written, by vectors of 64 next to each other, by some work items a compute unit:
+    the plain streams of a CPU."""
+    source = """__kernel void move(__global const float16 *data, __global float16 *out, uint reads, uint writes) {
+        __global const float16 *p = data + (size_t)get_global_id(0) * reads;
+        __global float16 *q = out + (size_t)get_global_id(0) * writes;
+        float16 a = 0, b = 0, c = 0, d = 0;
+        for (uint i = 0; i < reads; i += 4) { a += p[i]; b += p[i + 1]; c += p[i + 2]; d += p[i + 3]; }
+        a += b + c + d;
+        for (uint i = 0; i < writes; i++) q[i] = a;
+    }"""
+    items = READERS * units
+    reads, writes = max(4, read // (256 * items) * 4), max(1, written // (64 * items))
+    data = np.ones(16 * items * reads, np.float32)
+    buffers = {"data": device.upload(data), "out": device.allocate(64 * items * writes)}
+    run = _launches(device, (Launch(Kernel(source, "move"), (items,), (1,), (
+        Buffer("data"), Buffer("out"), np.uint32(reads), np.uint32(writes)), "move"),), buffers)
+    run(1)
+    assert (device.download(buffers["out"], (16 * items * writes,)) == reads).all()
+    return lambda times: run(times) * (read + written) / (64 * items * (reads + writes))
 
 
 # others

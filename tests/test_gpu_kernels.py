@@ -71,7 +71,8 @@ def right(found, want, bound):
 
 CHOICES = {
     "processor": (PROCESSOR, Tile(3, 1, 16)), "processor, small": (PROCESSOR, Tile(3, 1, 8, 4)),
-    "one number": (PROCESSOR, Tile(1, 1, 1)), "graphics": (BARE, Tile(4, 2, 4, 2, (8, 4))),
+    "passes": (PROCESSOR, Tile(3, 1, 16, 2, passes=3)), "one number": (PROCESSOR, Tile(1, 1, 1)),
+    "graphics": (BARE, Tile(4, 2, 4, 2, (8, 4))),
     "local memory": (GRAPHICS, Tile(4, 1, 4, 1, (8, 4), 8)), "uneven": (GRAPHICS, Tile(2, 2, 2, 1, (4, 6), 5)),
 }
 SHAPES = {
@@ -84,12 +85,13 @@ SHAPES = {
     "each its own": Convolution(1, 7, 5, 6, 6, (3, 3), (2, 1), pads=(1, 1, 1, 1), groups=6),
     "strided points": Convolution(2, 7, 7, 9, 20, strides=(2, 2)),
     "padded points": Convolution(1, 4, 4, 3, 5, pads=(1, 0, 2, 1)),
+    "wide": Convolution(1, 2, 2000, 3, 5, (3, 3), (1, 2), pads=(1, 1, 1, 1)),  # a copy of its rows is too large
     "whole image": Convolution(1, 4, 4, 6, 96, (4, 4)),
 }
 
 
 EVERY = [(shape, "processor") for shape in SHAPES] + [
-    ("a batch", "processor, small"), ("flat kernel", "one number"),
+    ("a batch", "processor, small"), ("flat kernel", "one number"), ("groups", "passes"), ("whole image", "passes"),
     ("three channels", "graphics"), ("groups", "graphics"),
     ("three channels", "local memory"), ("each its own", "local memory"), ("a batch", "uneven")]
 
@@ -107,16 +109,19 @@ def test_convolutions_of_one_tap_are_products(device, choice):
     right(*convolved(device, what, traits, Matrix(tile)))
 
 
-@pytest.mark.parametrize("choice", ["processor", "graphics"])
+IMAGES = {
+    "even": Convolution(1, 8, 8, 8, 24, (3, 3), pads=(1, 1, 1, 1)),
+    "uneven": Convolution(2, 7, 9, 8, 20, (3, 3), pads=(0, 1, 2, 1), residual=True, activation="relu"),
+    "odd": Convolution(1, 5, 3, 5, 3, (3, 3), pads=(1, 1, 1, 1), residual=True),
+}
+
+
+@pytest.mark.parametrize(("image", "choice"), [
+    ("even", "passes"), ("uneven", "processor, small"), ("odd", "graphics")])
 @pytest.mark.parametrize("size", tiles.SIZES)
-@pytest.mark.parametrize("what", [
-    Convolution(1, 8, 8, 16, 32, (3, 3), pads=(1, 1, 1, 1)),
-    Convolution(2, 7, 9, 8, 20, (3, 3), pads=(0, 1, 2, 1), residual=True, activation="relu"),
-    Convolution(1, 5, 3, 5, 3, (3, 3), pads=(1, 1, 1, 1), residual=True),
-], ids=["even", "uneven", "odd"])
-def test_winograd_is_right(device, what, size, choice):
+def test_winograd_is_right(device, image, size, choice):
     traits, tile = CHOICES[choice]
-    right(*convolved(device, what, traits, Winograd(tile, size)))
+    right(*convolved(device, IMAGES[image], traits, Winograd(tile, size)))
 
 
 @pytest.mark.parametrize("size", tiles.SIZES)
@@ -124,7 +129,7 @@ def test_winograd_is_about_as_exact_as_promised(device, size):
     """The bound above holds for the worst signs. On random numbers the largest error, of the largest output: F(2x2)
     1e-6, F(4x4) 5e-6 with 64 channels."""
     what = Convolution(1, 16, 16, 64, 64, (3, 3), pads=(1, 1, 1, 1))
-    found, want, _ = convolved(device, what, PROCESSOR, Winograd(Tile(6, 4, 16), size))
+    found, want, _ = convolved(device, what, PROCESSOR, Winograd(Tile(3, 1, 16), size))
     assert np.abs(found - want).max() / np.abs(want).max() < {2: 1e-6, 4: 5e-6}[size]
 
 
@@ -140,7 +145,7 @@ def test_winograd_matrices_are_exact(size):
 
 
 @pytest.mark.parametrize(("constant", "choice"), [
-    (True, "processor"), (False, "processor"), (False, "graphics"), (True, "local memory")])
+    (True, "passes"), (False, "processor"), (False, "graphics"), (True, "local memory")])
 @pytest.mark.parametrize("what", [
     Product(1, 33, 17, 40), Product(2, 5, 64, 48, scale=0.5), Product(1, 1, 100, 10, transposed=True),
     Product(3, 8, 16, 24, batched=True, transposed=True, scale=-2.0, residual=True, activation="gelu"),
@@ -165,8 +170,7 @@ def test_products_are_right(device, what, constant, choice):
 def test_half_floats_are_stored_and_floats_computed(device, choice):
     traits, tile = CHOICES[choice]
     what = Convolution(1, 6, 7, 5, 10, (3, 3), pads=(1, 1, 1, 1), residual=True, activation="relu", number="float16")
-    right(*convolved(device, what, traits, Direct(tile)))
-    right(*convolved(device, what, traits, Winograd(tile, 2)))
+    right(*convolved(device, what, traits, Direct(tile) if traits.cpu else Winograd(tile, 2)))
     product = Product(1, 9, 20, 11, number="float16")
     a, b = random(1, 9, 20, kind=np.float16), random(20, 11, seed=1, kind=np.float16)
     for constant in (b, None):
@@ -175,7 +179,7 @@ def test_half_floats_are_stored_and_floats_computed(device, choice):
                   np.float16), *checks.product(product, a, b))
 
 
-@settings(max_examples=5, deadline=None, derandomize=True)
+@settings(max_examples=4, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_convolution_is_right(device, data):
     def whole(low, high):
@@ -298,9 +302,9 @@ def test_a_layer_says_what_it_needs():
 
 
 def test_layers_of_other_sizes_share_a_kernel():
-    """Compiling takes longer than running."""
-    small, large = (convolution.lower(Convolution(1, n, n, 8, 64, (3, 3), pads=(1, 1, 1, 1)), PROCESSOR,
-                                      np.zeros((64, 3, 3, 8), np.float32), None, Direct(Tile(4, 4, 16)))
+    """Compiling takes longer than running. Not those of few channels: a network has one."""
+    small, large = (convolution.lower(Convolution(1, n, n, 16, 64, (3, 3), pads=(1, 1, 1, 1)), PROCESSOR,
+                                      np.zeros((64, 3, 3, 16), np.float32), None, Direct(Tile(4, 4, 16)))
                     for n in (8, 24))
     assert small.launches[0].kernel == large.launches[0].kernel
 
@@ -442,7 +446,7 @@ def test_a_wrong_candidate_is_left_out(device, few, tmp_path):
 
 def test_a_candidate_that_does_not_compile_is_left_out(device, monkeypatch):
     t = trials.Trials(device, PROCESSOR, SMALL)
-    monkeypatch.setattr(blocks, "_stores", lambda *a: "nonsense")
+    monkeypatch.setattr(blocks, "stores", lambda *a: "nonsense")
     assert "does not compile" in t.answer(trials.Asked(Matrix(Tile(3, 1, 4)))).why
 
 

@@ -70,6 +70,19 @@ class Ending:
     slope: float = 0.01
 
 
+_LINE = 64
+"""Bytes of a cache line, of what is fetched at once."""
+_FETCH = """#if defined(__has_builtin)
+#if __has_builtin(__builtin_prefetch)
+#define FETCH(p) __builtin_prefetch(p, 0, 2)
+#endif
+#endif
+#ifndef FETCH
+#define FETCH(p)
+#endif
+"""
+
+
 def pack(matrix: NDArray[Any], tile: Tile, number: Number) -> NDArray[Any]:
     """[groups, inner, columns] -> [groups, panels, inner, tile.columns], zeros behind the last column."""
     groups, inner, columns = matrix.shape
@@ -122,7 +135,11 @@ def launch(rows: Rows, columns: Columns, ending: Ending, tile: Tile, number: Num
 def _source(image: bool, outside: bool, ragged: bool, whole: bool, ending: Ending, tile: Tile, number: Number,
             grouped: bool) -> str:
     across, down = tile.group
-    body = _shared(image, outside, tile) if tile.depth else _alone(image, outside, tile)
+    body = _shared(image, outside, tile) if tile.depth else (
+        _alone if tile.passes == 1 else _passes)(image, outside, tile)
+    ending_text = stores(ragged, whole, ending, tile, grouped)
+    if tile.passes > 1:
+        ending_text = _each_pass(tile, ending_text)
     order = (0, 1) if tile.group != (1, 1) else (1, 0)
     optional = "".join([
         "__global const float *restrict bias,\n    " if ending.bias else "",
@@ -140,7 +157,7 @@ def _source(image: bool, outside: bool, ragged: bool, whole: bool, ending: Endin
 #define DOWN {down}
 #define TILE {tile.columns}
 #define BLOCK {tile.block}
-__kernel __attribute__((reqd_work_group_size({across}, {down}, 1)))
+{_FETCH if tile.passes > 1 else ""}__kernel __attribute__((reqd_work_group_size({across}, {down}, 1)))
 void block(__global const N *restrict input, __global const N *restrict weights,
     {optional}__global N *restrict output,
     int rows, int inner, int columns, int pitch, int out_pitch, int panel_step, int row_step, int each{sizes})
@@ -152,14 +169,14 @@ void block(__global const N *restrict input, __global const N *restrict weights,
     output += z * rows * out_pitch;
     {"residual += z * rows * out_pitch;" if ending.residual else ""}
     __global const N *restrict w = weights + z * each + (size_t)panel * panel_step;
-{where}{_accumulators(tile)}
+{where}{accumulators(tile) if tile.passes == 1 else ""}
 {body}
-{_stores(ragged, whole, ending, tile, grouped)}
+{ending_text}
 }}
 """
 
 
-def _accumulators(tile: Tile) -> str:
+def accumulators(tile: Tile) -> str:
     return "\n".join("    V " + ", ".join(f"c{m}_{n} = (V)(0.0f)" for n in range(tile.vectors)) + ";"
                      for m in range(tile.rows))
 
@@ -176,7 +193,7 @@ _TAPS = """    for (int ky = 0; ky < kernel_height; ky++)
 
 def _alone(image: bool, outside: bool, tile: Tile) -> str:
     """Each work item reads what it needs."""
-    rows, vectors = range(tile.rows), range(tile.vectors)
+    rows = range(tile.rows)
     lines = [f"    int p{m} = min(first + {m}, rows - 1);" for m in rows]
     if image:
         lines += [f"    {_pixel(str(m), f'p{m}')}" for m in rows] + [_TAPS]
@@ -189,21 +206,82 @@ def _alone(image: bool, outside: bool, tile: Tile) -> str:
     else:
         lines += [f"    __global const N *restrict a{m} = input + (size_t)p{m} * pitch;" for m in rows]
 
+    return "\n".join([*lines, "    int k = 0;", *_steps(tile, "inner"), *(["    }"] if image else [])])
+
+
+def _steps(tile: Tile, end: str, more: str = "") -> list[str]:
+    """Of the inner loop from k to `end`; `more` is done for each `unroll` of them."""
     def step(k: str) -> list[str]:
         s = ["        { " + " ".join(f"V w{n} = many(w + {f'{n * tile.group[0]} * W + ' if n else ''}lx * W);"
-                                    for n in vectors)]
+                                    for n in range(tile.vectors))]
         s += ["          " + f"V s{m} = (V)(one(a{m}, {k})); " + " ".join(
-            f"c{m}_{n} = fma(s{m}, w{n}, c{m}_{n});" for n in vectors) for m in rows]
+            f"c{m}_{n} = fma(s{m}, w{n}, c{m}_{n});" for n in range(tile.vectors)) for m in range(tile.rows)]
         return [*s, "          w += row_step; }"]
 
+    lines = []
     if tile.unroll > 1:
-        lines.append(f"    int k = 0;\n    for (; k <= inner - {tile.unroll}; k += {tile.unroll}) {{")
+        lines += [f"    for (; k <= {end} - {tile.unroll}; k += {tile.unroll}) {{{more}"]
         for u in range(tile.unroll):
             lines += step(f"k + {u}")
-        lines += ["    }", "    for (; k < inner; k++) {", *step("k"), "    }"]
-    else:
-        lines += ["    for (int k = 0; k < inner; k++) {", *step("k"), "    }"]
-    return "\n".join([*lines, *(["    }"] if image else [])])
+        lines.append("    }")
+    return [*lines, f"    for (; k < {end}; k++) {{", *step("k"), "    }"]
+
+
+def _passes(image: bool, outside: bool, tile: Tile) -> str:
+    """A work item's tiles of rows in turn for each stretch of the inner loop; what follows is fetched meanwhile."""
+    rows, vectors = range(tile.rows), range(tile.vectors)
+    sums = " ".join(f"c{m}_{n} = sums[(t * {tile.rows} + {m}) * {tile.vectors} + {n}];" for m in rows for n in vectors)
+    kept = " ".join(f"sums[(t * {tile.rows} + {m}) * {tile.vectors} + {n}] = c{m}_{n};" for m in rows for n in vectors)
+    pixels = f"""    int at_y[BLOCK], at_x[BLOCK], at_b[BLOCK];
+    for (int i = 0; i < BLOCK; i++) {{
+        int p = min(first + i, rows - 1);
+        {_pixel("i", "p")}
+        at_y[i] = yi; at_x[i] = xi; at_b[i] = bi;
+    }}
+{_TAPS}
+"""
+    inside = "(uint)v < (uint)height && (uint)u < (uint)width" if outside else "1"
+    place = (f"int v = at_y[i] + ky * dilation_y, u = at_x[i] + kx * dilation_x;\n        from[i] = ({inside}) ?"
+             f" input + ((size_t)(at_b[i] + v) * width + u) * pitch : {'zeros' if outside else 'input'};"
+             if image else "from[i] = input + (size_t)min(first + i, rows - 1) * pitch;")
+    lines = -(-tile.columns * 4 * tile.unroll // (_LINE * tile.passes))
+    fetch = "".join(f" FETCH(next + {i * _LINE // 4});" for i in range(lines)) + f" next += {lines * _LINE // 4};"
+    steps = "\n".join(_steps(tile, "end", fetch))
+    return f"""    V sums[BLOCK * {tile.vectors}];
+    for (int i = 0; i < BLOCK * {tile.vectors}; i++) sums[i] = (V)(0.0f);
+    int passes = min({tile.passes}, (rows - first + {tile.rows - 1}) / {tile.rows});
+    __global const N *from[BLOCK];
+{pixels if image else ""}
+    for (int i = 0; i < BLOCK; i++) {{
+        {place}
+    }}
+    __global const N *stretch = w;
+    for (int begin = 0; begin < inner; begin += {tile.stretch}) {{
+        int end = min(begin + {tile.stretch}, inner);
+        for (int t = 0; t < passes; t++) {{
+            {" ".join(f"__global const N *a{m} = from[t * {tile.rows} + {m}];" for m in rows)}
+            V {sums.replace("; ", ", ")}
+            __global const N *next = stretch + (size_t)(end - begin) * row_step + t * {
+                lines * _LINE // 4 * (tile.stretch // tile.unroll)};
+            w = stretch;
+            int k = begin;
+{steps}
+            {kept}
+        }}
+        stretch = w;
+    }}
+{"    }" if image else ""}"""
+
+
+def _each_pass(tile: Tile, stores: str) -> str:
+    sums = ", ".join(f"c{m}_{n} = sums[(t * {tile.rows} + {m}) * {tile.vectors} + {n}]"
+                     for m in range(tile.rows) for n in range(tile.vectors))
+    return f"""    int start = first;
+    for (int t = 0; t < passes; t++) {{
+    int first = start + t * {tile.rows};
+    V {sums};
+{stores}
+    }}"""
 
 
 def _shared(image: bool, outside: bool, tile: Tile) -> str:
@@ -252,7 +330,7 @@ def _shared(image: bool, outside: bool, tile: Tile) -> str:
 {"    w += (size_t)inner * row_step; }" if image else ""}"""
 
 
-def _stores(ragged: bool, whole: bool, ending: Ending, tile: Tile, grouped: bool) -> str:
+def stores(ragged: bool, whole: bool, ending: Ending, tile: Tile, grouped: bool) -> str:
     lines = []
     offset = "group * columns + column" if grouped else "column"
     for n in range(tile.vectors):

@@ -11,14 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npulab.errors import InvariantError
-from npulab.gpu.compute import blocks, tiles, winograd
+from npulab.gpu.compute import blocks, narrow, tiles, winograd
 from npulab.gpu.compute.problems import Convolution
 from npulab.gpu.compute.tiles import Choice, Direct, Matrix, Winograd
 from npulab.gpu.compute.types import Buffer, Kernel, Launch, Lowered, Traits
-
-NARROW = 16
-"""Channels below which the inner loop goes through the taps of a row, too: they lie side by side in an image with zeros
-around it."""
 
 
 def lower(what: Convolution, traits: Traits, weights: NDArray[Any], bias: NDArray[Any] | None,
@@ -43,8 +39,16 @@ def lower(what: Convolution, traits: Traits, weights: NDArray[Any], bias: NDArra
     count = what.batch * math.prod(what.out)
     launches: list[Launch] = []
     scratch: dict[str, int] = {}
+    constants: dict[str, NDArray[Any]] = {}
+    matrix = weights.reshape(groups, what.filters // groups, taps * inner).transpose(0, 2, 1)
+    constants["weights"] = blocks.pack(matrix, tile, what.number)
+    if bias is not None:
+        constants["bias"] = blocks.pack_bias(bias, groups, tile)
+    label = f"{'x'.join(map(str, what.kernel))} convolution {what.channels} to {what.filters}"
+    if isinstance(choice, Direct) and narrow.fits(what, traits, tile):
+        return Lowered((narrow.launch(what, tile, bias is not None, label),), constants)
     image = "input"
-    if isinstance(choice, Direct) and inner < NARROW and groups == 1 and what.dilations[1] == 1 < what.kernel[1]:
+    if isinstance(choice, Direct) and tiles.is_narrow(what):
         top, left, bottom, right = what.pads
         size = (what.height + top + bottom, what.width + left + right)
         if any(what.pads):
@@ -58,17 +62,11 @@ def lower(what: Convolution, traits: Traits, weights: NDArray[Any], bias: NDArra
                            what.strides, what.dilations, what.pads[:2], any(what.pads))
     else:
         rows = blocks.Rows(count, inner, inner)
-    constants: dict[str, NDArray[Any]] = {}
-    matrix = weights.reshape(groups, what.filters // groups, taps * inner).transpose(0, 2, 1)
-    constants["weights"] = blocks.pack(matrix, tile, what.number)
-    if bias is not None:
-        constants["bias"] = blocks.pack_bias(bias, groups, tile)
     if rows.outside:
         constants["zeros"] = np.zeros(what.channels, np.float16 if what.number == "float16" else np.float32)
     ending = blocks.Ending(1.0, bias is not None, what.residual, what.activation, what.slope)
     roles = {"rows": image, "columns": "weights", "output": "output", "bias": "bias", "residual": "input1",
              "zeros": "zeros"}
-    label = f"{'x'.join(map(str, what.kernel))} convolution {what.channels} to {what.filters}"
     columns = blocks.Columns(what.filters // groups, groups)
     launches.append(blocks.launch(rows, columns, ending, tile, what.number, roles, label, what.operations))
     return Lowered(tuple(launches), constants, scratch)

@@ -23,6 +23,8 @@ class Tile(msgspec.Struct, frozen=True):
     unroll                 steps of the inner loop written out.
     group                  work items across columns and down rows. (1, 1): rows next to each other follow in time.
     depth                  steps of rows and columns that a group copies to local memory; 0: none.
+    passes                 tiles of rows that a work item goes through for each stretch of the inner loop: all but the
+                           first read its columns from the first cache. Only where `group` is (1, 1), without depth.
     """
 
     rows: int = 4
@@ -31,6 +33,7 @@ class Tile(msgspec.Struct, frozen=True):
     unroll: int = 1
     group: tuple[int, int] = (1, 1)
     depth: int = 0
+    passes: int = 1
 
     @property
     def columns(self) -> int:
@@ -40,7 +43,12 @@ class Tile(msgspec.Struct, frozen=True):
     @property
     def block(self) -> int:
         """Rows of a group."""
-        return self.rows * self.group[1]
+        return self.rows * self.group[1] * self.passes
+
+    @property
+    def stretch(self) -> int:
+        """Steps of the inner loop whose columns take about half of a first cache (16 KiB)."""
+        return max(32, 4096 // self.columns // 32 * 32)
 
     @property
     def local_bytes(self) -> int:
@@ -73,20 +81,27 @@ Choice = Matrix | Direct | Winograd
 def candidates(what: Convolution | Product, traits: Traits) -> list[Choice]:
     """The likely best first. Deterministic. Never empty."""
     ways: list[tuple[float, Choice]] = []
-    tiles = _tiles(traits)
     if isinstance(what, Product):
         rows, batch = (what.rows, what.batch) if what.batched else (what.rows * what.batch, 1)
+        tiles = _tiles(traits, rows, 4 * what.inner * what.columns)
         ways = [(_cycles(traits, t, rows, what.inner, what.columns, batch), Matrix(t)) for t in tiles]
     else:
         rows = what.batch * math.prod(what.out)
         inner = what.channels // what.groups * math.prod(what.kernel)
         filters = what.filters // what.groups
         pointwise = is_pointwise(what)
-        for t in tiles:
+        for t in _tiles(traits, rows, 4 * inner * filters):
             cycles = _cycles(traits, t, rows, inner, filters, what.groups)
+            if is_narrow(what) and traits.cpu:  # a work item has a row of tiles, none beyond it
+                cycles -= _START * math.ceil(-(-rows // t.rows) * -(-filters // t.columns) / traits.compute_units)
+                if what.out[1] % t.rows:
+                    cycles *= _GUARDED * -(-what.out[1] // t.rows) * t.rows / what.out[1]
             ways.append((cycles, Matrix(t) if pointwise else Direct(t)))
         if suits_winograd(what):
-            ways += [(_winograd(what, traits, t, size), Winograd(t, size)) for t in tiles for size in SIZES]
+            for size in SIZES:
+                points = (size + 2) ** 2
+                found = _tiles(traits, _patches(what, size), 4 * points * inner // 9 * filters)
+                ways += [(_winograd(what, traits, t, size), Winograd(t, size)) for t in found]
     return [w for _, w in sorted(ways, key=lambda w: w[0])]
 
 
@@ -99,16 +114,26 @@ def is_pointwise(what: Convolution) -> bool:
     return (what.kernel, what.strides, what.groups) == ((1, 1), (1, 1), 1) and not any(what.pads)
 
 
+def is_narrow(what: Convolution) -> bool:
+    """Whether taps of a row lie side by side and are worth an inner loop through them."""
+    return what.channels < NARROW and what.groups == 1 and what.dilations[1] == 1 < what.kernel[1]
+
+
 def suits_winograd(what: Convolution) -> bool:
     return (what.kernel, what.strides, what.dilations, what.groups) == ((3, 3), (1, 1), (1, 1), 1)
 
 
-def _tiles(traits: Traits) -> list[Tile]:
+def _tiles(traits: Traits, rows: int = 0, columns_bytes: int = 0) -> list[Tile]:
+    """With `rows` that few passes take, and columns that a core's caches do not hold, those with passes too."""
     if traits.cpu:
         widths = [w for w in (4, 8, 16) if traits.vector // 2 <= w <= max(4, traits.vector)]
         shapes = [(r, v) for r, v in product((1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14), (1, 2, 3, 4))
                   if (r + 1) * v + 1 <= max(8, traits.registers // traits.vector)]  # one too many costs a factor
-        return [Tile(r, v, w, u) for (r, v), w, u in product(shapes, widths, (2, 4))]
+        found = [Tile(r, v, w, u) for (r, v), w, u in product(shapes, widths, (2, 4))]
+        if columns_bytes > max(traits.caches[:2], default=0):
+            found += [msgspec.structs.replace(t, passes=-(-rows // t.rows)) for t in found
+                      if 1 < -(-rows // t.rows) <= _PASSES]
+        return found
     found = []
     for r, v, (across, down) in product((2, 4, 8), (1, 2), ((8, 8), (16, 8), (16, 16), (8, 4), (16, 4), (32, 8))):
         if across * down > traits.group_max or across * down % min(traits.warp, across * down):
@@ -130,10 +155,17 @@ def _cycles(traits: Traits, t: Tile, rows: int, inner: int, columns: int, batch:
         panel = 4.0 * t.columns / next((rate for rate, size in zip((64, 32, 12), traits.caches[:3], strict=False)
                                         if fed <= 0.8 * size), 6.0)
         loads = t.rows + parts
+        kept = 0.0
+        if t.passes > 1:  # columns from the first cache, sums to it and back for each stretch
+            panel, kept = 4.0 * t.columns / 64, 4.0 * t.rows * parts / t.stretch
         issue = max(t.rows * parts / 2, loads / 2, _LATENCY, panel)
-        cycles = issue + 0.15 * loads + 0.2 * (t.unroll - 2)
+        cycles = issue + 0.15 * loads + 0.2 * (t.unroll - 2) + kept
         once = 4.0 * batch * inner * columns / _streamed(traits)  # columns come from memory, whoever needs them
-        return math.ceil(groups / traits.compute_units) * (inner * cycles + 40 + 6 * t.rows * parts) + once
+        if t.passes > 1:
+            tiles = -(-rows // t.rows)  # not the last pass's rows that are none
+            return (math.ceil(groups / traits.compute_units) * t.passes * (inner * cycles + 6 * t.rows * parts)
+                    * tiles / (-(-tiles // t.passes) * t.passes) + _WAITED * once)
+        return math.ceil(groups / traits.compute_units) * (inner * cycles + _START + 6 * t.rows * parts) + once
     items = t.group[0] * t.group[1]
     accumulators = t.rows * t.vectors * t.width
     used = accumulators + t.vectors * t.width + t.rows + 16
@@ -146,15 +178,29 @@ def _cycles(traits: Traits, t: Tile, rows: int, inner: int, columns: int, batch:
     return turns * (inner * step + 4 * accumulators) * max(traits.warp, items) / 64
 
 
-def _winograd(what: Convolution, traits: Traits, t: Tile, size: int) -> float:
+def _patches(what: Convolution, size: int) -> int:
     height, width = what.out
-    points = (size + 2) ** 2
-    patches = what.batch * -(-height // size) * -(-width // size)
+    return what.batch * -(-height // size) * -(-width // size)
+
+
+def _winograd(what: Convolution, traits: Traits, t: Tile, size: int) -> float:
+    points, patches = (size + 2) ** 2, _patches(what, size)
     core = _cycles(traits, t, patches, what.channels, what.filters, points)
     moved = 8.0 * points * patches * (what.channels + what.filters)  # patches and products, written and read
     return core + moved / (_MOVED if traits.cpu else 16.0) / traits.compute_units + 2 * _LAUNCH
 
 
+NARROW = 16
+"""Channels below which the inner loop goes through the taps of a row, too: they lie side by side in an image with zeros
+around it."""
+_START = 40.0
+"""Cycles of a work item's beginning."""
+_GUARDED = 1.05
+"""Stores that are tested, of a first layer: measured, 224 x 224 x 3 with 6 rows beside 4."""
+_PASSES = 10
+"""More are tiles enough to share what columns cost."""
+_WAITED = 0.6
+"""Of the time that columns take from memory, where they are fetched ahead: measured as `_STREAMED`."""
 _LATENCY = 4.0
 """Cycles of a multiply-add: Cortex-A76 to Ice Lake (their vendors' optimization guides)."""
 _LAUNCH = 50_000.0
