@@ -149,15 +149,20 @@ def test_real_numbers_are_as_near_as_float32_sums_are(bench):
     assert (np.abs(found - exact) <= 301 * 2.0**-24 * (np.abs(a).astype(np.float64) @ np.abs(b))).all()
 
 
-@pytest.mark.skipif(not shutil.which("spirv-val"), reason="needs spirv-val: apt install spirv-tools")
-def test_modules_are_valid_for_vulkan(tmp_path):
-    c = Convolution(6, 5, 3, 3, size=(4, 3))
-    modules = [depthwise(c, kind) for kind in ENDINGS] + [matmul(33, 7, 19, "relu6"), convolution(c, "gelu")]
+def valid(folder, modules):
+    """spirv-val's word."""
+    if not shutil.which("spirv-val"):
+        pytest.skip("needs spirv-val: apt install spirv-tools")
     for i, module in enumerate(modules):
-        file = tmp_path / f"{i}.spv"
+        file = folder / f"{i}.spv"
         file.write_bytes(module.words)
         checked = subprocess.run(["spirv-val", "--target-env", "vulkan1.1", file], capture_output=True, text=True)
         assert checked.returncode == 0, checked.stderr + checked.stdout
+
+
+def test_modules_are_valid_for_vulkan(tmp_path):
+    c = Convolution(6, 5, 3, 3, size=(4, 3))
+    valid(tmp_path, [depthwise(c, kind) for kind in ENDINGS] + [matmul(33, 7, 19, "relu6"), convolution(c, "gelu")])
 
 
 def test_a_sum_that_the_driver_would_cut_short(bench, monkeypatch):
