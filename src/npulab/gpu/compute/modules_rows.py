@@ -11,7 +11,7 @@ from collections.abc import Callable
 from npulab.errors import UnsupportedError
 from npulab.gpu.compute.modules import Module
 from npulab.gpu.compute.problems import LayerNorm, Softmax
-from npulab.gpu.spirv_builder import Shader, Value
+from npulab.gpu.spirv_builder import Shader, Type, Value
 
 THREADS = 64
 GROUPS = 1 << 15
@@ -75,7 +75,7 @@ def _rows(rows: int, columns: int, number: str, buffers: int) -> tuple[Shader, V
         raise UnsupportedError("shaders of rows compute on float32", got=number)
     if min(rows, columns) < 1 or rows * columns >= 1 << 31:
         raise UnsupportedError("shaders count in 32 bits", got=f"{rows} rows of {columns}")
-    s = Shader(THREADS, ("float",) * buffers, ())
+    s = Shader(THREADS, [Type("float")] * buffers, ())
     row = s.group_y * GROUPS + s.group_id
     return s, s.builtin("UMin", row, s.constant(rows - 1)), row < rows
 
