@@ -10,6 +10,7 @@ Source: Dao et al., FlashAttention (2022), algorithm 1; Milakov and Gimelshein (
 from __future__ import annotations
 
 from npulab.errors import CapacityError, UnsupportedError
+from npulab.gpu.compute.attention import operations
 from npulab.gpu.compute.modules import FOUR, Module
 from npulab.gpu.compute.problems import Attention
 from npulab.gpu.spirv_builder import Shader, Type, Value, Variable
@@ -26,7 +27,7 @@ LOW = -1e30
 
 
 def attention(what: Attention, local_bytes: int = LOCAL) -> Module:
-    """output = softmax(input input1^T * scale) input2; causal: query q sees keys 0 to q. Numbers are finite.
+    """output = softmax(input input1^T * scale) input2; causal: query q sees keys 0 to q. Numbers are finite, scores above -1e30.
 
     Shapes:  as of `Attention`, nothing is padded. `local_bytes` is what a work group may take of local memory.
     Raises:  UnsupportedError unless float32, and where 32 bits do not count all elements; CapacityError where no tile
@@ -102,7 +103,7 @@ class _Flash:
         loads = -(-self.tall * self.depth // THREADS) + tiles * sum(-(-keys * n // THREADS)
                                                                     for n in (self.depth, self.width))
         groups = -(-what.queries // self.tall), what.batch
-        return Module(s.assemble(), groups, ("input", "input1", "input2", "output"), what.operations,
+        return Module(s.assemble(), groups, ("input", "input1", "input2", "output"), operations(what),
                       loads + tiles * (1 + self.depth + keys // 4), 1, _local(what, rows, keys))
 
     def _bring(self, buffer: int, count: int, columns: int, start: Value, high: int, to: int, stride: int) -> None:
