@@ -27,7 +27,8 @@ LOW = -1e30
 
 
 def attention(what: Attention, local_bytes: int = LOCAL) -> Module:
-    """output = softmax(input input1^T * scale) input2; causal: query q sees keys 0 to q. Numbers are finite, scores above -1e30.
+    """output = softmax(input input1^T * scale) input2; causal: query q sees keys 0 to q. Numbers are finite, scores
+    above -1e30.
 
     Shapes:  as of `Attention`, nothing is padded. `local_bytes` is what a work group may take of local memory.
     Raises:  UnsupportedError unless float32, and where 32 bits do not count all elements; CapacityError where no tile
