@@ -1,5 +1,6 @@
 """Kernels of networks as SPIR-V: products and convolutions against NumPy, on whole numbers, exactly."""
 
+import math
 import shutil
 import subprocess
 
@@ -8,7 +9,20 @@ import pytest
 
 from npulab.errors import UnsupportedError
 from npulab.gpu import vulkan
-from npulab.gpu.compute.modules import ENDINGS, Convolution, convolution, matmul, packed, packed_weights, run
+from npulab.gpu.compute.modules import (
+    Convolution,
+    convolution,
+    depthwise,
+    matmul,
+    packed,
+    packed_depthwise,
+    packed_weights,
+    run,
+)
+from npulab.gpu.compute.modules_endings import ENDINGS
+
+EXACT = ("none", "relu", "relu6")
+ULP = 2.0**-23
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +57,7 @@ def convolved(x, weights, bias, c):
 
 
 @pytest.mark.parametrize(("rows", "columns", "inner"), [(1, 1, 1), (64, 64, 64), (33, 7, 19), (5, 130, 1), (3, 4, 513)])
-@pytest.mark.parametrize("activation", ENDINGS)
+@pytest.mark.parametrize("activation", EXACT)
 def test_a_matrix_product_is_exact_on_whole_numbers(bench, rows, columns, inner, activation):
     a, b, bias = whole((rows, inner), 1), whole((inner, columns), 2), whole((1, columns), 3)
     found, seconds = run(bench, matmul(rows, columns, inner, activation),
@@ -60,13 +74,70 @@ def test_a_matrix_product_is_exact_on_whole_numbers(bench, rows, columns, inner,
     Convolution(11, 10, 2, 5, (3, 2), dilation=(2, 3), pad=(2, 0), size=(11, 7)),
     Convolution(1, 1, 1, 1, (5, 5), pad=(2, 2), size=(1, 1)),
 ], ids=lambda c: f"{c.kernel[0]}x{c.kernel[1]}/{c.stride[0]}")
-@pytest.mark.parametrize("activation", ENDINGS)
+@pytest.mark.parametrize("activation", EXACT)
 def test_a_convolution_is_exact_on_whole_numbers(bench, c, activation):
     x, weights = whole((c.height, c.width, c.channels), 1), whole((c.outputs, *c.kernel, c.channels), 2)
     bias = whole((1, c.outputs), 3)
     found, _ = run(bench, convolution(c, activation), {"input": x, "weights": packed_weights(weights),
                                                        "bias": packed(bias)}, (*c.size, c.outputs))
     np.testing.assert_array_equal(found, ended(convolved(x, weights, bias[0], c), activation))
+
+
+@pytest.mark.parametrize("c", [
+    Convolution(6, 5, 3, 3, (3, 3), pad=(1, 1), size=(6, 5)),
+    Convolution(9, 9, 37, 37, (3, 3), (2, 2), pad=(0, 1), size=(4, 5)),
+    Convolution(11, 10, 8, 8, (5, 2), dilation=(2, 3), pad=(4, 0), size=(11, 7)),
+    Convolution(1, 1, 1, 1, (5, 5), pad=(2, 2), size=(1, 1)),
+], ids=lambda c: f"{c.kernel[0]}x{c.kernel[1]}/{c.stride[0]}")
+@pytest.mark.parametrize("activation", EXACT)
+def test_a_depthwise_convolution_is_exact_on_whole_numbers(bench, c, activation):
+    x, weights = whole((c.height, c.width, c.channels), 1), whole((*c.kernel, c.channels), 2)
+    bias = whole((1, c.channels), 3)
+    each = np.einsum("hwc,oc->ohwc", weights, np.eye(c.channels))  # of all other channels: 0
+    given = {"input": packed(x.reshape(-1, c.channels)), "weights": packed_depthwise(weights), "bias": packed(bias)}
+    found, _ = run(bench, depthwise(c, activation), given, (*c.size, c.channels))
+    np.testing.assert_array_equal(found, ended(convolved(x, each, bias[0], c), activation))
+
+
+def sigmoid(x):
+    return 0.5 * (1 + np.tanh(x / 2))
+
+
+def sigmoid_off(x):
+    """exp's error (3 + 2 |x| units: Vulkan) through the derivative; a sum, and a quotient (2.5 units)."""
+    return (sigmoid(x) * sigmoid(-x) * (3 + 2 * np.abs(x)) + 4 * sigmoid(x)) * ULP
+
+
+ACTIVATIONS = {  # kind: what it is, how far a shader may be off
+    "none": (lambda x: x, lambda x: 0 * x),
+    "relu": (lambda x: np.maximum(x, 0), lambda x: 0 * x),
+    "relu6": (lambda x: np.clip(x, 0, 6), lambda x: 0 * x),
+    "sigmoid": (sigmoid, sigmoid_off),
+    "silu": (lambda x: x * sigmoid(x), lambda x: np.abs(x) * (sigmoid_off(x) + ULP * sigmoid(x))),
+    "tanh": (np.tanh, lambda x: 2 * sigmoid_off(-2 * x) + ULP),
+    "hardsigmoid": (lambda x: np.clip(x / 6 + 0.5, 0, 1), lambda x: ULP * np.minimum(np.abs(x) / 6 + 0.5, 1)),
+    "hardswish": (lambda x: x * np.clip(x + 3, 0, 6) / 6, lambda x: 2 * ULP * np.abs(x)),
+    "gelu": (lambda x: 0.5 * x * np.vectorize(lambda v: math.erfc(-v / math.sqrt(2)))(x),
+             lambda x: 1e-6 + ULP * np.abs(x)),
+    "leaky": (lambda x: np.where(x < 0, np.float32(0.2) * x, x), lambda x: ULP * np.abs(x)),
+}
+
+
+@pytest.mark.parametrize("activation", ENDINGS)
+def test_activations_are_as_near_as_vulkan_promises(bench, activation):
+    x = np.concatenate((np.linspace(-12, 12, 4093), [0, 1e-30, -1e-30, 87, -87, 104, -104, 3e4, -3e4, 1e30, -1e30]))
+    x = x.astype(np.float32).reshape(1, -1, 4)
+    c = Convolution(1, x.shape[1], 4, 4, (1, 1), size=x.shape[:2])
+    found, _ = run(bench, depthwise(c, activation, 0.2),
+                   {"input": x, "weights": np.ones((1, 4)), "bias": np.zeros((1, 4))}, x.shape)
+    exact, allowed = (f(x.astype(np.float64)) for f in ACTIVATIONS[activation])
+    assert (np.abs(found - exact) <= allowed + 1e-30).all()
+
+
+def test_the_error_of_a_name_lists_the_activations_there_are():
+    with pytest.raises(UnsupportedError, match="no shader with the activation softplus") as e:
+        matmul(1, 1, 1, "softplus")
+    assert e.value.facts["want"] == ", ".join(ENDINGS)
 
 
 def test_real_numbers_are_as_near_as_float32_sums_are(bench):
@@ -78,13 +149,20 @@ def test_real_numbers_are_as_near_as_float32_sums_are(bench):
     assert (np.abs(found - exact) <= 301 * 2.0**-24 * (np.abs(a).astype(np.float64) @ np.abs(b))).all()
 
 
-@pytest.mark.skipif(not shutil.which("spirv-val"), reason="needs spirv-val: apt install spirv-tools")
-def test_modules_are_valid_for_vulkan(tmp_path):
-    for i, module in enumerate((matmul(33, 7, 19, "relu6"), convolution(Convolution(6, 5, 3, 8, size=(4, 3)), "relu"))):
-        file = tmp_path / f"{i}.spv"
+def valid(folder, modules):
+    """spirv-val's word."""
+    if not shutil.which("spirv-val"):
+        pytest.skip("needs spirv-val: apt install spirv-tools")
+    for i, module in enumerate(modules):
+        file = folder / f"{i}.spv"
         file.write_bytes(module.words)
         checked = subprocess.run(["spirv-val", "--target-env", "vulkan1.1", file], capture_output=True, text=True)
         assert checked.returncode == 0, checked.stderr + checked.stdout
+
+
+def test_modules_are_valid_for_vulkan(tmp_path):
+    c = Convolution(6, 5, 3, 3, size=(4, 3))
+    valid(tmp_path, [depthwise(c, kind) for kind in ENDINGS] + [matmul(33, 7, 19, "relu6"), convolution(c, "gelu")])
 
 
 def test_a_sum_that_the_driver_would_cut_short(bench, monkeypatch):
@@ -96,8 +174,7 @@ def test_a_sum_that_the_driver_would_cut_short(bench, monkeypatch):
 
 
 def test_what_shaders_have_not():
-    with pytest.raises(UnsupportedError, match="no shader with the activation gelu") as e:
-        matmul(1, 1, 1, "gelu")
-    assert e.value.facts["want"] == "none, relu, relu6"
+    with pytest.raises(UnsupportedError, match="one channel of each"):
+        depthwise(Convolution(4, 4, 2, 4, size=(2, 2)))
     with pytest.raises(UnsupportedError, match="count in 32 bits"):
         matmul(1 << 20, 1 << 12, 4)

@@ -61,6 +61,9 @@ class Value:
     def __mul__(self, other: Value | float) -> Value:
         return self.shader.binary("*", self, other)
 
+    def __truediv__(self, other: Value | float) -> Value:
+        return self.shader.binary("/", self, other)
+
     def __floordiv__(self, other: Value | int) -> Value:
         return self.shader.typed("UDiv", self.type, self, self.shader.like(other, self))
 
@@ -187,6 +190,9 @@ class Shader:
     def lane(self, value: Value, index: int) -> Value:
         return value if value.type.lanes == 1 else self.typed("CompositeExtract", Type(value.type.kind), value, index)
 
+    def vector(self, *lanes: Value) -> Value:
+        return self.typed("CompositeConstruct", Type(lanes[0].type.kind, len(lanes)), *lanes)
+
     def sum(self, value: Value) -> Value:
         """Of the lanes, from the first on."""
         total = self.lane(value, 0)
@@ -223,13 +229,14 @@ class Shader:
         place = self.typed("CompositeConstruct", Type("uint", 2), x, y)
         return self.typed("ImageFetch", CONSTANT, image, place, 2, self.constant(0))  # Lod
 
-    def shared(self, kind: Kind, count: int) -> int:
+    def shared(self, kind: Type | Kind, count: int) -> int:
         """An array of the group's local memory, by its number."""
-        array = self._once("TypeArray", self.type_id(Type(kind)), self.constant(count).id)
+        element = Type(kind) if isinstance(kind, str) else kind
+        array = self._once("TypeArray", self.type_id(element), self.constant(count).id)
         pointer = self._once("TypePointer", CLASSES["Workgroup"], array)
         found = self.new()
         self._globals += word("Variable", pointer, found, CLASSES["Workgroup"])
-        self._shared.append((found, Type(kind)))
+        self._shared.append((found, element))
         return len(self._shared) - 1
 
     def shared_load(self, array: int, index: Value) -> Value:
@@ -392,8 +399,8 @@ class Shader:
         return at
 
     def _shared_element(self, array: int, index: Value) -> int:
-        variable, kind = self._shared[array]
-        pointer = self._once("TypePointer", CLASSES["Workgroup"], self.type_id(kind))
+        variable, element = self._shared[array]
+        pointer = self._once("TypePointer", CLASSES["Workgroup"], self.type_id(element))
         at = self.new()
         self.do("AccessChain", pointer, at, variable, index.id)
         return at

@@ -16,18 +16,19 @@ OPCODES = {
     "ConstantComposite": 44, "Function": 54, "FunctionEnd": 56, "Variable": 59, "Load": 61, "Store": 62,
     "AccessChain": 65, "ImageFetch": 95, "Decorate": 71, "MemberDecorate": 72, "CompositeConstruct": 80,
     "CompositeExtract": 81, "ConvertUToF": 112, "FConvert": 115, "IAdd": 128, "FAdd": 129, "ISub": 130,
-    "FSub": 131, "IMul": 132, "FMul": 133, "UDiv": 134, "UMod": 137, "LogicalAnd": 167, "Select": 169, "IEqual": 170,
-    "INotEqual": 171, "UGreaterThanEqual": 174, "ULessThan": 176, "ShiftRightLogical": 194,
+    "FSub": 131, "IMul": 132, "FMul": 133, "UDiv": 134, "FDiv": 136, "UMod": 137, "LogicalAnd": 167, "Select": 169,
+    "IEqual": 170, "INotEqual": 171, "UGreaterThanEqual": 174, "ULessThan": 176, "ShiftRightLogical": 194,
     "BitwiseAnd": 199, "ControlBarrier": 224, "LoopMerge": 246, "SelectionMerge": 247, "Label": 248, "Branch": 249,
     "BranchConditional": 250, "Return": 253,
 }
-GLSL = {"Fma": 50, "InverseSqrt": 32, "FMax": 40, "FMin": 37, "UMin": 38}
+GLSL = {"FAbs": 4, "Exp": 27, "Fma": 50, "InverseSqrt": 32, "FMax": 40, "FMin": 37, "UMin": 38}
 """Instructions of GLSL.std.450."""
 CLASSES = {"UniformConstant": 0, "Input": 1, "Uniform": 2, "Workgroup": 4, "Function": 7, "StorageBuffer": 12}
 DECORATIONS = {"Block": 2, "ArrayStride": 6, "BuiltIn": 11, "Binding": 33, "DescriptorSet": 34,
                "Offset": 35}
 BUILTINS = {"group": 26, "local": 27, "global": 28}  # WorkgroupId, LocalInvocationId, GlobalInvocationId
-ARITHMETIC = {"+": ("IAdd", "FAdd"), "-": ("ISub", "FSub"), "*": ("IMul", "FMul")}
+ARITHMETIC = {"+": ("IAdd", "FAdd"), "-": ("ISub", "FSub"), "*": ("IMul", "FMul"),
+              "/": ("UDiv", "FDiv")}
 
 
 def word(opcode: str, *operands: int) -> list[int]:

@@ -114,6 +114,14 @@ def count(module: bytes, size: Sequence[int], group: Sequence[int], block: bytes
     return of_a_turn(follow, len(items), CODE)
 
 
+def whole(module: bytes, size: Sequence[int], group: Sequence[int], entry: str = "main") -> Mix:
+    """What the first row of the first group's work items do in all, of a shader without arguments. Raises: NotRead."""
+    m, out = parse(module, entry), Mix()
+    for item in range(group[0]):
+        add(out, _Thread(m, b"", 0, item, size, group).follow())
+    return out
+
+
 def parse(data: bytes, entry: str) -> Module:
     """Raises: NotRead."""
     if len(data) < 20 or len(data) % 4 or struct.unpack_from("<I", data)[0] != MAGIC:
