@@ -156,6 +156,24 @@ def test_layer_norm_far_from_zero(device, traits):
     within(found, want, 80 * EPS * 10000)
 
 
+@pytest.mark.parametrize("base", ["exponential", "exponential2"])
+def test_exponentials(device, base):
+    x = np.concatenate([np.linspace(-87, 0, 20001), np.linspace(-1, 0, 2001), -np.logspace(-30, 0, 60), [-0.0]])
+    x = np.resize(x.astype(np.float32), -(-x.size // 16) * 16)
+    x = np.concatenate([x, np.float32([-np.inf, -128, -1e30, -3e38] * 3), np.full(4, np.nan, np.float32)])
+    source = vectors.preamble("float32", 16) + getattr(vectors, base)(16) + f"""
+__kernel void f(__global const float *x, __global float *y) {{
+    int i = get_global_id(0) * 16;
+    STORE({base}(LOAD(x + i)), y + i);
+}}"""
+    launch = Launch(Kernel(source, "f"), (len(x) // 16,), (1,), (Buffer("input"), Buffer("output")), base)
+    found = computed(device, Lowered((launch,)), [x], x.shape)
+    assert (found[-16:-4] == 0).all()
+    assert np.isnan(found[-4:]).all()
+    want = (np.exp if base == "exponential" else np.exp2)(x[:-16].astype(np.float64))
+    within(found[:-16], want, 3e-7 * want)
+
+
 # depthwise
 
 
@@ -279,8 +297,8 @@ def test_every_activation_is_tested():
 @pytest.mark.parametrize(("kind", "width"), [*((k, 16) for k in ACTIVATIONS), ("gelu", 1), ("tanh", 1)])
 def test_activations(device, kind, width):
     x = np.concatenate([np.linspace(-13, 13, 4001), np.linspace(-90, 90, 3871), np.logspace(-30, 0, 60),
-                        -np.logspace(-30, 0, 60), [0.0, 1e30, -1e30, 3, -3, 6, 3.0000002, -3.0000002]])
-    x = np.ascontiguousarray(x[:len(x) // 16 * 16].astype(np.float32))
+                        -np.logspace(-30, 0, 60), [0.0, -0.0, 1e4, -1e4, 1e30, -1e30, 3, -3, 6, 3.0000002, -3.0000002]])
+    x = np.resize(x.astype(np.float32), -(-x.size // 16) * 16)
     source = vectors.preamble("float32", width) + activations.helpers(kind, width) + f"""
 __kernel void f(__global const float *x, __global float *y) {{
     int i = get_global_id(0) * {width};
@@ -291,8 +309,26 @@ __kernel void f(__global const float *x, __global float *y) {{
     found = computed(device, Lowered((launch,)), [x], x.shape)
     with np.errstate(over="ignore"):
         want = ACTIVATIONS[kind](x.astype(np.float64), 0.2)
-    hard = 1e-7 * np.abs(x) * (kind == "hardswish") + 1e-7 * (kind == "hardsigmoid")  # near -3: what x + 3 is off by
-    within(found, want, 1e-6 * np.abs(want) + hard + 1e-36)  # where exp() is infinite or a denormal, nothing
+    within(found, want, 1e-6 * np.abs(want) + 1e-36)  # where exp() is infinite or a denormal, nothing
+
+
+@pytest.mark.parametrize("kind", ["relu", "relu6", "leaky", "silu"])
+def test_activations_of_nan(device, kind):
+    """It stays: a network that has gone wrong says so."""
+    source = vectors.preamble("float32", 4) + f"""
+__kernel void f(__global const float *x, __global float *y) {{
+    V v = LOAD(x);
+    STORE({activations.activation(kind, "v", 4)}, y);
+}}"""
+    launch = Launch(Kernel(source, "f"), (1,), (1,), (Buffer("input"), Buffer("output")), kind)
+    found = computed(device, Lowered((launch,)), [np.array([np.nan, 1, 2, 3], np.float32)], (4,))
+    assert np.isnan(found[0])
+    assert not np.isnan(found[1:]).any()
+
+
+def test_an_unknown_activation_is_named():
+    with pytest.raises(InvariantError, match="there is no activation 'swoosh'"):
+        activations.activation("swoosh", "x", 1)
 
 
 # attention
@@ -383,6 +419,34 @@ def test_attention_with_growing_scores(device, traits):
     found = computed(device, attention.lower(what, traits), [q, k, v], (1, 17, 3))
     want, bound = attention_of(what, q, k, v)
     within(found, want, bound)
+
+
+def test_attention_of_nan(device):
+    """It is not hidden by maxima that leave it out."""
+    q, k, v = numbers((1, 20, 4)), numbers((1, 30, 4), seed=1), numbers((1, 30, 4), seed=2)
+    k[0, 7, 2] = np.nan
+    found = computed(device, attention.lower(Attention(1, 20, 30, 4, 4, 0.5), CPU), [q, k, v], (1, 20, 4))
+    assert np.isnan(found).all()
+
+
+def test_a_network_is_the_same_unfused(device):
+    """As it is exported: K is transposed by a node, the scale is a product."""
+    onnx = pytest.importorskip("onnx")
+    from npulab.gpu.compute.network import compile_network
+    from npulab.importers import load
+    helper, shapes = onnx.helper, {"q": [2, 37, 24], "k": [2, 53, 24], "v": [2, 53, 20], "o": [2, 37, 20]}
+    info = [helper.make_tensor_value_info(n, 1, s) for n, s in shapes.items()]
+    nodes = [helper.make_node("Transpose", ["k"], ["t"], perm=[0, 2, 1]), helper.make_node("MatMul", ["q", "t"], ["s"]),
+             helper.make_node("Mul", ["s", "c"], ["m"]), helper.make_node("Softmax", ["m"], ["p"], axis=-1),
+             helper.make_node("MatMul", ["p", "v"], ["o"])]
+    graph = helper.make_graph(nodes, "g", info[:3], info[3:], [onnx.numpy_helper.from_array(np.float32(0.2), "c")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
+    feeds = {n: numbers(shapes[n], seed=i) for i, n in enumerate("qkv")}
+    want, bound = attention_of(Attention(2, 37, 53, 24, 20, 0.2), *feeds.values())
+    for fuse in (True, False):
+        plan = compile_network(load(model), CPU, fuse_attention=fuse)
+        assert (len(plan.steps) == 1) == fuse
+        within(plan.open(device).run(feeds)["o"], want, bound)
 
 
 @settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -74,6 +74,51 @@ def preamble(number: Number, width: int) -> str:
     return text + f"typedef float T;\n#define LOAD(p) vload{n}(0, p)\n#define STORE(v, p) vstore{n}(v, 0, p)\n" + one
 
 
+def literal(value: float) -> str:
+    """A float's exact value, rounded to float32 by the compiler."""
+    return f"{float(value)!r}f"
+
+
+def vector_type(width: int) -> str:
+    return "float" if width == 1 else f"float{width}"
+
+
+def prelude(number: Number, width: int) -> str:
+    """Types N, V and functions on them: one(p, i), many(p), put(v, p), and their kin for the first `left` of a
+    vector: some(p, left), put_some(v, p, left); floats(p) of float32 whatever N is."""
+    number_bytes(number)
+    half, w = number == "float16", "" if width == 1 else str(width)
+    if half:
+        one, many, put = "vload_half(i, p)", f"vload_half{w}(0, p)", f"vstore_half{w}(v, 0, p)"
+    elif width == 1:
+        one, many, put = "p[i]", "*p", "*p = v"
+    else:
+        one, many, put = "p[i]", f"vload{w}(0, p)", f"vstore{w}(v, 0, p)"
+    spread = "*t = v" if width == 1 else f"vstore{w}(v, 0, t)"
+    gather = "*t" if width == 1 else f"vload{w}(0, t)"
+    keep = "vstore_half(t[i], i, p)" if half else "p[i] = t[i]"
+    return f"""typedef {"half" if half else "float"} N;
+typedef {vector_type(width)} V;
+#define W {width}
+inline float one(__global const N *p, int i) {{ return {one}; }}
+inline V many(__global const N *p) {{ return {many}; }}
+inline void put(V v, __global N *p) {{ {put}; }}
+inline V floats(__global const float *p) {{ return {"*p" if width == 1 else f"vload{w}(0, p)"}; }}
+__attribute__((noinline)) V some(__global const N *p, int left) {{
+    if (left >= W) return many(p);
+    float t[W];
+    for (int i = 0; i < W; i++) t[i] = i < left ? one(p, i) : 0.0f;
+    return {gather};
+}}
+__attribute__((noinline)) void put_some(V v, __global N *p, int left) {{
+    if (left >= W) {{ put(v, p); return; }}
+    float t[W];
+    {spread};
+    for (int i = 0; i < left; i++) {keep};
+}}
+"""
+
+
 def lanes(width: int) -> str:
     """0, 1, 2... as an I."""
     return f"(I)({', '.join(map(str, range(width)))})"
