@@ -42,6 +42,15 @@ TRAITS = {"cpu": CPU, "small cpu": SMALL_CPU, "gpu": GPU, "mali": MALI}
 """Groups of the GPUs are small: PoCL takes seconds to compile larger ones."""
 
 
+def turns(names, cases, first="cpu"):
+    """Each case on one kind of device, in turn: nearly all the time is the compiler's."""
+    kinds = ["cpu", "gpu"] if first == "cpu" else ["gpu", "cpu"]
+    rows = [(*(case if isinstance(case, tuple) and names.count(",") else (case,)), TRAITS[kinds[i % 2]])
+            for i, case in enumerate(cases)]
+    return pytest.mark.parametrize((*names.split(", "), "traits"), rows,
+                                   ids=[f"{r[0]}-{r[-1].name[2:]}" for r in rows])
+
+
 @pytest.fixture(scope="module")
 def device():
     pytest.importorskip("pyopencl", reason="needs OpenCL: pip install 'npulab[gpu]'")
@@ -105,7 +114,7 @@ ROWS = [((1, 1), "float32"), ((5, 3), "float32"), ((7, 16), "float32"), ((3, 17)
         ((1, 5000), "float32"), ((3, 2), "float16"), ((9, 31), "float16")]
 
 
-@pytest.mark.parametrize(("shape", "number"), ROWS)
+@turns("shape, number", ROWS)
 def test_softmax(device, traits, shape, number):
     x = (numbers(shape) * 5).astype(number)
     want = softmax_of(x, 0.5)
@@ -130,7 +139,7 @@ def test_softmax_in_place(device, traits):
     within(found, softmax_of(x), softmax_of(x) * softmax_bound(x))
 
 
-@pytest.mark.parametrize(("shape", "number"), ROWS)
+@turns("shape, number", ROWS, "gpu")
 def test_layer_norm(device, traits, shape, number):
     affine = shape[1] % 3 > 0
     x = (numbers(shape) + 10).astype(number)
@@ -229,7 +238,7 @@ DEPTHWISE = {
 }
 
 
-@pytest.mark.parametrize("name", DEPTHWISE)
+@turns("name", DEPTHWISE)
 def test_depthwise(device, traits, name):
     check_depthwise(device, traits, DEPTHWISE[name])
 
@@ -237,7 +246,6 @@ def test_depthwise(device, traits, name):
 @pytest.mark.parametrize("name", ["small cpu", "mali"])
 def test_vectors_of_four(device, name):
     check_depthwise(device, TRAITS[name], DEPTHWISE["stride 2"])
-    check_depthwise(device, TRAITS[name], DEPTHWISE["multiplier"])
     x = numbers((5, 37))
     found = computed(device, softmax.lower(Softmax(5, 37), TRAITS[name]), [x], x.shape)
     within(found, softmax_of(x), softmax_of(x) * softmax_bound(x))
@@ -361,8 +369,6 @@ ATTENTION = {
     "ragged": Attention(3, 37, 53, 24, 20, 0.2),
     "narrow": Attention(2, 5, 7, 3, 5, 0.5),
     "odd heads": Attention(1, 33, 100, 33, 17, 0.17),
-    "long": Attention(1, 18, 331, 16, 16, 0.25),
-    "wide": Attention(1, 40, 20, 8, 70, 0.3),
     "causal": Attention(2, 45, 45, 16, 16, 0.25, causal=True),
     "causal, more keys": Attention(1, 21, 64, 8, 8, 0.3, causal=True),
     "causal, fewer keys": Attention(1, 64, 21, 8, 8, 0.3, causal=True),
@@ -370,26 +376,25 @@ ATTENTION = {
 }
 
 
-@pytest.mark.parametrize("name", ATTENTION)
-def test_attention(device, traits, name):
-    what = ATTENTION[name]
-    if not traits.cpu and name in ("narrow", "odd heads", "long", "one of each"):
-        pytest.skip("PoCL takes seconds to compile these; any size is tested below")
-    check_attention(device, what, attention.lower(what, traits))
+@pytest.mark.parametrize(("name", "kind"), [
+    *((n, "cpu") for n in ("one of each", "odd heads", "causal", "causal, more keys", "half")),
+    *((n, "gpu") for n in ("ragged", "causal, fewer keys", "half"))])
+def test_attention(device, name, kind):
+    check_attention(device, ATTENTION[name], attention.lower(ATTENTION[name], TRAITS[kind]))
 
 
-@pytest.mark.parametrize("choice", [{"vectors": 1, "keys": 16}, {"vectors": 3, "keys": 500}, {"vectors": 4, "keys": 7}])
+@pytest.mark.parametrize("choice", [{"vectors": 1, "keys": 16}, {"vectors": 3, "keys": 20}])
 def test_attention_as_chosen(device, choice):
     check_attention(device, ATTENTION["ragged"], attention.lower(ATTENTION["ragged"], CPU, choice))
 
 
-@pytest.mark.parametrize("choice", [(4, 2, 2), (1, 1, 1), (2, 4, 3)])
+@pytest.mark.parametrize("choice", [(1, 1, 1), (2, 4, 3)])
 def test_attention_as_chosen_on_a_gpu(device, choice):
     choice = dict(zip(("across", "down", "each"), choice, strict=True))
     check_attention(device, ATTENTION["ragged"], attention.lower(ATTENTION["ragged"], GPU, choice))
 
 
-@pytest.mark.parametrize("name", ["ragged", "narrow", "half"])
+@turns("name", ["ragged", "narrow", "half", "ragged"])
 def test_attention_unfused(device, traits, name):
     what = ATTENTION[name]
     # as halves, scores of up to s are stored a 2**-11 off, and so are their exponentials
@@ -402,7 +407,7 @@ def test_attention_with_large_scores(device, traits):
     check_attention(device, ATTENTION["ragged"], attention.lower(ATTENTION["ragged"], traits), spread=3000)
 
 
-@pytest.mark.parametrize("score", [-1e30, 0.0, 1e30])
+@turns("score", [-1e30, 0.0, 1e30])
 def test_attention_with_equal_scores(device, traits, score):
     """The mean of the values."""
     what = Attention(1, 19, 23, 1, 5, 1.0)
@@ -449,7 +454,7 @@ def test_a_network_is_the_same_unfused(device):
         within(plan.open(device).run(feeds)["o"], want, bound)
 
 
-@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40), st.integers(1, 20), st.integers(1, 20),
        st.booleans(), st.sampled_from(sorted(TRAITS)))
 def test_attention_of_any_size(device, batch, queries, keys, depth, width, causal, traits):
@@ -479,7 +484,7 @@ POOLS = {
 }
 
 
-@pytest.mark.parametrize("name", POOLS)
+@turns("name", POOLS)
 def test_pools(device, traits, name):
     what = POOLS[name]
     x = numbers((what.batch, what.height, what.width, what.channels), what.number)
@@ -497,8 +502,8 @@ def test_pools(device, traits, name):
     within(mean, want, 12 * EPS * np.nanmean(np.abs(windows), 0) + stored(want, what.number))
 
 
-@pytest.mark.parametrize(("kind", "shape"), [("mean", (2, 49, 37)), ("sum", (3, 1, 5)), ("sum", (1, 1027, 1)),
-                                             ("max", (2, 6, 35)), ("min", (1, 7, 64))])
+@turns("kind, shape", [("mean", (2, 49, 37)), ("sum", (3, 1, 5)), ("sum", (1, 1027, 1)), ("max", (2, 6, 35)),
+                       ("min", (1, 7, 64))])
 def test_reductions(device, traits, kind, shape):
     x = numbers(shape)
     found = computed(device, pool.reduce(kind, *shape, traits), [x], (shape[0], shape[2]))
@@ -515,7 +520,7 @@ SHAPES = {"same": ((2, 3, 5, 7), (2, 3, 5, 7)), "scalar": ((3, 37), ()), "channe
           "one": ((1,), (1,)), "scalar first": ((), (40,))}
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@turns("name", SHAPES)
 def test_binary_is_broadcast(device, traits, name):
     a, b = (np.asarray(numbers(s, seed=i)) for i, s in enumerate(SHAPES[name]))
     want = a - b
@@ -554,8 +559,8 @@ def test_unary(device, traits):
     assert (found == np.where(x < 0, x / 4, x)).all()
 
 
-@pytest.mark.parametrize(("shape", "order"), [((2, 3, 4, 37), (0, 2, 1, 3)), ((5, 37), (1, 0)),
-                                              ((1, 1, 4), (2, 0, 1)), ((2, 6, 5, 3), (0, 3, 1, 2))])
+@turns("shape, order", [((2, 3, 4, 37), (0, 2, 1, 3)), ((5, 37), (1, 0)), ((1, 1, 4), (2, 0, 1)),
+                        ((2, 6, 5, 3), (0, 3, 1, 2))])
 def test_transpose(device, traits, shape, order):
     number = "float16" if len(shape) == 3 else "float32"
     x = numbers(shape, number)
@@ -564,7 +569,7 @@ def test_transpose(device, traits, shape, order):
             == want).all()
 
 
-@pytest.mark.parametrize("axis", [0, 1, -1])
+@turns("axis", [0, 1, -1])
 def test_concat(device, traits, axis):
     shapes = [[2, 3, 20], [2, 3, 20], [2, 3, 20]]
     for s, n in zip(shapes, (1, 17, 5), strict=True):
@@ -587,9 +592,10 @@ def test_nothing_is_not_launched():
         elementwise.unary("relu", (0, 3), CPU)
 
 
-@pytest.mark.parametrize("coordinates", ["half_pixel", "asymmetric", "align_corners"])
-@pytest.mark.parametrize("kind", ["nearest", "bilinear"])
-@pytest.mark.parametrize("out", [(10, 14), (3, 1)])
+@turns("kind, coordinates, out", [
+    ("nearest", "half_pixel", (10, 14)), ("nearest", "asymmetric", (3, 1)), ("nearest", "align_corners", (10, 14)),
+    ("bilinear", "half_pixel", (3, 1)), ("bilinear", "asymmetric", (10, 14)), ("bilinear", "align_corners", (3, 1)),
+    ("bilinear", "half_pixel", (10, 14))])
 def test_resize(device, traits, kind, coordinates, out):
     """ONNX Runtime is the witness."""
     ort, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
@@ -654,7 +660,7 @@ def check_integers(device, traits, what: Convolution, seed=0, shifts=None, big=F
     assert (found == want).all()
 
 
-@pytest.mark.parametrize("name", INTEGERS)
+@turns("name", INTEGERS)
 def test_integers_are_the_reference_byte_for_byte(device, traits, name):
     check_integers(device, traits, INTEGERS[name])
 
@@ -694,7 +700,7 @@ def test_integer_groups_are_refused():
                              None, 0, [0] * 4, [0] * 4, 0)
 
 
-@pytest.mark.parametrize("name", INTEGERS)
+@turns("name", INTEGERS, "gpu")
 def test_integers_are_litert_byte_for_byte(device, traits, name):
     """Scales of each channel; LiteRT's reference kernels are the witness."""
     pytest.importorskip("ai_edge_litert")

@@ -16,8 +16,9 @@ ERFC = (2.820644997e-01, 2.828570210e-01, 2.386449804e-01, 2.255410713e-01, -9.8
 """erfc(z) = t q(t) exp(-z z), t = 1 / (1 + z / 2), q by rising powers: fitted for z of 0 to 10, 2e-8 off at most."""
 _FORMS: dict[Activation, str] = {
     "none": "{x}",
-    "relu": "max({x}, ({v})(0.0f))",  # fmax would lose NaN, and takes three instructions on x86
-    "relu6": "clamp({x}, ({v})(0.0f), ({v})(6.0f))",
+    # fmax would lose NaN, and takes three instructions on x86; what max does with NaN is left open
+    "relu": "({x} < ({v})(0.0f) ? ({v})(0.0f) : {x})",
+    "relu6": "({x} < ({v})(0.0f) ? ({v})(0.0f) : {x} > ({v})(6.0f) ? ({v})(6.0f) : {x})",
     "sigmoid": "(({v})(1.0f) / (({v})(1.0f) + exp(-{x})))",
     "silu": "({x} / (({v})(1.0f) + exp(-{x})))",
     "hardsigmoid": "(clamp({x} + ({v})(3.0f), ({v})(0.0f), ({v})(6.0f)) / ({v})(6.0f))",
