@@ -1,10 +1,15 @@
-"""Fused attention against the unfused chain of three kernels, in turn on the same device, and ONNX Runtime beside.
+"""Fused attention against what it saves, in turn on the same device, and ONNX Runtime beside.
 
     python bench/gpu_attention.py [DEVICE [TURNS]]
 
-ratio: the medians' (unfused over fused), with the range that holds 95 % of 2000 resampled ratios. Two figures of the
-same work: operations a second of the fused kernel, and their share of what a chain of multiply-adds reaches (the
-probe's figure for float32, vectors of 16, measured here before and after).
+fused    what the runtime makes of an exported attention: one launch.
+network  what it makes of the same file without fusing attention: K packed, product, scale, softmax, V packed where it
+         must be, product, with the kernels and tiles that any network gets.
+tuned    three launches made for this (gpu/compute/chain.py): scale inside the first product, softmax in place.
+
+Ratios are of medians, over fused, with the range that holds 95 % of 2000 resampled ones. "of peak": the fused kernel's
+operations a second, as a share of what a chain of multiply-adds reaches (the probe's figure for float32, vectors of 16,
+measured here before and after).
 """
 
 import sys
@@ -15,18 +20,13 @@ import numpy as np
 from npulab.gpu import opencl
 from npulab.gpu.compute import attention
 from npulab.gpu.compute.device import Device
+from npulab.gpu.compute.network import compile_network
 from npulab.gpu.compute.problems import Attention
-from npulab.gpu.compute.types import Traits
+from npulab.gpu.compute.traits import traits_of
+from npulab.importers import load
 
-SHAPES = {"ViT 12x197x64": (12, 197, 64), "8x1024x64": (8, 1024, 64), "4x2048x64": (4, 2048, 64),
-          "8x1024x32": (8, 1024, 32)}
-
-
-def assumed(device):
-    cpu = "pocl" in device.identity.platform.lower() or "cpu" in device.identity.name.lower()
-    limits = device.limits
-    return Traits(device.identity.name, cpu, limits.compute_units, 16 if cpu else 1, 512 if cpu else 64, 1 if cpu
-                  else 32, limits.local_bytes, limits.group_max)
+SHAPES = ((12, 197, 64), (8, 1024, 64), (4, 2048, 64), (2, 4096, 64), (1, 8192, 64), (8, 1024, 32), (2, 4096, 32))
+"""Batch times heads, sequence, size of a head."""
 
 
 def interval(a, b):
@@ -37,10 +37,9 @@ def interval(a, b):
     return np.median(a) / np.median(b), *np.percentile(ratios, [2.5, 97.5])
 
 
-def session(batch, length, depth):
-    """MatMul, Mul, Softmax, MatMul."""
+def exported(batch, length, depth):
+    """Transpose, MatMul, Mul, Softmax, MatMul: as frameworks export attention."""
     import onnx
-    import onnxruntime as ort
     from onnx import helper
     info = [helper.make_tensor_value_info(n, 1, [batch, length, depth]) for n in "qkvo"]
     nodes = [helper.make_node("Transpose", ["k"], ["t"], perm=[0, 2, 1]), helper.make_node("MatMul", ["q", "t"], ["s"]),
@@ -49,7 +48,7 @@ def session(batch, length, depth):
     scale = onnx.numpy_helper.from_array(np.float32(depth**-0.5), "c")
     graph = helper.make_graph(nodes, "attention", info[:3], info[3:], [scale])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return model.SerializeToString()
 
 
 def peak(number, units):
@@ -59,40 +58,60 @@ def peak(number, units):
     return 2 * timing.work["operations"] / min(timing.seconds)
 
 
+def tuned(device, traits, what, feeds):
+    """A call that runs the chain of three launches and gives seconds; its buffers, which must live as long."""
+    chain = attention.unfused(what, traits)
+    buffers = {role: device.upload(feeds[x]) for role, x in (("input", "q"), ("input1", "k"), ("input2", "v"))}
+    buffers |= {"output": device.allocate(feeds["q"].nbytes)}
+    buffers |= {role: device.allocate(size) for role, size in chain.scratch.items()}
+    return device.prepared(chain.launches, buffers), buffers
+
+
 def main(number=0, turns=9):
+    import onnxruntime as ort
     device = Device(number)
-    traits = assumed(device)
+    traits = traits_of(device)
     before = peak(number, traits.compute_units)
     print(f"{device.identity.name}\n{device.identity.driver}")
-    print(f"{'shape':14} {'fused ms':>9} {'chain ms':>9} {'ORT ms':>8} {'ratio':>6} {'95 %':>13} {'G op/s':>7} "
-          f"{'of peak':>8}")
-    for name, (batch, length, depth) in SHAPES.items():
+    print(f"{'shape':10} {'fused':>7} {'network':>8} {'tuned':>7} {'ORT ms':>7}  {'network / fused':16} "
+          f"{'tuned / fused':16} {'of peak':>7}")
+    for batch, length, depth in SHAPES:
         what = Attention(batch, length, length, depth, depth, depth**-0.5)
         rng = np.random.default_rng(0)
-        q, k, v = (rng.standard_normal((batch, length, depth)).astype(np.float32) for _ in range(3))
-        buffers = {role: device.upload(x) for role, x in (("input", q), ("input1", k), ("input2", v))}
-        fused, chain = attention.lower(what, traits), attention.unfused(what, traits)
-        buffers |= {"output": device.allocate(q.nbytes)} | {r: device.allocate(n) for r, n in chain.scratch.items()}
-        peer = session(batch, length, depth)
-        feeds = {"q": q, "k": k, "v": v}
+        feeds = {n: rng.standard_normal((batch, length, depth)).astype(np.float32) for n in "qkv"}
+        file = exported(batch, length, depth)
+        peer = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
         want = peer.run(None, feeds)[0]
-        for way in (fused, chain):
-            device.run(way.launches, buffers)
-            off = np.abs(device.download(buffers["output"], q.shape) - want).max()
-            if not off < 1e-4:
-                raise SystemExit(f"{name}: {off} off")
-        times = {"fused": [], "chain": [], "peer": []}
+        calls, parts = {}, ""
+        for way in ("fused", "network"):
+            plan = compile_network(load(file), traits, fuse_attention=way == "fused")
+            opened = plan.open(device)
+            off = np.abs(opened.run(feeds)["o"] - want).max()
+            if not off < 1e-4 or (len(plan.steps) == 1) != (way == "fused"):
+                raise SystemExit(f"{batch}x{length}x{depth}, {way}: {off} off, {len(plan.steps)} launches")
+            calls[way], parts = opened.launch, [s.launch.label for s in plan.steps]
+        calls["tuned"], buffers = tuned(device, traits, what, feeds)
+        calls["tuned"]()
+        if not np.abs(device.download(buffers["output"], want.shape) - want).max() < 1e-4:
+            raise SystemExit(f"{batch}x{length}x{depth}: the tuned chain is wrong")
+        times = {n: [] for n in (*calls, "ORT")}
+        each = []
         for _ in range(turns):
-            times["fused"].append(sum(device.run(fused.launches, buffers)))
-            times["chain"].append(sum(device.run(chain.launches, buffers)))
+            for name, call in calls.items():
+                found = call()
+                times[name].append(sum(found))
+                if name == "network":
+                    each.append(found)
             start = time.perf_counter()
             peer.run(None, feeds)
-            times["peer"].append(time.perf_counter() - start)
+            times["ORT"].append(time.perf_counter() - start)
         ms = {n: np.median(t) * 1e3 for n, t in times.items()}
-        ratio, low, high = interval(times["chain"], times["fused"])
+        ratios = ["{:5.2f} {:4.2f}-{:4.2f}".format(*interval(times[n], times["fused"])) for n in ("network", "tuned")]
         rate = what.operations / ms["fused"] * 1e3
-        print(f"{name:14} {ms['fused']:9.2f} {ms['chain']:9.2f} {ms['peer']:8.2f} {ratio:6.2f} {low:6.2f}-{high:6.2f} "
-              f"{rate / 1e9:7.1f} {rate / before:8.0%}", flush=True)
+        print(f"{f'{batch}x{length}x{depth}':10} {ms['fused']:7.2f} {ms['network']:8.2f} {ms['tuned']:7.2f} "
+              f"{ms['ORT']:7.2f}  {ratios[0]:16} {ratios[1]:16} {rate / before:7.0%}", flush=True)
+    print("of the network's, the last shape, ms: " + ", ".join(
+        f"{label} {np.median(t) * 1e3:.1f}" for label, t in zip(parts, zip(*each, strict=True), strict=True)))
     after = peak(number, traits.compute_units)
     print(f"multiply-adds in a chain: {before / 1e9:.0f} G op/s before, {after / 1e9:.0f} after")
 

@@ -36,10 +36,19 @@ HALF = 2.0**-11
 CPU = Traits("a CPU", cpu=True, compute_units=2, vector=16, registers=512, warp=1, local_bytes=1 << 20, group_max=4096,
              caches=(48 << 10, 1280 << 10))
 SMALL_CPU = replace(CPU, vector=4, registers=128)
-GPU = Traits("a GPU", cpu=False, compute_units=4, vector=1, registers=64, warp=16, local_bytes=48 << 10, group_max=16)
+GPU = Traits("a GPU", cpu=False, compute_units=4, vector=1, registers=64, warp=16, local_bytes=48 << 10, group_max=8)
 MALI = replace(GPU, vector=4, warp=8, local_bytes=32 << 10)
 TRAITS = {"cpu": CPU, "small cpu": SMALL_CPU, "gpu": GPU, "mali": MALI}
 """Groups of the GPUs are small: PoCL takes seconds to compile larger ones."""
+
+
+def turns(names, cases, first="cpu"):
+    """Each case on one kind of device, in turn: nearly all the time is the compiler's."""
+    kinds = ["cpu", "gpu"] if first == "cpu" else ["gpu", "cpu"]
+    rows = [(*(case if isinstance(case, tuple) and names.count(",") else (case,)), TRAITS[kinds[i % 2]])
+            for i, case in enumerate(cases)]
+    return pytest.mark.parametrize((*names.split(", "), "traits"), rows,
+                                   ids=[f"{str(r[0])[:20]}-{r[-1].name[2:]}" for r in rows])
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +114,7 @@ ROWS = [((1, 1), "float32"), ((5, 3), "float32"), ((7, 16), "float32"), ((3, 17)
         ((1, 5000), "float32"), ((3, 2), "float16"), ((9, 31), "float16")]
 
 
-@pytest.mark.parametrize(("shape", "number"), ROWS)
+@turns("shape, number", ROWS)
 def test_softmax(device, traits, shape, number):
     x = (numbers(shape) * 5).astype(number)
     want = softmax_of(x, 0.5)
@@ -113,8 +122,7 @@ def test_softmax(device, traits, shape, number):
     within(found, want, want * softmax_bound(x, 0.5) + stored(want, number) + 1e-37)
 
 
-@pytest.mark.parametrize("row", [[-1e30] * 37, [3e38] + [0] * 36, [-3e38] * 36 + [1], [88.0, -88.0] * 18 + [0],
-                                 [-np.inf] * 36 + [0]])
+@turns("row", [[-1e30] * 37, [3e38] + [0] * 36, [-3e38] * 36 + [1], [88.0, -88.0] * 18 + [0], [-np.inf] * 36 + [0]])
 def test_softmax_of_extremes(device, traits, row):
     x = np.array([row, row[::-1]], np.float32)
     want = softmax_of(x)
@@ -130,7 +138,7 @@ def test_softmax_in_place(device, traits):
     within(found, softmax_of(x), softmax_of(x) * softmax_bound(x))
 
 
-@pytest.mark.parametrize(("shape", "number"), ROWS)
+@turns("shape, number", ROWS, "gpu")
 def test_layer_norm(device, traits, shape, number):
     affine = shape[1] % 3 > 0
     x = (numbers(shape) + 10).astype(number)
@@ -154,6 +162,24 @@ def test_layer_norm_far_from_zero(device, traits):
     want = d / np.sqrt((d**2).mean(-1, keepdims=True) + 1e-5)
     found = computed(device, normalize.lower(LayerNorm(3, 77), traits), [x], x.shape)
     within(found, want, 80 * EPS * 10000)
+
+
+@pytest.mark.parametrize("base", ["exponential", "exponential2"])
+def test_exponentials(device, base):
+    x = np.concatenate([np.linspace(-87, 0, 20001), np.linspace(-1, 0, 2001), -np.logspace(-30, 0, 60), [-0.0]])
+    x = np.resize(x.astype(np.float32), -(-x.size // 16) * 16)
+    x = np.concatenate([x, np.float32([-np.inf, -128, -1e30, -3e38] * 3), np.full(4, np.nan, np.float32)])
+    source = vectors.preamble("float32", 16) + getattr(vectors, base)(16) + f"""
+__kernel void f(__global const float *x, __global float *y) {{
+    int i = get_global_id(0) * 16;
+    STORE({base}(LOAD(x + i)), y + i);
+}}"""
+    launch = Launch(Kernel(source, "f"), (len(x) // 16,), (1,), (Buffer("input"), Buffer("output")), base)
+    found = computed(device, Lowered((launch,)), [x], x.shape)
+    assert (found[-16:-4] == 0).all()
+    assert np.isnan(found[-4:]).all()
+    want = (np.exp if base == "exponential" else np.exp2)(x[:-16].astype(np.float64))
+    within(found[:-16], want, 3e-7 * want)
 
 
 # depthwise
@@ -211,7 +237,7 @@ DEPTHWISE = {
 }
 
 
-@pytest.mark.parametrize("name", DEPTHWISE)
+@turns("name", DEPTHWISE)
 def test_depthwise(device, traits, name):
     check_depthwise(device, traits, DEPTHWISE[name])
 
@@ -219,7 +245,6 @@ def test_depthwise(device, traits, name):
 @pytest.mark.parametrize("name", ["small cpu", "mali"])
 def test_vectors_of_four(device, name):
     check_depthwise(device, TRAITS[name], DEPTHWISE["stride 2"])
-    check_depthwise(device, TRAITS[name], DEPTHWISE["multiplier"])
     x = numbers((5, 37))
     found = computed(device, softmax.lower(Softmax(5, 37), TRAITS[name]), [x], x.shape)
     within(found, softmax_of(x), softmax_of(x) * softmax_bound(x))
@@ -279,8 +304,8 @@ def test_every_activation_is_tested():
 @pytest.mark.parametrize(("kind", "width"), [*((k, 16) for k in ACTIVATIONS), ("gelu", 1), ("tanh", 1)])
 def test_activations(device, kind, width):
     x = np.concatenate([np.linspace(-13, 13, 4001), np.linspace(-90, 90, 3871), np.logspace(-30, 0, 60),
-                        -np.logspace(-30, 0, 60), [0.0, 1e30, -1e30, 3, -3, 6, 3.0000002, -3.0000002]])
-    x = np.ascontiguousarray(x[:len(x) // 16 * 16].astype(np.float32))
+                        -np.logspace(-30, 0, 60), [0.0, -0.0, 1e4, -1e4, 1e30, -1e30, 3, -3, 6, 3.0000002, -3.0000002]])
+    x = np.resize(x.astype(np.float32), -(-x.size // 16) * 16)
     source = vectors.preamble("float32", width) + activations.helpers(kind, width) + f"""
 __kernel void f(__global const float *x, __global float *y) {{
     int i = get_global_id(0) * {width};
@@ -291,8 +316,26 @@ __kernel void f(__global const float *x, __global float *y) {{
     found = computed(device, Lowered((launch,)), [x], x.shape)
     with np.errstate(over="ignore"):
         want = ACTIVATIONS[kind](x.astype(np.float64), 0.2)
-    hard = 1e-7 * np.abs(x) * (kind == "hardswish") + 1e-7 * (kind == "hardsigmoid")  # near -3: what x + 3 is off by
-    within(found, want, 1e-6 * np.abs(want) + hard + 1e-36)  # where exp() is infinite or a denormal, nothing
+    within(found, want, 1e-6 * np.abs(want) + 1e-36)  # where exp() is infinite or a denormal, nothing
+
+
+@pytest.mark.parametrize("kind", ["relu", "relu6", "leaky", "silu"])
+def test_activations_of_nan(device, kind):
+    """It stays: a network that has gone wrong says so."""
+    source = vectors.preamble("float32", 4) + f"""
+__kernel void f(__global const float *x, __global float *y) {{
+    V v = LOAD(x);
+    STORE({activations.activation(kind, "v", 4)}, y);
+}}"""
+    launch = Launch(Kernel(source, "f"), (1,), (1,), (Buffer("input"), Buffer("output")), kind)
+    found = computed(device, Lowered((launch,)), [np.array([np.nan, 1, 2, 3], np.float32)], (4,))
+    assert np.isnan(found[0])
+    assert not np.isnan(found[1:]).any()
+
+
+def test_an_unknown_activation_is_named():
+    with pytest.raises(InvariantError, match="there is no activation 'swoosh'"):
+        activations.activation("swoosh", "x", 1)
 
 
 # attention
@@ -325,8 +368,6 @@ ATTENTION = {
     "ragged": Attention(3, 37, 53, 24, 20, 0.2),
     "narrow": Attention(2, 5, 7, 3, 5, 0.5),
     "odd heads": Attention(1, 33, 100, 33, 17, 0.17),
-    "long": Attention(1, 18, 331, 16, 16, 0.25),
-    "wide": Attention(1, 40, 20, 8, 70, 0.3),
     "causal": Attention(2, 45, 45, 16, 16, 0.25, causal=True),
     "causal, more keys": Attention(1, 21, 64, 8, 8, 0.3, causal=True),
     "causal, fewer keys": Attention(1, 64, 21, 8, 8, 0.3, causal=True),
@@ -334,30 +375,30 @@ ATTENTION = {
 }
 
 
-@pytest.mark.parametrize("name", ATTENTION)
-def test_attention(device, traits, name):
-    what = ATTENTION[name]
-    if not traits.cpu and name in ("narrow", "odd heads", "long", "one of each"):
-        pytest.skip("PoCL takes seconds to compile these; any size is tested below")
-    check_attention(device, what, attention.lower(what, traits))
+@pytest.mark.parametrize(("name", "kind"), [
+    *((n, "cpu") for n in ("one of each", "odd heads", "causal", "causal, more keys", "half")),
+    *((n, "gpu") for n in ("ragged", "causal, fewer keys", "half"))])
+def test_attention(device, name, kind):
+    check_attention(device, ATTENTION[name], attention.lower(ATTENTION[name], TRAITS[kind]))
 
 
-@pytest.mark.parametrize("choice", [{"vectors": 1, "keys": 16}, {"vectors": 3, "keys": 500}, {"vectors": 4, "keys": 7}])
+@pytest.mark.parametrize("choice", [{"vectors": 1, "keys": 16}, {"vectors": 3, "keys": 20}])
 def test_attention_as_chosen(device, choice):
     check_attention(device, ATTENTION["ragged"], attention.lower(ATTENTION["ragged"], CPU, choice))
 
 
-@pytest.mark.parametrize("choice", [(4, 2, 2), (1, 1, 1), (2, 4, 3)])
+@pytest.mark.parametrize("choice", [(2, 2, 3)])
 def test_attention_as_chosen_on_a_gpu(device, choice):
     choice = dict(zip(("across", "down", "each"), choice, strict=True))
     check_attention(device, ATTENTION["ragged"], attention.lower(ATTENTION["ragged"], GPU, choice))
 
 
-@pytest.mark.parametrize("name", ["ragged", "narrow", "half"])
+@turns("name", ["ragged", "ragged", "half", "narrow"])
 def test_attention_unfused(device, traits, name):
     what = ATTENTION[name]
     # as halves, scores of up to s are stored a 2**-11 off, and so are their exponentials
     half = what.number == "float16"
+    traits = replace(traits, group_max=16)  # tiles of more than one work item
     check_attention(device, what, attention.unfused(what, traits), extra=4 * HALF * 8 if half else 0.0)
 
 
@@ -366,7 +407,7 @@ def test_attention_with_large_scores(device, traits):
     check_attention(device, ATTENTION["ragged"], attention.lower(ATTENTION["ragged"], traits), spread=3000)
 
 
-@pytest.mark.parametrize("score", [-1e30, 0.0, 1e30])
+@turns("score", [-1e30, 0.0, 1e30])
 def test_attention_with_equal_scores(device, traits, score):
     """The mean of the values."""
     what = Attention(1, 19, 23, 1, 5, 1.0)
@@ -385,7 +426,35 @@ def test_attention_with_growing_scores(device, traits):
     within(found, want, bound)
 
 
-@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_attention_of_nan(device):
+    """It is not hidden by maxima that leave it out."""
+    q, k, v = numbers((1, 20, 4)), numbers((1, 30, 4), seed=1), numbers((1, 30, 4), seed=2)
+    k[0, 7, 2] = np.nan
+    found = computed(device, attention.lower(Attention(1, 20, 30, 4, 4, 0.5), CPU), [q, k, v], (1, 20, 4))
+    assert np.isnan(found).all()
+
+
+def test_a_network_is_the_same_unfused(device):
+    """As it is exported: K is transposed by a node, the scale is a product."""
+    onnx = pytest.importorskip("onnx")
+    from npulab.gpu.compute.network import compile_network
+    from npulab.importers import load
+    helper, shapes = onnx.helper, {"q": [2, 37, 24], "k": [2, 53, 24], "v": [2, 53, 20], "o": [2, 37, 20]}
+    info = [helper.make_tensor_value_info(n, 1, s) for n, s in shapes.items()]
+    nodes = [helper.make_node("Transpose", ["k"], ["t"], perm=[0, 2, 1]), helper.make_node("MatMul", ["q", "t"], ["s"]),
+             helper.make_node("Mul", ["s", "c"], ["m"]), helper.make_node("Softmax", ["m"], ["p"], axis=-1),
+             helper.make_node("MatMul", ["p", "v"], ["o"])]
+    graph = helper.make_graph(nodes, "g", info[:3], info[3:], [onnx.numpy_helper.from_array(np.float32(0.2), "c")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
+    feeds = {n: numbers(shapes[n], seed=i) for i, n in enumerate("qkv")}
+    want, bound = attention_of(Attention(2, 37, 53, 24, 20, 0.2), *feeds.values())
+    for fuse in (True, False):
+        plan = compile_network(load(model), CPU, fuse_attention=fuse)
+        assert (len(plan.steps) == 1) == fuse
+        within(plan.open(device).run(feeds)["o"], want, bound)
+
+
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40), st.integers(1, 20), st.integers(1, 20),
        st.booleans(), st.sampled_from(sorted(TRAITS)))
 def test_attention_of_any_size(device, batch, queries, keys, depth, width, causal, traits):
@@ -415,7 +484,7 @@ POOLS = {
 }
 
 
-@pytest.mark.parametrize("name", POOLS)
+@turns("name", POOLS)
 def test_pools(device, traits, name):
     what = POOLS[name]
     x = numbers((what.batch, what.height, what.width, what.channels), what.number)
@@ -433,8 +502,8 @@ def test_pools(device, traits, name):
     within(mean, want, 12 * EPS * np.nanmean(np.abs(windows), 0) + stored(want, what.number))
 
 
-@pytest.mark.parametrize(("kind", "shape"), [("mean", (2, 49, 37)), ("sum", (3, 1, 5)), ("sum", (1, 1027, 1)),
-                                             ("max", (2, 6, 35)), ("min", (1, 7, 64))])
+@turns("kind, shape", [("mean", (2, 49, 37)), ("sum", (3, 1, 5)), ("sum", (1, 1027, 1)), ("max", (2, 6, 35)),
+                       ("min", (1, 7, 64))])
 def test_reductions(device, traits, kind, shape):
     x = numbers(shape)
     found = computed(device, pool.reduce(kind, *shape, traits), [x], (shape[0], shape[2]))
@@ -451,7 +520,7 @@ SHAPES = {"same": ((2, 3, 5, 7), (2, 3, 5, 7)), "scalar": ((3, 37), ()), "channe
           "one": ((1,), (1,)), "scalar first": ((), (40,))}
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@turns("name", SHAPES)
 def test_binary_is_broadcast(device, traits, name):
     a, b = (np.asarray(numbers(s, seed=i)) for i, s in enumerate(SHAPES[name]))
     want = a - b
@@ -490,8 +559,8 @@ def test_unary(device, traits):
     assert (found == np.where(x < 0, x / 4, x)).all()
 
 
-@pytest.mark.parametrize(("shape", "order"), [((2, 3, 4, 37), (0, 2, 1, 3)), ((5, 37), (1, 0)),
-                                              ((1, 1, 4), (2, 0, 1)), ((2, 6, 5, 3), (0, 3, 1, 2))])
+@turns("shape, order", [((2, 3, 4, 37), (0, 2, 1, 3)), ((5, 37), (1, 0)), ((1, 1, 4), (2, 0, 1)),
+                        ((2, 6, 5, 3), (0, 3, 1, 2))])
 def test_transpose(device, traits, shape, order):
     number = "float16" if len(shape) == 3 else "float32"
     x = numbers(shape, number)
@@ -500,7 +569,7 @@ def test_transpose(device, traits, shape, order):
             == want).all()
 
 
-@pytest.mark.parametrize("axis", [0, 1, -1])
+@turns("axis", [0, 1, -1])
 def test_concat(device, traits, axis):
     shapes = [[2, 3, 20], [2, 3, 20], [2, 3, 20]]
     for s, n in zip(shapes, (1, 17, 5), strict=True):
@@ -523,9 +592,10 @@ def test_nothing_is_not_launched():
         elementwise.unary("relu", (0, 3), CPU)
 
 
-@pytest.mark.parametrize("coordinates", ["half_pixel", "asymmetric", "align_corners"])
-@pytest.mark.parametrize("kind", ["nearest", "bilinear"])
-@pytest.mark.parametrize("out", [(10, 14), (3, 1)])
+@turns("kind, coordinates, out", [
+    ("nearest", "half_pixel", (10, 14)), ("nearest", "asymmetric", (3, 1)), ("nearest", "align_corners", (10, 14)),
+    ("bilinear", "half_pixel", (3, 1)), ("bilinear", "asymmetric", (10, 14)), ("bilinear", "align_corners", (3, 1)),
+    ("bilinear", "half_pixel", (10, 14))])
 def test_resize(device, traits, kind, coordinates, out):
     """ONNX Runtime is the witness."""
     ort, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
@@ -590,7 +660,7 @@ def check_integers(device, traits, what: Convolution, seed=0, shifts=None, big=F
     assert (found == want).all()
 
 
-@pytest.mark.parametrize("name", INTEGERS)
+@turns("name", INTEGERS)
 def test_integers_are_the_reference_byte_for_byte(device, traits, name):
     check_integers(device, traits, INTEGERS[name])
 
@@ -630,7 +700,7 @@ def test_integer_groups_are_refused():
                              None, 0, [0] * 4, [0] * 4, 0)
 
 
-@pytest.mark.parametrize("name", INTEGERS)
+@turns("name", INTEGERS, "gpu")
 def test_integers_are_litert_byte_for_byte(device, traits, name):
     """Scales of each channel; LiteRT's reference kernels are the witness."""
     pytest.importorskip("ai_edge_litert")

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 
 from npulab.errors import InvariantError
 from npulab.gpu import opencl
-from npulab.gpu.compute import blocks, checks, convolution, fused, matrices, tiles, trials, tuner, winograd
+from npulab.gpu.compute import blocks, checks, convolution, matrices, tiles, trials, tuner, winograd
 from npulab.gpu.compute.device import Device
 from npulab.gpu.compute.problems import Convolution, Product
 from npulab.gpu.compute.tiles import Direct, Matrix, Tile, Winograd
 from npulab.gpu.compute.traits import traits_of
-from npulab.gpu.compute.types import Buffer, Kernel, Launch, Traits
+from npulab.gpu.compute.types import Traits
 
 PROCESSOR = Traits("a CPU", True, 2, 16, 512, 1, 0, 4096, (48 << 10, 1 << 20))
 GRAPHICS = Traits("a GPU", False, 4, 1, 64, 8, 32 << 10, 256, (16 << 10, 128 << 10))
@@ -217,34 +217,6 @@ def test_a_wrong_number_is_beyond_the_bound():
     less[3, 1, 1, 2] = 0
     found, _ = checks.convolution(what, x, less)
     assert (np.abs(found - want) > bound)[..., 3].mean() > 0.95
-
-
-# activations
-
-
-@pytest.mark.parametrize("kind", fused._FORMS)
-def test_activations_are_exact(device, kind):
-    x = np.concatenate([np.linspace(-30, 30, 4001), [0.0, -0.0, 1e-30, -1e-30, 87.0, -87.0, 1e4, -1e4]])
-    x = x.astype(np.float32)
-    x = np.resize(x, -(-x.size // 4) * 4)
-    source = f"""__kernel void f(__global const float4 *a, __global float4 *b, __global float *c) {{
-        size_t i = get_global_id(0); float4 x = a[i]; b[i] = {fused.activation(kind, "x", "float4", 0.2)};
-        for (int j = 0; j < 4; j++) {{ float y = ((__global const float *)a)[4 * i + j];
-            c[4 * i + j] = {fused.activation(kind, "y", "float", 0.2)}; }} }}"""
-    buffers = {"a": device.upload(x), "b": device.allocate(x.nbytes), "c": device.allocate(x.nbytes)}
-    arguments = tuple(map(Buffer, buffers))
-    device.run([Launch(Kernel(source, "f"), (x.size // 4,), (1,), arguments, "")], buffers)
-    with np.errstate(over="ignore"):
-        want = checks.activated(kind, x.astype(np.float64), 0.2)
-    scale = np.abs(x) if kind == "gelu" else np.abs(want)
-    for role in ("b", "c"):
-        found = device.download(buffers[role], x.shape).astype(np.float64)
-        assert (np.abs(found - want) <= 1e-6 * scale + 1e-37).all()
-
-
-def test_an_unknown_activation_is_named():
-    with pytest.raises(InvariantError, match="there is no activation 'swoosh'"):
-        fused.activation("swoosh", "x", "float")
 
 
 # choices

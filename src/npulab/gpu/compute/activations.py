@@ -8,18 +8,32 @@ its erf() goes lane by lane, ten times as slow, and 1 + erf(x) is worth nothing 
 from __future__ import annotations
 
 from npulab.errors import InvariantError
+from npulab.gpu.compute import vectors
 from npulab.gpu.compute.types import Activation
 
 ERFC = (2.820644997e-01, 2.828570210e-01, 2.386449804e-01, 2.255410713e-01, -9.831505920e-02, 4.212688860e-01,
         -6.700152932e-01, 4.289225033e-01, -1.232519655e-01, 1.228333653e-02)
 """erfc(z) = t q(t) exp(-z z), t = 1 / (1 + z / 2), q by rising powers: fitted for z of 0 to 10, 2e-8 off at most."""
+_FORMS: dict[Activation, str] = {
+    "none": "{x}",
+    # fmax would lose NaN, and takes three instructions on x86; what max does with NaN is left open
+    "relu": "({x} < ({v})(0.0f) ? ({v})(0.0f) : {x})",
+    "relu6": "({x} < ({v})(0.0f) ? ({v})(0.0f) : {x} > ({v})(6.0f) ? ({v})(6.0f) : {x})",
+    "sigmoid": "(({v})(1.0f) / (({v})(1.0f) + exp(-{x})))",
+    "silu": "({x} / (({v})(1.0f) + exp(-{x})))",
+    "hardsigmoid": "(clamp({x} + ({v})(3.0f), ({v})(0.0f), ({v})(6.0f)) / ({v})(6.0f))",
+    "hardswish": "({x} * clamp({x} + ({v})(3.0f), ({v})(0.0f), ({v})(6.0f)) / ({v})(6.0f))",
+    "tanh": "tanh({x})",
+    "gelu": "gelu_{width}({x})",
+    "leaky": "select({x} * ({v})({slope}), {x}, {x} >= ({v})(0.0f))",
+}
 
 
 def helpers(kind: Activation, width: int) -> str:
     """Functions that activation(kind, ..., width) calls: once in a source, before its kernels."""
     if kind != "gelu":
         return ""
-    v = _vector(width)
+    v = vectors.vector_type(width)
     steps = "\n    ".join(f"q = fma(q, t, ({v})({c}f));" for c in reversed(ERFC[:-1]))
     # exp(-x x / 2): the product's rounding is put back, or it would be 1e-5 of the result where x is -10
     return f"""
@@ -35,35 +49,11 @@ def helpers(kind: Activation, width: int) -> str:
 
 
 def activation(kind: Activation, x: str, width: int, slope: float = 0.01) -> str:
-    """What stands for the activation of x: a variable's name (it is repeated), of `width` floats. slope: of leaky."""
-    v = _vector(width)
-    match kind:
-        case "none":
-            return x
-        case "relu":
-            return f"fmax({x}, ({v})(0.0f))"
-        case "relu6":
-            return f"fmin(fmax({x}, ({v})(0.0f)), ({v})(6.0f))"
-        case "sigmoid":
-            return f"(1.0f / (1.0f + exp(-{x})))"
-        case "silu":
-            return f"({x} / (1.0f + exp(-{x})))"
-        case "hardsigmoid":
-            return f"fmin(fmax(fma({x}, ({v})(0.166666667f), ({v})(0.5f)), ({v})(0.0f)), ({v})(1.0f))"
-        case "hardswish":
-            return f"({x} * fmin(fmax({x} + 3.0f, ({v})(0.0f)), ({v})(6.0f)) * 0.166666667f)"
-        case "tanh":
-            return f"tanh({x})"
-        case "gelu":
-            return f"gelu_{width}({x})"
-        case "leaky":
-            return f"fmax({x}, ({v})(0.0f)) + {_literal(slope)} * fmin({x}, ({v})(0.0f))"
-    raise InvariantError(f"no activation is called {kind}")
+    """What stands for the activation of x: a variable's name (it is repeated), of `width` floats. slope: of leaky.
 
-
-def _vector(width: int) -> str:
-    return "float" if width == 1 else f"float{width}"
-
-
-def _literal(value: float) -> str:
-    return f"({value!r}f)" if "e" in repr(value) or "." in repr(value) else f"({value}.0f)"
+        silu = x / (1 + e^-x)              hardsigmoid = clamp(x + 3, 0, 6) / 6, ONNX's with alpha 1/6
+        hardswish = x hardsigmoid(x)       gelu = x erfc(-x / sqrt 2) / 2, not the approximation by tanh
+    """
+    if kind not in _FORMS:
+        raise InvariantError(f"there is no activation '{kind}'", want=", ".join(_FORMS))
+    return _FORMS[kind].format(x=x, v=vectors.vector_type(width), width=width, slope=vectors.literal(slope))

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from npulab.gpu.compute import fused
+from npulab.gpu.compute import activations
 from npulab.gpu.compute.tiles import Tile
 from npulab.gpu.compute.types import Activation, Argument, Buffer, Kernel, Launch, Number
+from npulab.gpu.compute.vectors import literal, prelude
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +153,7 @@ def _source(image: bool, outside: bool, ragged: bool, whole: bool, ending: Endin
     input += group * inner;
     int column = (panel - group * panels) * TILE + lx * W;
 """ if grouped else "    int column = panel * TILE + lx * W;\n"
-    return f"""{fused.prelude(number, tile.width)}
+    return f"""{prelude(number, tile.width)}{activations.helpers(ending.activation, tile.width)}
 #define ACROSS {across}
 #define DOWN {down}
 #define TILE {tile.columns}
@@ -345,7 +346,7 @@ def stores(ragged: bool, whole: bool, ending: Ending, tile: Tile, grouped: bool)
             place = f"at + {n * tile.group[0]} * W"
             r = f"c{m}_{n}"
             if ending.scale != 1.0:
-                lines.append(f"        {r} *= (V)({fused.literal(ending.scale)});")
+                lines.append(f"        {r} *= (V)({literal(ending.scale)});")
             if ending.bias:
                 lines.append(f"        {r} += bias{n};")
             guard = f"if (left{n} > 0) " if ragged else ""
@@ -353,7 +354,7 @@ def stores(ragged: bool, whole: bool, ending: Ending, tile: Tile, grouped: bool)
                 load = f"some(residual + {place}, left{n})" if ragged else f"many(residual + {place})"
                 lines.append(f"        {guard}{r} += {load};")
             if ending.activation != "none":
-                lines.append(f"        {r} = {fused.activation(ending.activation, r, 'V', ending.slope)};")
+                lines.append(f"        {r} = {activations.activation(ending.activation, r, tile.width, ending.slope)};")
             store = f"put_some({r}, output + {place}, left{n})" if ragged else f"put({r}, output + {place})"
             lines.append(f"        {guard}{store};")
         lines.append("    }")

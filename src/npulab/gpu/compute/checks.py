@@ -21,7 +21,7 @@ _STEEPEST = 1.5
 
 
 def activated(kind: str, x: Array, slope: float = 0.01) -> Array:
-    """In float64; what the kinds are: `fused.activation`."""
+    """In float64; what the kinds are: `activations.activation`."""
     match kind:
         case "relu":
             return np.maximum(x, 0)

@@ -259,8 +259,9 @@ def is_causal(mask: NDArray[np.generic], shape: Sequence[int]) -> bool:
     return bool((square[lower] == 0).all() and (square[~lower] <= MASKED).all())
 
 
-def groups(graph: Graph) -> list[Group]:
-    """Every node that outputs need, once, in the order in which the groups can be computed."""
+def groups(graph: Graph, fuse_attention: bool = True) -> list[Group]:
+    """Every node that outputs need, once, in the order in which the groups can be computed. Without `fuse_attention`
+    attention stays products, sums and a softmax."""
     look = _Looking(graph)
     made: dict[int, Group] = {}  # by the last node
     taken: set[int] = set()
@@ -270,7 +271,7 @@ def groups(graph: Graph) -> list[Group]:
         taken.update(n.index for n in g.nodes)
 
     for n in graph.nodes:
-        if is_own(n, "MatMul") and (found := look.attention(n)) is not None:
+        if fuse_attention and is_own(n, "MatMul") and (found := look.attention(n)) is not None:
             take(found)
     for n in graph.nodes:
         if n.index in taken:

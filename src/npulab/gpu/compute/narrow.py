@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from npulab.gpu.compute import blocks, fused
+from npulab.gpu.compute import activations, blocks, vectors
 from npulab.gpu.compute.problems import Convolution
 from npulab.gpu.compute.tiles import Tile, is_narrow
 from npulab.gpu.compute.types import Buffer, Kernel, Launch, Traits
@@ -49,7 +49,7 @@ def launch(what: Convolution, tile: Tile, bias: bool, label: str) -> Launch:
     body = "\n".join(steps)
     panels, pitch = -(-what.filters // tile.columns), _pitch(what, tile)
     before, image = what.pads[1] * what.channels, what.width * what.channels
-    source = f"""{fused.prelude(what.number, tile.width)}
+    source = f"""{vectors.prelude(what.number, tile.width)}{activations.helpers(what.activation, tile.width)}
 #define TILE {tile.columns}
 __kernel __attribute__((reqd_work_group_size(1, 1, 1)))
 void narrow(__global const N *restrict input, __global const N *restrict weights,

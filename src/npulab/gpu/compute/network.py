@@ -79,16 +79,17 @@ class Plan:
         return Session(self, device)
 
 
-def compile_network(graph: Graph, traits: Traits, choose: Choose | None = None) -> Plan:
-    """Launches for a float network of either dialect. `choose` gives tuned choices; without one, the model's.
+def compile_network(graph: Graph, traits: Traits, choose: Choose | None = None, fuse_attention: bool = True) -> Plan:
+    """Launches for a float network of either dialect. `choose` gives tuned choices; without one, the model's. Without
+    `fuse_attention` all scores of attention lie in memory: what fusing is worth is measured so.
 
     Raises: UnsupportedError naming every node that there are no kernels for; CapacityError for tensors beyond counting;
     UsageError for inputs without a fixed size, or without the package onnx.
     """
-    return planned(layers_of(graph), traits, choose)
+    return planned(layers_of(graph, fuse_attention), traits, choose)
 
 
-def layers_of(graph: Graph) -> Network:
+def layers_of(graph: Graph, fuse_attention: bool = True) -> Network:
     """The layers of a network, whatever the device. Raises as `compile_network`."""
     graph = to_onnx(graph, keep_layout=True)
     for v in (graph.values[i] for i in graph.inputs):
@@ -96,7 +97,7 @@ def layers_of(graph: Graph) -> Network:
             raise UsageError(f"the input '{v.name}' of '{graph.name}' has no fixed size", got=str(v),
                              try_="npulab patch --dim NAME=SIZE writes a network of fixed size")
     graph = normal(graph)
-    return operators.network(graph, groups(graph))
+    return operators.network(graph, groups(graph, fuse_attention))
 
 
 def tunable(network: Network) -> list[Convolution | Product]:
@@ -231,8 +232,12 @@ class Session:
         Raises: UsageError for other names, types and shapes; DeviceError if the device fails.
         """
         self.feed(arrays)
-        self._launch()
+        self.launch()
         return {name: self.device.download(self._buffers[b], shape) for name, (b, shape) in self.plan.outputs.items()}
+
+    def launch(self) -> list[float]:
+        """Seconds of each step by the device's clock, on what was last fed. Raises: DeviceError if the device fails."""
+        return self._launch()
 
     def profile(self, arrays: Mapping[str, NDArray[Any]], runs: int = 5
                 ) -> tuple[dict[str, NDArray[np.float32]], Profile]:
@@ -242,7 +247,7 @@ class Session:
         for _ in range(max(1, runs)):
             self.feed(arrays)
             start = time.perf_counter()
-            times.append(self._launch())
+            times.append(self.launch())
             walls.append(time.perf_counter() - start)
         each = [median(column) for column in zip(*times, strict=True)]
         layers = self.plan.network.layers

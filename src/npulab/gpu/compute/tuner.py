@@ -161,7 +161,7 @@ def _version() -> str:
     """npulab's, and a digest of what makes the kernels: times of others are of no use."""
     here = Path(__file__).parent
     made = hashlib.sha256(b"".join((here / f"{n}.py").read_bytes() for n in (
-        "blocks", "convolution", "fused", "matrices", "narrow", "winograd")))
+        "activations", "blocks", "convolution", "matrices", "narrow", "vectors", "winograd")))
     try:
         return f"{metadata.version('npulab')}+{made.hexdigest()[:12]}"
     except metadata.PackageNotFoundError:  # run from its sources

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npulab.errors import InvariantError
-from npulab.gpu.compute import blocks, fused, tiles
+from npulab.gpu.compute import activations, blocks, tiles, vectors
 from npulab.gpu.compute.problems import Convolution
 from npulab.gpu.compute.tiles import Choice, Winograd
 from npulab.gpu.compute.types import Argument, Buffer, Kernel, Launch, Lowered, Number, Traits
@@ -169,12 +169,12 @@ def _from_products(what: Convolution, m: int, wide: int, grid: tuple[int, int], 
             if what.residual:
                 lines.append(f"        r += {'some(residual + o, left)' if ragged else 'many(residual + o)'};")
             if what.activation != "none":
-                lines.append(f"        r = {fused.activation(what.activation, 'r', 'V', what.slope)};")
+                lines.append(f"        r = {activations.activation(what.activation, 'r', wide, what.slope)};")
             lines.append(f"        {'put_some(r, output + o, left)' if ragged else 'put(r, output + o)'};\n    }}")
     body = "\n".join(lines)
     optional = ("__global const float *restrict bias, " if bias else "") + (
         "__global const N *restrict residual, " if what.residual else "")
-    source = f"""{_prelude(what.number, wide)}
+    source = f"""{_prelude(what.number, wide)}{activations.helpers(what.activation, wide)}
 __kernel void from_products(__global const float *restrict products, {optional}__global N *restrict output,
                             int filters, int height, int width, int down, int across, int parts, int work)
 {{
@@ -215,17 +215,17 @@ def _sum(factors: tuple[Fraction, ...], names: list[str]) -> str:
     for f, x in ones:
         text = (f"{text} + {x}" if f > 0 else f"{text} - {x}") if text else (x if f > 0 else f"-{x}")
     for f, x in rest:
-        factor = fused.literal(float(f))
+        factor = vectors.literal(float(f))
         text = f"fma({x}, (V)({factor}), {text})" if text else f"{x} * (V)({factor})"
     return text
 
 
 def _prelude(number: Number, wide: int) -> str:
-    """`fused.prelude` and the same for floats, whatever the numbers of images."""
+    """`vectors.prelude` and the same for floats, whatever the numbers of images."""
     put = "*p = v" if wide == 1 else f"vstore{wide}(v, 0, p)"
     spread = "*t = v" if wide == 1 else f"vstore{wide}(v, 0, t)"
     gather = "*t" if wide == 1 else f"vload{wide}(0, t)"
-    return f"""{fused.prelude(number, wide)}
+    return f"""{vectors.prelude(number, wide)}
 inline void put_floats(V v, __global float *p) {{ {put}; }}
 __attribute__((noinline)) void put_floats_some(V v, __global float *p, int left) {{
     if (left >= W) {{ put_floats(v, p); return; }}
