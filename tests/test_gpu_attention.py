@@ -20,10 +20,8 @@ from npulab.gpu.compute import (
     activations,
     attention,
     depthwise,
-    elementwise,
     integers,
     normalize,
-    pool,
     softmax,
     vectors,
 )
@@ -470,148 +468,6 @@ def test_attention_without_room():
 def test_the_chain_has_no_mask():
     with pytest.raises(UnsupportedError, match="no mask"):
         attention.unfused(ATTENTION["causal"], CPU)
-
-
-# pools and reductions
-
-
-POOLS = {
-    "3x3, stride 2": pool.Pool(2, 9, 8, 20, (3, 3), (2, 2), pads=(1, 1, 1, 1)),
-    "2x2": pool.Pool(1, 7, 6, 3, (2, 2), (2, 2)),
-    "dilated": pool.Pool(1, 8, 9, 16, (2, 3), dilations=(3, 2), pads=(1, 2, 1, 2)),
-    "pads counted": pool.Pool(1, 5, 5, 33, (3, 3), (2, 1), pads=(1, 1, 1, 1), count_pads=True),
-    "half": pool.Pool(1, 6, 6, 17, (3, 3), pads=(1, 1, 1, 1), number="float16"),
-}
-
-
-@turns("name", POOLS)
-def test_pools(device, traits, name):
-    what = POOLS[name]
-    x = numbers((what.batch, what.height, what.width, what.channels), what.number)
-    top, left, bottom, right = what.pads
-    padded = np.pad(x.astype(np.float64), ((0, 0), (top, bottom), (left, right), (0, 0)), constant_values=np.nan)
-    h, w = what.out
-    windows = np.stack([padded[:, ky * what.dilations[0]:][:, :(h - 1) * what.strides[0] + 1:what.strides[0],
-                               kx * what.dilations[1]:][:, :, :(w - 1) * what.strides[1] + 1:what.strides[1]]
-                        for ky, kx in product(*map(range, what.kernel))])
-    shape = (what.batch, h, w, what.channels)
-    most = computed(device, pool.lower_max(what, traits), [x], shape, what.number)
-    assert (most == np.nanmax(windows, 0)).all()
-    mean = computed(device, pool.lower_average(what, traits), [x], shape, what.number)
-    want = np.nansum(windows, 0) / len(windows) if what.count_pads else np.nanmean(windows, 0)
-    within(mean, want, 12 * EPS * np.nanmean(np.abs(windows), 0) + stored(want, what.number))
-
-
-@turns("kind, shape", [("mean", (2, 49, 37)), ("sum", (3, 1, 5)), ("sum", (1, 1027, 1)), ("max", (2, 6, 35)),
-                       ("min", (1, 7, 64))])
-def test_reductions(device, traits, kind, shape):
-    x = numbers(shape)
-    found = computed(device, pool.reduce(kind, *shape, traits), [x], (shape[0], shape[2]))
-    wide = x.astype(np.float64)
-    bound = (shape[1] + 2) * EPS * np.abs(wide).sum(1) / (shape[1] if kind == "mean" else 1)
-    within(found, getattr(wide, kind)(1), bound if kind in ("sum", "mean") else 0)
-
-
-# number by number
-
-
-SHAPES = {"same": ((2, 3, 5, 7), (2, 3, 5, 7)), "scalar": ((3, 37), ()), "channels": ((2, 5, 33), (33,)),
-          "squeezed": ((2, 4, 5, 20), (2, 1, 1, 20)), "rows": ((2, 7, 19), (2, 7, 1)), "both": ((4, 1, 6), (1, 5, 6)),
-          "one": ((1,), (1,)), "scalar first": ((), (40,))}
-
-
-@turns("name", SHAPES)
-def test_binary_is_broadcast(device, traits, name):
-    a, b = (np.asarray(numbers(s, seed=i)) for i, s in enumerate(SHAPES[name]))
-    want = a - b
-    assert (computed(device, elementwise.binary("sub", a.shape, b.shape, traits), [a, b], want.shape) == want).all()
-
-
-@pytest.mark.parametrize("kind", elementwise.BINARY)
-def test_binary(device, kind):
-    a, b = numbers((3, 37)), numbers((3, 37), seed=1)
-    want = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "max": np.maximum,
-            "min": np.minimum}[kind](a.astype(np.float64), b)
-    found = computed(device, elementwise.binary(kind, a.shape, b.shape, CPU), [a, b], a.shape)
-    within(found, want, 5 * EPS * np.abs(want))  # OpenCL 1.2, table 7.4: x / y is 2.5 units off at most
-
-
-def test_binary_with_an_activation_as_halves(device, traits):
-    a, b = numbers((5, 37), "float16"), numbers((5, 37), "float16", 1)
-    found = computed(device, elementwise.binary("add", a.shape, b.shape, traits, "float16", "gelu"), [a, b], a.shape,
-                     "float16")
-    want = ACTIVATIONS["gelu"](a.astype(np.float64) + b, 0)
-    within(found, want, 3e-6 * np.abs(want) + stored(want, "float16"))
-
-
-def test_in_place(device, traits):
-    """What was written is not read again: each number doubles once."""
-    x = numbers((7, 53))
-    buffer = device.upload(x)
-    device.run(elementwise.binary("add", x.shape, x.shape, traits).launches,
-               {"input": buffer, "input1": buffer, "output": buffer})
-    assert (device.download(buffer, x.shape) == 2 * x).all()
-
-
-def test_unary(device, traits):
-    x = numbers((3, 5, 7))
-    found = computed(device, elementwise.unary("leaky", x.shape, traits, slope=0.25), [x], x.shape)
-    assert (found == np.where(x < 0, x / 4, x)).all()
-
-
-@turns("shape, order", [((2, 3, 4, 37), (0, 2, 1, 3)), ((5, 37), (1, 0)), ((1, 1, 4), (2, 0, 1)),
-                        ((2, 6, 5, 3), (0, 3, 1, 2))])
-def test_transpose(device, traits, shape, order):
-    number = "float16" if len(shape) == 3 else "float32"
-    x = numbers(shape, number)
-    want = x.transpose(order)
-    assert (computed(device, elementwise.transpose(shape, order, traits, number), [x], want.shape, number)
-            == want).all()
-
-
-@turns("axis", [0, 1, -1])
-def test_concat(device, traits, axis):
-    shapes = [[2, 3, 20], [2, 3, 20], [2, 3, 20]]
-    for s, n in zip(shapes, (1, 17, 5), strict=True):
-        s[axis] = n
-    parts = [numbers(s, seed=i) for i, s in enumerate(shapes)]
-    want = np.concatenate(parts, axis)
-    assert (computed(device, elementwise.concat(shapes, axis, traits), parts, want.shape) == want).all()
-
-
-def test_crop(device, traits):
-    x = numbers((4, 9, 37))
-    want = x[1:3, 8:2:-2, 3:36]
-    lowered = elementwise.crop(x.shape, (1, 8, 3), want.shape, traits, steps=(1, -2, 1))
-    found = computed(device, lowered, [x], want.shape)
-    assert (found == want).all()
-
-
-def test_nothing_is_not_launched():
-    with pytest.raises(InvariantError, match="without numbers"):
-        elementwise.unary("relu", (0, 3), CPU)
-
-
-@turns("kind, coordinates, out", [
-    ("nearest", "half_pixel", (10, 14)), ("nearest", "asymmetric", (3, 1)), ("nearest", "align_corners", (10, 14)),
-    ("bilinear", "half_pixel", (3, 1)), ("bilinear", "asymmetric", (10, 14)), ("bilinear", "align_corners", (3, 1)),
-    ("bilinear", "half_pixel", (10, 14))])
-def test_resize(device, traits, kind, coordinates, out):
-    """ONNX Runtime is the witness."""
-    ort, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
-    x = numbers((2, 5, 7, 19))
-    rounding = "floor" if coordinates == "asymmetric" else "round_prefer_floor"
-    how = {"nearest_mode": rounding} if kind == "nearest" else {}
-    node = onnx.helper.make_node("Resize", ["x", "", "", "s"], ["y"], mode={"bilinear": "linear"}.get(kind, kind),
-                                 coordinate_transformation_mode=coordinates, **how)
-    sizes = onnx.numpy_helper.from_array(np.array([2, 19, *out], np.int64), "s")
-    info = onnx.helper.make_tensor_value_info
-    graph = onnx.helper.make_graph([node], "g", [info("x", 1, [2, 19, 5, 7])], [info("y", 1, [2, 19, *out])], [sizes])
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    want = session.run(None, {"x": np.ascontiguousarray(x.transpose(0, 3, 1, 2))})[0].transpose(0, 2, 3, 1)
-    found = computed(device, elementwise.resize(x.shape, out, kind, coordinates, traits), [x], want.shape)
-    within(found, want, 0 if kind == "nearest" else 2e-6 * np.abs(x).max())
 
 
 # integers
