@@ -108,8 +108,8 @@ def softmax_bound(x, scale=1.0):
     return (4 * x + 18) * EPS
 
 
-ROWS = [((1, 1), "float32"), ((5, 3), "float32"), ((7, 16), "float32"), ((3, 17), "float32"), ((33, 197), "float32"),
-        ((1, 5000), "float32"), ((3, 2), "float16"), ((9, 31), "float16")]
+ROWS = [((1, 1), "float32"), ((5, 3), "float32"), ((3, 17), "float32"), ((33, 197), "float32"), ((9, 31), "float16"),
+        ((1, 5000), "float32")]
 
 
 @turns("shape, number", ROWS)
@@ -299,36 +299,38 @@ def test_every_activation_is_tested():
     assert set(ACTIVATIONS) == set(get_args(Activation))
 
 
-@pytest.mark.parametrize(("kind", "width"), [*((k, 16) for k in ACTIVATIONS), ("gelu", 1), ("tanh", 1)])
-def test_activations(device, kind, width):
+@pytest.mark.parametrize("width", [16, 1])
+def test_activations(device, width):
     x = np.concatenate([np.linspace(-13, 13, 4001), np.linspace(-90, 90, 3871), np.logspace(-30, 0, 60),
                         -np.logspace(-30, 0, 60), [0.0, -0.0, 1e4, -1e4, 1e30, -1e30, 3, -3, 6, 3.0000002, -3.0000002]])
     x = np.resize(x.astype(np.float32), -(-x.size // 16) * 16)
-    source = vectors.preamble("float32", width) + activations.helpers(kind, width) + f"""
+    found = activated(device, x, width)
+    for y, kind in zip(found, ACTIVATIONS, strict=True):
+        with np.errstate(over="ignore"):
+            want = ACTIVATIONS[kind](x.astype(np.float64), 0.2)
+        within(y, want, 1e-6 * np.abs(want) + 1e-36)  # where exp() is infinite or a denormal, nothing
+
+
+def activated(device, x, width):
+    """[kind, element]: by one kernel, as every kernel takes a third of a second to compile."""
+    stores = "\n".join(f"    STORE({activations.activation(kind, 'v', width, 0.2)}, y + {i * x.size} + i);"
+                       for i, kind in enumerate(ACTIVATIONS))
+    source = vectors.preamble("float32", width) + activations.helpers("gelu", width) + f"""
 __kernel void f(__global const float *x, __global float *y) {{
     int i = get_global_id(0) * {width};
     V v = LOAD(x + i);
-    STORE({activations.activation(kind, "v", width, 0.2)}, y + i);
+{stores}
 }}"""
-    launch = Launch(Kernel(source, "f"), (len(x) // width,), (1,), (Buffer("input"), Buffer("output")), kind)
-    found = computed(device, Lowered((launch,)), [x], x.shape)
-    with np.errstate(over="ignore"):
-        want = ACTIVATIONS[kind](x.astype(np.float64), 0.2)
-    within(found, want, 1e-6 * np.abs(want) + 1e-36)  # where exp() is infinite or a denormal, nothing
+    launch = Launch(Kernel(source, "f"), (x.size // width,), (1,), (Buffer("input"), Buffer("output")), "activations")
+    return computed(device, Lowered((launch,)), [x], (len(ACTIVATIONS), x.size))
 
 
-@pytest.mark.parametrize("kind", ["relu", "relu6", "leaky", "silu"])
-def test_activations_of_nan(device, kind):
-    """It stays: a network that has gone wrong says so."""
-    source = vectors.preamble("float32", 4) + f"""
-__kernel void f(__global const float *x, __global float *y) {{
-    V v = LOAD(x);
-    STORE({activations.activation(kind, "v", 4)}, y);
-}}"""
-    launch = Launch(Kernel(source, "f"), (1,), (1,), (Buffer("input"), Buffer("output")), kind)
-    found = computed(device, Lowered((launch,)), [np.array([np.nan, 1, 2, 3], np.float32)], (4,))
-    assert np.isnan(found[0])
-    assert not np.isnan(found[1:]).any()
+def test_activations_of_nan(device):
+    """It stays, where the result depends on it: a network that has gone wrong says so. Of hardsigmoid OpenCL leaves it
+    open."""
+    found = activated(device, np.array([np.nan, *range(15)], np.float32), 16)
+    assert np.isnan(found[[k != "hardsigmoid" for k in ACTIVATIONS], 0]).all()
+    assert not np.isnan(found[:, 1:]).any()
 
 
 def test_an_unknown_activation_is_named():
