@@ -9,7 +9,13 @@ import pytest
 
 from npulab.errors import CapacityError, DeviceError, UnsupportedError, UsageError
 from npulab.gpu import extras, kernels, opencl
+from npulab.gpu.analysis import rates
+from npulab.gpu.analysis.caches import Hierarchy, Level
+from npulab.gpu.analysis.cliffs import Cliff
+from npulab.gpu.analysis.meter import Meter
+from npulab.gpu.analysis.statistics import Estimate
 from npulab.gpu.exact import DOTTED, chained, congruential, dotted, operands
+from npulab.gpu.types import Limits, Timing
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +86,10 @@ def experiments(bench):
     for way in ("read", "write", "copy"):
         for width in (4, 16):
             yield f"{way} {width}", lambda way=way, width=width: bench.stream(1 << 18, 1, width, way)
+    for way in ("read", "write", "copy") if bench.one_by_one else ():
+        for width, parts in ((16, 1), (16, 16), (64, 1), (64, 8)):
+            yield (f"{way} {width} in {parts} parts", lambda way=way, width=width, parts=parts:
+                   bench.stream_parts(100_352, width, way, parts))
     yield "strided", lambda: bench.stream(1 << 20, 16, 4, "read")
     yield "odd size", lambda: bench.stream(100_000, 3, 8, "read")
     for element in sorted(bench.limits.elements):
@@ -159,6 +169,76 @@ def test_sabotage_of_the_extras_is_not_believed(bench, unhurried, monkeypatch, w
     assert old in source
     monkeypatch.setattr(extras, what, source.replace(old, new))
     assert run(bench).wrong != ""
+
+
+@pytest.mark.parametrize(("old", "new", "way", "reason"), [
+    ("x1 += data[at + 1u * size + 0u];", "x1 += data[at + 0u * size + 0u];", "read", "did not read what is there"),
+    ("at = at >= size ? 0 : at;", "at = 0;", "read", "did not read what is there"),
+    ("i < turns", "i < turns / 2", "read", "did not read what is there"),
+    ("x1 += data[at + 1u * size + 0u];", "", "read", "did not read what is there"),
+    ("data[at + 1u * size + 0u] = x;", "", "write", "960 store bytes a turn, not 1024: stores were left out"),
+    ("at += 2;", "at += 1;", "write", "did not go where it was to"),
+    ("data[8u * size + at + 1u * size + 0u] = data[at + 1u * size + 0u];", "", "copy", "960 load bytes a turn")])
+def test_sabotaged_streams_in_parts_are_not_believed(bench, unhurried, monkeypatch, old, new, way, reason):
+    if not bench.one_by_one or "PoCL" not in bench.identity.platform:
+        pytest.skip("for PoCL, which does a group's threads one by one")
+    pytest.importorskip("capstone", reason="reads machine code: pip install 'npulab[gpu]'")
+    source = kernels.parts(64, 8)
+    assert old in source
+    monkeypatch.setattr(kernels, "parts", lambda *_: source.replace(old, new))
+    assert reason in bench.stream_parts(100_352, 64, way, 8).wrong
+
+
+def test_streams_on_a_processor_are_in_parts_where_they_can_be(bench, unhurried, monkeypatch):
+    if not bench.one_by_one:
+        pytest.skip("for devices that do a group's threads one by one")
+    asked = []
+    monkeypatch.setattr(kernels, "parts", lambda *a, real=kernels.parts: asked.append(a) or real(*a))
+    runs = ((1 << 14, 1, 16), (1 << 14, 1, 64), (1 << 14, 1, 4), (1 << 14, 2, 16), ((1 << 14) + 64, 1, 64))
+    for footprint, stride, width in runs:
+        assert bench.stream(footprint, stride, width, "read").wrong == ""
+    assert asked == [(16, 1), (64, 1)]
+    with pytest.raises(UnsupportedError, match="has no room"):
+        bench.stream_parts(64, 64, "read", 8)
+    with pytest.raises(UnsupportedError, match="has no room"):
+        bench.stream_parts(1 << 14, 4, "read", 8)
+    monkeypatch.setattr(bench, "one_by_one", False)
+    with pytest.raises(UnsupportedError, match="parts are for devices without"):
+        bench.stream_parts(1 << 14, 64, "read", 8)
+
+
+class InParts:
+    """16 bytes a load reach 10 GB/s, 32 and 64 bytes 20 and, in eight parts, 27."""
+
+    identity, limits = None, Limits(2, 256, 1 << 14, 1 << 30, frozenset(("float32",)))
+
+    def chain(self, *_):
+        return Timing((1e-3,) * 9, {"operations": 1e6})
+
+    def stream(self, footprint, stride, width, way):
+        return Timing((1e-3,) * 9, {"bytes": 10e6 * width / 16})
+
+    def stream_parts(self, footprint, width, way, parts):
+        return Timing((1e-3,) * 9, {"bytes": 27e6 if parts > 1 else 20e6})
+
+
+def test_the_fastest_shape_of_a_stream_is_kept_and_said():
+    found = rates.memory_bandwidth(Meter(InParts(), quick=True), None, "read")
+    assert found.value == pytest.approx(27.0)
+    assert found.why.startswith("read, 64 bytes a load in 8 parts at once, through ")
+    narrow = rates.memory_bandwidth(Meter(InParts(), quick=True), None, "read", 4)
+    assert (narrow.value, "4 bytes a load" in narrow.why) == (pytest.approx(2.5), True)
+    level = Level(Cliff(1 << 15, None, "step", ""), 64, Estimate(1e-9, 1e-9, 1e-9), "")
+    found = rates.level_bandwidth(Meter(InParts(), quick=True), Hierarchy((level,), None), 0)
+    assert found.value == pytest.approx(27.0)
+
+
+def test_a_bench_without_parts_is_asked_for_16_bytes(monkeypatch):
+    monkeypatch.delattr(InParts, "stream_parts")
+    monkeypatch.setattr(InParts, "identity", SimpleNamespace(api="simulated"))
+    found = rates.memory_bandwidth(Meter(InParts(), quick=True), None, "read")
+    assert found.value == pytest.approx(10.0)
+    assert found.why.startswith("read, 16 bytes a load, through ")
 
 
 def test_the_devices_own_dot_product_is_used(bench, unhurried, monkeypatch):
