@@ -30,7 +30,7 @@ class Rise:
 
 def rises(chase: Chase, start: int, line: int) -> tuple[list[Rise], str]:
     """(all cliffs beyond `start` bytes, what was no cliff; "" if nothing). Every footprint several times, each time in
-    other memory: where pages fall on sets by chance, the mean is what counts. A footprint whose times are doubted is left
+    other memory: where pages fall on sets by chance, the mean is what counts. A footprint of doubtful times is left
     out, LOST of them at most. Raises: Refused."""
     footprints, at = [], float(start)
     while at <= chase.largest:
