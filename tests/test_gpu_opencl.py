@@ -9,13 +9,7 @@ import pytest
 
 from npulab.errors import CapacityError, DeviceError, UnsupportedError, UsageError
 from npulab.gpu import extras, kernels, opencl
-from npulab.gpu.analysis import rates
-from npulab.gpu.analysis.caches import Hierarchy, Level
-from npulab.gpu.analysis.cliffs import Cliff
-from npulab.gpu.analysis.meter import Meter
-from npulab.gpu.analysis.statistics import Estimate
 from npulab.gpu.exact import DOTTED, chained, congruential, dotted, operands
-from npulab.gpu.types import Limits, Timing
 
 
 @pytest.fixture(scope="module")
@@ -205,40 +199,6 @@ def test_streams_on_a_processor_are_in_parts_where_they_can_be(bench, unhurried,
     monkeypatch.setattr(bench, "one_by_one", False)
     with pytest.raises(UnsupportedError, match="parts are for devices without"):
         bench.stream_parts(1 << 14, 64, "read", 8)
-
-
-class InParts:
-    """16 bytes a load reach 10 GB/s, 32 and 64 bytes 20 and, in eight parts, 27."""
-
-    identity, limits = None, Limits(2, 256, 1 << 14, 1 << 30, frozenset(("float32",)))
-
-    def chain(self, *_):
-        return Timing((1e-3,) * 9, {"operations": 1e6})
-
-    def stream(self, footprint, stride, width, way):
-        return Timing((1e-3,) * 9, {"bytes": 10e6 * width / 16})
-
-    def stream_parts(self, footprint, width, way, parts):
-        return Timing((1e-3,) * 9, {"bytes": 27e6 if parts > 1 else 20e6})
-
-
-def test_the_fastest_shape_of_a_stream_is_kept_and_said():
-    found = rates.memory_bandwidth(Meter(InParts(), quick=True), None, "read")
-    assert found.value == pytest.approx(27.0)
-    assert found.why.startswith("read, 64 bytes a load in 8 parts at once, through ")
-    narrow = rates.memory_bandwidth(Meter(InParts(), quick=True), None, "read", 4)
-    assert (narrow.value, "4 bytes a load" in narrow.why) == (pytest.approx(2.5), True)
-    level = Level(Cliff(1 << 15, None, "step", ""), 64, Estimate(1e-9, 1e-9, 1e-9), "")
-    found = rates.level_bandwidth(Meter(InParts(), quick=True), Hierarchy((level,), None), 0)
-    assert found.value == pytest.approx(27.0)
-
-
-def test_a_bench_without_parts_is_asked_for_16_bytes(monkeypatch):
-    monkeypatch.delattr(InParts, "stream_parts")
-    monkeypatch.setattr(InParts, "identity", SimpleNamespace(api="simulated"))
-    found = rates.memory_bandwidth(Meter(InParts(), quick=True), None, "read")
-    assert found.value == pytest.approx(10.0)
-    assert found.why.startswith("read, 16 bytes a load, through ")
 
 
 def test_the_devices_own_dot_product_is_used(bench, unhurried, monkeypatch):

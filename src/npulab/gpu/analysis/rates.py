@@ -143,8 +143,7 @@ def _memory_bandwidth(meter: Meter, found: Hierarchy | None, way: Way, width: in
         for _ in range(ATTEMPTS):
             if abs(half.value - took.value) <= 0.05 * took.value:
                 break
-            if half.value > took.value:  # no cache does that: something else had the memory meanwhile
-                took = _shaped(meter, footprint, shape, way, True, stride)
+            took = _shaped(meter, footprint, shape, way, True, stride)  # something else may have had the memory
             half = _shaped(meter, footprint // 2, shape, way, True, stride)
         slower = half.value > took.value
         if abs(half.value - took.value) > 0.05 * took.value:
