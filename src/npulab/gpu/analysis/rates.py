@@ -207,14 +207,12 @@ def _stream(meter: Meter, footprint: int, width: int, way: Way, memory: bool = F
 def _shape(meter: Meter, footprint: int, way: Way, memory: bool = False) -> tuple[int, int]:
     """The fastest of 16 bytes a load and SHAPES, as far as the bench has them: (bytes a load, parts; 0: of one piece).
     """
-    best, fastest = (16, 0), math.inf
-    for shape in ((16, 0), *SHAPES):
-        try:
-            now = _shaped(meter, footprint, shape, way, memory).value
-        except UnsupportedError:
-            if not shape[1]:
-                raise
-            break
+    try:
+        best, fastest = SHAPES[0], _shaped(meter, footprint, SHAPES[0], way, memory).value
+    except UnsupportedError:  # nothing to choose from, nothing asked
+        return 16, 0
+    for shape in (*SHAPES[1:], (16, 0)):
+        now = _shaped(meter, footprint, shape, way, memory).value
         if now < 0.98 * fastest:
             best, fastest = shape, now
     return best
