@@ -179,7 +179,7 @@ def test_oclgrind_counts_the_same(bench):
         seen = witnessed(kernels.DIVERGE, "diverge")
         assert counted(bench, lambda: bench.diverge(1))["mul int32"] == seen["mul"][0] == 4
         seen = witnessed(kernels.stream(16), "copy")
-        mix = counted(bench, lambda: bench.stream(1 << 16, 1, 16, "copy"))
+        mix = counted(bench, lambda: bench.stream(1 << 16, 2, 16, "copy"))  # side by side a processor has another
         assert mix["load bytes"] == seen["load global"][1] == 32
         assert mix["store bytes"] == seen["store global"][1] == 32
         seen = witnessed(kernels.CHASE, "chase", 1)

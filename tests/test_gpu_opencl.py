@@ -121,6 +121,42 @@ def test_sabotage_of_the_extras_is_not_believed(bench, unhurried, monkeypatch, w
     assert run(bench).wrong != ""
 
 
+@pytest.mark.parametrize(("old", "new", "way", "reason"), [
+    ("x1 += data[at + 1u * size + 0u];", "x1 += data[at + 0u * size + 0u];", "read", "did not read what is there"),
+    ("at = at >= size ? 0 : at;", "at = 0;", "read", "did not read what is there"),
+    ("i < turns", "i < turns / 2", "read", "did not read what is there"),
+    ("x1 += data[at + 1u * size + 0u];", "", "read", "did not read what is there"),
+    ("data[at + 1u * size + 0u] = x;", "", "write", "960 store bytes a turn, not 1024: stores were left out"),
+    ("at += 2;", "at += 1;", "write", "did not go where it was to"),
+    ("data[8u * size + at + 1u * size + 0u] = data[at + 1u * size + 0u];", "", "copy", "960 load bytes a turn")])
+def test_sabotaged_streams_in_parts_are_not_believed(bench, unhurried, monkeypatch, old, new, way, reason):
+    if not bench.one_by_one or "PoCL" not in bench.identity.platform:
+        pytest.skip("for PoCL, which does a group's threads one by one")
+    pytest.importorskip("capstone", reason="reads machine code: pip install 'npulab[gpu]'")
+    source = kernels.parts(64, 8)
+    assert old in source
+    monkeypatch.setattr(kernels, "parts", lambda *_: source.replace(old, new))
+    assert reason in bench.stream_parts(100_352, 64, way, 8).wrong
+
+
+def test_streams_on_a_processor_are_in_parts_where_they_can_be(bench, unhurried, monkeypatch):
+    if not bench.one_by_one:
+        pytest.skip("for devices that do a group's threads one by one")
+    asked = []
+    monkeypatch.setattr(kernels, "parts", lambda *a, real=kernels.parts: asked.append(a) or real(*a))
+    runs = ((1 << 14, 1, 16), (1 << 14, 1, 64), (1 << 14, 1, 4), (1 << 14, 2, 16), ((1 << 14) + 64, 1, 64))
+    for footprint, stride, width in runs:
+        assert bench.stream(footprint, stride, width, "read").wrong == ""
+    assert asked == [(16, 1), (64, 1)]
+    with pytest.raises(UnsupportedError, match="has no room"):
+        bench.stream_parts(64, 64, "read", 8)
+    with pytest.raises(UnsupportedError, match="has no room"):
+        bench.stream_parts(1 << 14, 4, "read", 8)
+    monkeypatch.setattr(bench, "one_by_one", False)
+    with pytest.raises(UnsupportedError, match="parts are for devices without"):
+        bench.stream_parts(1 << 14, 64, "read", 8)
+
+
 def test_the_devices_own_dot_product_is_used(bench, unhurried, monkeypatch):
     """PoCL has none: one in plain C stands for it, whose result is right and whose code has no such product."""
     own = ("uint dot_4x8packed_uu_uint(uint x, uint y) { uchar4 a = as_uchar4(x), b = as_uchar4(y);"

@@ -1,4 +1,5 @@
-"""Experiments that not every OpenCL device has room for: images, constant memory, stores to local memory, mapping.
+"""Experiments that not every OpenCL device has room for, or use of: streams in parts, images, constant memory, stores
+to local memory, mapping.
 
 Each is of an `npulab.gpu.opencl.OpenCL`, is checked by what the host computes, and follows `npulab.gpu.types.Extra`.
 """
@@ -11,13 +12,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from npulab.errors import UnsupportedError
+from npulab.gpu import kernels
 from npulab.gpu.counting import Asked
-from npulab.gpu.types import Timing
+from npulab.gpu.types import Timing, Way
 
 if TYPE_CHECKING:
     from npulab.gpu.opencl import OpenCL
 
 TEXEL = 16  # bytes: four 32-bit integers
+WIDE = (16, 32, 64)
+"""Bytes of a load of `stream_parts`."""
 READ = 4
 """Texels, words or stores of a turn of each kernel."""
 WORDS = 1024
@@ -72,6 +76,32 @@ __kernel void local_stores(__global uint *out, uint turns, uint stride) {{
     out[get_global_id(0)] = x;
 }}
 """
+
+
+def stream_parts(bench: OpenCL, footprint: int, width: int, way: Way, parts: int) -> Timing:
+    row = kernels.IN_TURN // parts
+    size = footprint // width // parts // row * row  # vectors of a part
+    if parts > 1 and size > row and size // row % 2 == 0:
+        size -= row  # parts that are powers of two apart share sets of caches
+    if size < 1 or width not in WIDE:
+        raise UnsupportedError("a stream has no room", got=f"{footprint} bytes in {parts} parts of vectors of {width}")
+    lanes, groups, cells = width // 4, bench.full_groups, parts * size * width // 4
+    data = (np.arange(cells, dtype=np.uint32) * np.uint32(2654435761)) >> np.uint32(7)
+    buffer = bench._buffer(data if way != "copy" else np.concatenate([data, np.zeros_like(data)]))
+    out = bench._buffer(np.zeros(groups, np.uint32))
+    kernel = bench._kernel(kernels.parts(width, parts), way)
+    offset = max(row, size // groups // row * row)
+    sums = data.reshape(parts, size, lanes).sum(axis=(0, 2), dtype=np.uint32)
+    spots = np.arange(groups)
+
+    def run(turns: int) -> tuple[float, str]:
+        seconds = bench._time(kernel, (groups,), (1,), buffer, out, np.uint32(size), np.uint32(offset),
+                              np.uint32(turns))
+        return seconds, bench._checked(way, out, sums, spots, 1, offset, 1, 1, turns, row)
+
+    asked = Asked("bytes", {f"{what} bytes": kernels.IN_TURN * width for what in ("load", "store")
+                            if way in ("copy", {"load": "read", "store": "write"}[what])})
+    return bench._measured(run, asked, whole=-(-size // (groups * row)))
 
 
 def image(bench: OpenCL, footprint: int) -> Timing:

@@ -117,13 +117,50 @@ __kernel void copy(__global T *data, __global uint *out, uint size, uint offset,
 """
 STREAMED = {"read": 4, "write": 4, "copy": 2}
 """Vectors of a turn of STREAM."""
+IN_TURN = 16
+"""Vectors of a turn of `parts`."""
 
 
 def stream(width: int) -> str:
-    """The three kernels for vectors of `width` bytes: 4, 8, 16."""
+    """The three kernels for vectors of `width` bytes: 4, 8, 16, 32, 64."""
     lanes = width // 4
     return STREAM.format(type="uint" if lanes == 1 else f"uint{lanes}",
                          sum="x" if lanes == 1 else " + ".join(f"x.s{i:x}" for i in range(lanes)))
+
+
+def parts(width: int, number: int) -> str:
+    """The three kernels of `stream` for groups of one thread, as processors like them: a turn has IN_TURN vectors at
+    places that are known when it begins, in as many parts of the memory, `size` vectors each, and four sums that do not
+    wait for each other. size and offset: multiples of IN_TURN / number.
+
+    number: 1, 2, 4, 8, 16. A prefetcher follows several ways through memory at once, each until a page ends.
+    """
+    lanes, row = width // 4, IN_TURN // number
+    at = [f"at + {j}u * size + {k}u" for k in range(row) for j in range(number)]
+    read = "\n        ".join(f"x{i % 4} += data[{a}];" for i, a in enumerate(at))
+    write = "\n        ".join(f"data[{a}] = x;" for a in at)
+    copy = "\n        ".join(f"data[{number}u * size + {a}] = data[{a}];" for a in at)
+    vector = "uint" if lanes == 1 else f"uint{lanes}"
+    total = "x0" if lanes == 1 else " + ".join(f"x0.s{i:x}" for i in range(lanes))
+
+    def kernel(way: str, const: str, start: str, turn: str, out: str) -> str:
+        return f"""
+__kernel void {way}(__global {const}T *data, __global uint *out, uint size, uint offset, uint turns) {{
+    uint at = get_group_id(0) * offset % size;
+    {start}
+    for (uint i = 0; i < turns; i++) {{
+        {turn}
+        at += {row}; at = at >= size ? 0 : at;
+    }}
+    {out};
+}}
+"""
+
+    return f"typedef {vector} T;" + "".join((
+        kernel("read", "const ", "T x0 = (T)(0), x1 = (T)(0), x2 = (T)(0), x3 = (T)(0);", read,
+               f"x0 += x1 + x2 + x3; out[get_global_id(0)] = {total}"),
+        kernel("write", "", "T x = (T)(7);", write, "out[get_global_id(0)] = at"),
+        kernel("copy", "", "", copy, "out[get_global_id(0)] = at")))
 
 
 def local(words: int) -> str:

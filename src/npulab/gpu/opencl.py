@@ -95,7 +95,7 @@ def open_device(number: int = 0) -> OpenCL:
     return OpenCL(found[number])
 
 
-class Overstated(CapacityError):  # noqa: N818 - the device's limits are  # noqa: N818 - the device's limits are
+class Overstated(CapacityError):  # noqa: N818 - the device's limits are
     """A device that refuses what its limits allow: a group or local memory of this size."""
 
 
@@ -183,6 +183,8 @@ class OpenCL:
     @shrinking
     def stream(self, footprint: int, stride: int, width: int, way: Way) -> Timing:
         size = footprint // width
+        if self.one_by_one and stride == 1 and width in extras.WIDE and size % kernels.IN_TURN == 0 and size:
+            return extras.stream_parts(self, footprint, width, way, 1)
         group = 1 if self.one_by_one else self.group  # neighbouring loads follow each other, as a CPU likes them
         if size < 1 or width not in (4, 8, 16, 32, 64):
             raise UnsupportedError("a stream has no room", got=f"{footprint} bytes in vectors of {width}")
@@ -208,10 +210,11 @@ class OpenCL:
         return self._measured(run, asked, whole=-(-size // (groups * group * kernels.STREAMED[way])))
 
     def _checked(self, way: Way, out: Any, sums: Any, spots: Any, group: int, offset: int, stride: int, step: int,
-                 turns: int) -> str:
-        """Whether some threads found what they were to read, or ended where they were to."""
+                 turns: int, each: int = 0) -> str:
+        """Whether some threads found what they were to read, or ended where they were to. each: places of a turn, 0:
+        those of STREAM."""
         size, found = len(sums), self._read(out, int(spots.max()) + 1)
-        many = turns * kernels.STREAMED[way]
+        many = turns * (each or kernels.STREAMED[way])
         for spot in map(int, spots if way == "read" else spots[:4]):
             first = (spot // group * offset + spot % group * stride) % size
             if way != "read":
@@ -359,6 +362,12 @@ class OpenCL:
             found.append(time.perf_counter() - start)
         self._do(lambda: self.cl.enqueue_copy(self.queue, back, buffer).wait())
         return Timing(tuple(found[1:]), {"bytes": float(size)}, "" if (back == host).all() else "bytes were lost")
+
+    @shrinking
+    def stream_parts(self, footprint: int, width: int, way: Way, parts: int) -> Timing:
+        if not self.one_by_one:
+            raise UnsupportedError("neighbouring threads share what they load: parts are for devices without")
+        return extras.stream_parts(self, footprint, width, way, parts)
 
     @shrinking
     def image(self, footprint: int) -> Timing:

@@ -132,6 +132,11 @@ class Extra(Protocol):
         that is no larger than what address translation keeps makes translation cost next to nothing."""
         ...
 
+    def stream_parts(self, footprint: int, width: int, way: Way, parts: int) -> Timing:
+        """As `Bench.stream` with neighbours side by side and 16, 32 or 64 bytes a load, but each thread goes through
+        `parts` (1, 2, 4, 8, 16) parts of the footprint at once. Of devices that do a group's threads one by one."""
+        ...
+
     def image(self, footprint: int) -> Timing:
         """All threads read `footprint` bytes of a two-dimensional image (four 32-bit integers a texel) again and again,
         a group side by side. work: "bytes"."""

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 from npulab.gpu.analysis.chase import Chase
 from npulab.gpu.analysis.cliffs import Cliff, rising
+from npulab.gpu.analysis.meter import Objection
 
 STEPS = 4  # footprints an octave, half of them from LARGE on
 LARGE = 1 << 25
 FLAT = 1.12  # a plateau: half an octave in which time rises by less
 RISE = 1.3  # from a plateau to the next
 NEAREST = 2.0  # two cliffs that are nearer are one
+LOST = 4  # footprints of some sixty
 BROADEST = 6.0  # footprints from a tenth of a rise to nine: more is no cliff
 
 
@@ -28,12 +30,20 @@ class Rise:
 
 def rises(chase: Chase, start: int, line: int) -> tuple[list[Rise], str]:
     """(all cliffs beyond `start` bytes, what was no cliff; "" if nothing). Every footprint several times, each time in
-    other memory: where pages fall on sets by chance, the mean is what counts."""
+    other memory: where pages fall on sets by chance, the mean is what counts. A footprint of doubtful times is left
+    out, LOST of them at most. Raises: Refused."""
     footprints, at = [], float(start)
     while at <= chase.largest:
         footprints.append(int(at) // line * line)
         at *= 2 ** (1 / STEPS if at < LARGE else 2 / STEPS)
-    return found_in(footprints, [chase.again(f, line, 4 if f < LARGE else 2) for f in footprints])
+    seen: list[tuple[int, float]] = []
+    for i, f in enumerate(footprints):
+        try:
+            seen.append((f, chase.again(f, line, 4 if f < LARGE else 2)))
+        except Objection:
+            if i - len(seen) >= LOST:
+                raise
+    return found_in([f for f, _ in seen], [s for _, s in seen])
 
 
 def found_in(footprints: Sequence[int], seconds: Sequence[float]) -> tuple[list[Rise], str]:

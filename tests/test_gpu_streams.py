@@ -1,0 +1,101 @@
+"""What is concluded of streams, and of curves of footprints where times are disturbed, by benches written out."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+
+from npulab.gpu.analysis import curve, rates
+from npulab.gpu.analysis.caches import Hierarchy, Level
+from npulab.gpu.analysis.cliffs import Cliff
+from npulab.gpu.analysis.meter import Meter, Objection, Refused
+from npulab.gpu.analysis.statistics import Estimate
+from npulab.gpu.types import Limits, Timing
+
+
+class InParts:
+    """16 bytes a load reach 10 GB/s, 32 and 64 bytes 20 and, in eight parts, 27."""
+
+    identity, limits = None, Limits(2, 256, 1 << 14, 1 << 30, frozenset(("float32",)))
+
+    def chain(self, *_):
+        return Timing((1e-3,) * 9, {"operations": 1e6})
+
+    def stream(self, footprint, stride, width, way):
+        return Timing((1e-3,) * 9, {"bytes": 10e6 * width / 16})
+
+    def stream_parts(self, footprint, width, way, parts):
+        return Timing((1e-3,) * 9, {"bytes": 27e6 if parts > 1 else 20e6})
+
+
+def test_the_fastest_shape_of_a_stream_is_kept_and_said():
+    found = rates.memory_bandwidth(Meter(InParts(), quick=True), None, "read")
+    assert found.value == pytest.approx(27.0)
+    assert found.why.startswith("read, 64 bytes a load in 8 parts at once, through ")
+    narrow = rates.memory_bandwidth(Meter(InParts(), quick=True), None, "read", 4)
+    assert (narrow.value, "4 bytes a load" in narrow.why) == (pytest.approx(2.5), True)
+    level = Level(Cliff(1 << 15, None, "step", ""), 64, Estimate(1e-9, 1e-9, 1e-9), "")
+    found = rates.level_bandwidth(Meter(InParts(), quick=True), Hierarchy((level,), None), 0)
+    assert found.value == pytest.approx(27.0)
+
+
+def test_a_bench_without_parts_is_asked_for_16_bytes(monkeypatch):
+    monkeypatch.delattr(InParts, "stream_parts")
+    monkeypatch.setattr(InParts, "identity", SimpleNamespace(api="simulated"))
+    found = rates.memory_bandwidth(Meter(InParts(), quick=True), None, "read")
+    assert found.value == pytest.approx(10.0)
+    assert found.why.startswith("read, 16 bytes a load, through ")
+
+
+def disturbed(monkeypatch, times):
+    """A bench whose streams through half of the footprint take `times` of their time."""
+    each = itertools.chain(times, itertools.repeat(times[-1]))
+    monkeypatch.delattr(InParts, "stream_parts")
+    monkeypatch.setattr(InParts, "identity", SimpleNamespace(api="simulated"))
+    monkeypatch.setattr(InParts, "stream", lambda _, footprint, *more: Timing(
+        (1e-3 * (next(each) if footprint == 1 << 26 else 1.0),) * 9, {"bytes": 10e6}))
+    monkeypatch.setattr(rates, "_shaped", lambda m, f, s, w, *_: Estimate(*(m.bench.stream(f).seconds[0],) * 3))
+    meter = Meter(InParts(), quick=True)
+    return rates._memory_bandwidth(meter, None, "read", 4, 1, "memory bandwidth", 1 << 30)
+
+
+def test_a_comparison_that_something_disturbed_is_done_again(monkeypatch):
+    assert disturbed(monkeypatch, (1.0, 1.6, 1.0)).value
+
+
+def test_a_bandwidth_that_does_not_stay_is_not_put_down_to_caches(monkeypatch):
+    with pytest.raises(Refused, match="it does not stay: 67108864 bytes"):
+        disturbed(monkeypatch, (1.6,))
+
+
+def test_caches_that_help_are_named(monkeypatch):
+    with pytest.raises(Refused, match="caches help: 67108864 bytes"):
+        disturbed(monkeypatch, (0.5,))
+
+
+class Doubted:
+    """A chase with one cliff at 32 KiB, of which some footprints cannot be timed."""
+
+    largest = 1 << 24
+
+    def __init__(self, every):
+        self.every, self.asked = every, 0
+
+    def again(self, footprint, line, calls):
+        self.asked += 1
+        if self.asked % self.every == 0:
+            raise Objection("the clock moved")
+        return 2e-9 if footprint <= 1 << 15 else 5e-9
+
+
+def test_a_curve_may_lack_some_footprints():
+    """The cliff is where it is seen with all of them."""
+    whole, _ = curve.rises(Doubted(1000), 1 << 10, 32)
+    found, fault = curve.rises(Doubted(14), 1 << 10, 32)
+    assert ([r.cliff.size for r in found], fault) == ([r.cliff.size for r in whole], "")
+    assert [1 << 15 < r.cliff.size < 5 << 13 for r in found] == [True]
+
+
+def test_a_curve_may_not_lack_many():
+    with pytest.raises(Objection, match="the clock moved"):
+        curve.rises(Doubted(3), 1 << 10, 32)
