@@ -343,7 +343,7 @@ def honest(bench: Any) -> Iterator[tuple[str, Callable[[], Timing]]]:
     for way in ("read", "write", "copy"):
         for width in (4, 8, 16):
             yield f"{way}, {width} bytes", lambda w=way, n=width: bench.stream(1 << 18, 1, n, w)
-    for way in ("read", "write", "copy"):
+    for way in ("read", "write", "copy") if bench.one_by_one else ():
         for width, parts in ((16, 1), (64, 8)):
             yield (f"{way} {width} in {parts} parts", lambda w=way, n=width, p=parts:
                    bench.stream_parts(100_352, n, w, p))
