@@ -15,6 +15,7 @@ from npulab.gpu.analysis import conclude
 from npulab.gpu.analysis.chase import Chase
 from npulab.gpu.analysis.cliffs import missed, overfilled, rising, round_sizes
 from npulab.gpu.analysis.curve import found_in
+from npulab.gpu.analysis.latency import latency
 from npulab.gpu.analysis.meter import Meter, Refused
 from npulab.gpu.analysis.registers import explain
 from npulab.gpu.analysis.statistics import estimate, jump
@@ -199,7 +200,7 @@ def test_without_chases_in_pieces_the_others_do():
 
     found = named(conclude(Plain(QUIET, 0)))
     assert (found["L1 size"].value, found["L2 size"].value) == (24 << 10, 3 << 19)
-    assert not Chase(Meter(Plain(QUIET, 0))).latency(1 << 14, 64, 0)[1]
+    assert not latency(Chase(Meter(Plain(QUIET, 0))), 1 << 14, 64)[1]
 
 
 def by_colours(footprint, size, ways, low, high):
