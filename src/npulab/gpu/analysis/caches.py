@@ -103,7 +103,7 @@ def _gradual(chase: Chase, levels: list[Level], start: int, stride: int) -> str:
     found, fault = rises(chase, start, stride)
     for rise in found[:LEVELS - len(levels)]:
         try:
-            line = _line(chase, rise.beyond, rise.inside, stride)
+            line, _ = _line(chase, rise.beyond, rise.inside, stride)
         except (Refused, NpulabError):
             line = levels[-1].line if levels else stride
         took, less = latency(chase, rise.inside, line, _before(levels))
@@ -114,8 +114,10 @@ def _gradual(chase: Chase, levels: list[Level], start: int, stride: int) -> str:
 
 
 def _before(levels: list[Level]) -> Before | None:
-    return Before(levels[-1].size, levels[-1].latency.value, levels[-1].cliff.shape, _before(levels[:-1])
-                  ) if levels else None
+    if not levels:
+        return None
+    last = levels[-1]
+    return Before(last.size, last.line, last.latency.value, last.cliff.shape, _before(levels[:-1]))
 
 
 def _ended(levels: list[Level], fault: str) -> Hierarchy:
@@ -155,7 +157,7 @@ def _plateau_end(chase: Chase, start: int, stride: int) -> int | None:
 def _level(chase: Chase, flat: int, start: int, stride: int, before: Before | None) -> tuple[Level, int]:
     """The level that `flat` bytes still fit in, and the footprint from which the next one's plateau is flat."""
     inside = max(start, int(flat / 1.42))
-    line = _line(chase, 2 * flat, inside, stride)
+    line, share = _line(chase, 2 * flat, inside, stride)
     low = chase.again(inside, line, 3)
     # the next plateau: where half an octave more changes little, or begins to change more than before
     footprint = 2 * flat
@@ -172,7 +174,7 @@ def _level(chase: Chase, flat: int, start: int, stride: int, before: Before | No
         at, now, previous = footprint, after, max(rise, 0.05 * (after - low))
     if now < 1.05 * low:
         raise NoRise("time a load rose and fell again")
-    found = cliff(chase, inside, flat, at, line)
+    found = cliff(chase, inside, flat, at, line, share)
     # a large footprint, of which the level before keeps nothing
     at_most = max(start, int(0.85 * found.size))
     took, less = latency(chase, at_most, line, before)
@@ -180,9 +182,10 @@ def _level(chase: Chase, flat: int, start: int, stride: int, before: Before | No
     return Level(found, line, took, rests), max(at, flat * 2)
 
 
-def _line(chase: Chase, footprint: int, inside: int, stride: int) -> int:
-    """The smallest distance of places at which no load helps another: until then those in one line do, beyond it a
-    footprint twice the cache has fewer lines than it holds (or, where lines are bound to sets, as many a set)."""
+def _line(chase: Chase, footprint: int, inside: int, stride: int) -> tuple[int, float]:
+    """(the smallest distance of places at which no load helps another, seconds of a load at that distance that
+    translation takes): until then those in one line do, beyond it a footprint twice the cache has fewer lines than it
+    holds (or, where lines are bound to sets, as many a set)."""
     strides = []
     while stride <= min(LINE_MAX, footprint // 16):
         strides.append(stride)
@@ -196,14 +199,15 @@ def _line(chase: Chase, footprint: int, inside: int, stride: int) -> int:
         times = [chase.again(footprint, s, 3, min(PIECE, max(inside // 2, 4 * s))) for s in strides]
         if abs(chase.meter.pace() / before - 1) < 0.02:
             break
-    most = max(times)
+    most, slope = max(times), 0.0
     # what grows with the distance beyond any line's end is translation: a miss a page, shared by fewer and fewer loads
     if strides[-1] == LINE_MAX and len(strides) > 2 and times[-1] > times[-2] + 0.02 * low:
         slope = (times[-1] - times[-2]) / (strides[-1] - strides[-2])
         times = [t - slope * s for s, t in zip(strides, times, strict=True)]
-        low, most = min(low, times[-1], times[0]), max(times)
+        most = max(times)
     if most < 1.03 * low:
         raise NoRise(f"{footprint} bytes take no longer a load than half of them, a little more than half did")
     # in pieces two places of a line that is gone cost one miss, at half a line's distance: half of `most`
     short = 0.25 if chase.pieces else 0.08
-    return next(s for s, t in zip(strides, times, strict=True) if t > most - short * (most - low))
+    line = next(s for s, t in zip(strides, times, strict=True) if t > most - short * (most - low))
+    return line, slope * line

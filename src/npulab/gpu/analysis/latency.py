@@ -14,25 +14,28 @@ from npulab.gpu.analysis.statistics import Estimate
 
 FEW = 1024  # lines, and pages with them, that a buffer of translations may keep: spread, they tell nothing
 APART = 1.01  # a chase that takes so much longer than one in pieces, or with more loads a page, pays for something
-EMPTY, FULL = 1.6, 0.95  # of the level before, whose lines are bound to sets of two or more: it keeps nothing, or all
+EMPTY, FULL = 1.6, 0.95  # times what sets of two lines and more hold: nothing is kept, or all
 LINEAR = 0.15  # of what translation takes: how far from a line of loads a page it may be
 
 
 @dataclass(frozen=True, slots=True)
 class Before:
-    """The level before, and the one before that. size: bytes. seconds: of a load that it answers."""
+    """The level before, and the one before that. size, line: bytes. seconds: of a load that it answers."""
 
     size: int
+    line: int
     seconds: float
     shape: Shape
     before: Before | None
 
-    def kept(self, footprint: float) -> float | None:
-        """The share of a cycle through so many bytes of lines that it answers; None where that is not known."""
-        full = footprint / self.size
+    def kept(self, lines: int, stride: int) -> float | None:
+        """The share that it answers of a cycle through so many lines, `stride` bytes apart; None where that is not
+        known. Lines that are bound to sets fall on the fewer of them the further apart they are."""
+        full = lines * (stride if self.shape == "ramp" else self.line) / self.size
         if self.shape == "random":
             return 1 - missed(full)
-        return 0.0 if full >= EMPTY else 1.0 if full <= FULL and self.shape != "gradual" else None
+        empty = {"step": 1.05, "ramp": EMPTY}.get(self.shape, 4.0)
+        return 0.0 if full >= empty else 1.0 if full <= FULL and self.shape != "gradual" else None
 
 
 def latency(chase: Chase, footprint: int, line: int, before: Before | None = None, kind: Kind = "alone",
@@ -78,11 +81,14 @@ def in_pieces(chase: Chase, footprint: int, line: int, before: Before | None = N
 
     Three equations for two unknowns; nothing is taken off where they do not agree, as with a prefetcher of pairs.
     """
-    if before and before.shape != "random" and footprint < 4 * EMPTY * before.size:
-        footprint = min(footprint, int(4 * 0.95 * FULL * before.size))  # a quarter is all kept, a half not at all
+    kept: list[float | None] = []
+    whole = footprint
+    for footprint in (whole, whole * 7 // 8, whole * 3 // 4):  # one of them is clear of the level before
+        kept = [before.kept(footprint // (s * line), s * line) if before else 0.0 for s in (1, 2, 4)]
+        if None not in kept:
+            break
     found = chase.precisely(footprint, line, kind, through)
-    kept = [before.kept(footprint / s) if before else 0.0 for s in (1, 2, 4)]
-    if None in kept or footprint // (16 * line) < 4:
+    if None in kept or (kept[0] or 0.0) > 0.5 or footprint // (16 * line) < 4:
         return found
     times = [found, *(chase.precisely(footprint, s * line, kind, through) for s in (2, 4))]
     share = np.array([k or 0.0 for k in kept])

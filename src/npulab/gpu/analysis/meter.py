@@ -99,8 +99,8 @@ class Meter:
         """Seconds of an experiment, or of one unit of its work `of`, as they are at the clock's first pace.
 
         through: of kind "memory", the seconds of a unit of work that pass at the pace of the cores all the same.
-        calls: asked at least so often (quick: at most 2); more, up to 12 times (of kind "host", where one costs little and
-        the timer's tick may be much of it, 40; quick: 2), until the interval's half is within `spread`.
+        calls: asked at least so often (quick: at most 2); more, up to 12 times (of kind "host", where the timer's tick
+        may be much of it, 40; quick: 2), until the interval's half is within `spread`.
         Raises: Refused, and what the bench raises.
         """
         values: list[float] = []
