@@ -35,6 +35,8 @@ NEARER = 1.25
 UNITS = (("bandwidth", "GB/s"), ("rate", "operations/s"), ("latency", "s"), ("cost", "s"))
 TICKS = 0.5
 """Of a time that the timer's step may be; of a coarser one the mean is no mean."""
+ZERO = 0.05
+"""Of a tick: less is none, beside what the timer itself takes."""
 MOVED = 0.25
 """By how much the last third of repetitions may differ from the first before the clock is said to have moved."""
 TINY = {"float32": 2.0**-126, "float16": 2.0**-14}
@@ -149,7 +151,7 @@ def times_objection(seconds: Sequence[float]) -> str:
     levels = np.unique(v)
     if len(levels) > 1 and len(levels) <= len(v) / 2:
         step, middle = float(np.diff(levels).min()), float(v.mean())
-        if step > TICKS * middle and levels[0] < step / 2:  # 0 and a tick
+        if step > TICKS * middle and levels[0] < ZERO * step:  # a step from more is a repetition that was disturbed
             return f"the timer's ticks of {step:.3g} s are too coarse for times of {middle:.3g} s"
     return ""
 

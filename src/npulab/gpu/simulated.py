@@ -313,7 +313,8 @@ def random_hidden(seed: int) -> Hidden:
     """A plausible GPU, from a phone's to a data centre's.
 
     A level is at least four times the one before, eight times if that replaces at random: otherwise no footprint misses
-    the one and hits the other.
+    the one and hits the other. What a buffer of translations reaches is no cache's size: two rises at one footprint are
+    one, and where pages are small no chase tells what of it is whose.
     """
     r = np.random.default_rng(seed)
 
@@ -384,6 +385,8 @@ def random_hidden(seed: int) -> Hidden:
             levels[i] = replace(c, ways=pick(*sets))
     translation = Translation(pick(16, 32, 64, 512), pick(1 << 12, 1 << 16, 1 << 21), between(20, 200)) \
         if r.random() < 0.4 else None
+    while translation and translation.entries * translation.page in [c.size for c in levels]:
+        translation = replace(translation, entries=2 * translation.entries)
     return replace(made, caches=tuple(levels), translation=translation, image_share=float(r.uniform(0.3, 1)),
                    constant_spread=1 / pick(1, 2, 8, 32), map_cost=between(3e-6, 50e-6))
 

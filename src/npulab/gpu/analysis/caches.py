@@ -11,6 +11,7 @@ from npulab.errors import CapacityError, NpulabError
 from npulab.gpu.analysis.chase import PIECE, Chase
 from npulab.gpu.analysis.cliffs import Broad, Cliff, NoRise, cliff
 from npulab.gpu.analysis.curve import rises
+from npulab.gpu.analysis.latency import Before, latency
 from npulab.gpu.analysis.meter import Meter, Refused, reason
 from npulab.gpu.analysis.statistics import Estimate
 
@@ -18,7 +19,7 @@ SMALLEST = 1 << 10  # bytes of a footprint
 LEAST = 1 << 20  # of the largest: less says nothing of memory
 LEVELS = 4
 STRIDE = 32  # bytes, no line is shorter
-LINE_MAX = 1024
+LINE_MAX = 1024  # of places; lines are at most a quarter of it
 STEADY = 6  # attempts at a comparison during which the clock stays
 FALSE_ALARMS = 6
 RISE = 1.08  # a load that takes so much longer has left its level
@@ -62,7 +63,7 @@ def hierarchy(meter: Meter) -> Hierarchy:
             flat = _plateau_end(chase, at, stride)
             if flat is None:
                 break
-            level, at = _level(chase, flat, at, stride, levels[-1].size if levels else 0)
+            level, at = _level(chase, flat, at, stride, _before(levels))
         except NoRise as e:
             false_alarms += 1
             if false_alarms > FALSE_ALARMS:
@@ -90,7 +91,7 @@ def hierarchy(meter: Meter) -> Hierarchy:
         return Hierarchy(tuple(levels), None, f"no footprint until {largest} bytes is large enough to miss all caches")
     beyond = min(largest, max(8 * levels[-1].size, 1 << 24))
     try:
-        found, less = chase.latency(beyond, stride, levels[-1].size, "memory", levels[-1].latency.value)
+        found, less = latency(chase, beyond, stride, _before(levels), "memory", levels[-1].latency.value)
         return Hierarchy(tuple(levels), found, "", f"random chase through {beyond} bytes, one thread"
                          + (f"; {less}" if less else ""))
     except (Refused, NpulabError) as e:
@@ -102,14 +103,21 @@ def _gradual(chase: Chase, levels: list[Level], start: int, stride: int) -> str:
     found, fault = rises(chase, start, stride)
     for rise in found[:LEVELS - len(levels)]:
         try:
-            line = _line(chase, rise.beyond, rise.inside, stride)
+            line, _ = _line(chase, rise.beyond, rise.inside, stride)
         except (Refused, NpulabError):
             line = levels[-1].line if levels else stride
-        latency, less = chase.latency(rise.inside, line, levels[-1].size if levels else 0)
-        levels.append(Level(rise.cliff, line, latency, f"random chase through {rise.inside} bytes, one thread"
+        took, less = latency(chase, rise.inside, line, _before(levels))
+        levels.append(Level(rise.cliff, line, took, f"random chase through {rise.inside} bytes, one thread"
                             + (f"; {less}" if less else "")))
         stride = line
     return fault
+
+
+def _before(levels: list[Level]) -> Before | None:
+    if not levels:
+        return None
+    last = levels[-1]
+    return Before(last.size, last.line, last.latency.value, last.cliff.shape, _before(levels[:-1]))
 
 
 def _ended(levels: list[Level], fault: str) -> Hierarchy:
@@ -146,11 +154,10 @@ def _plateau_end(chase: Chase, start: int, stride: int) -> int | None:
             flat = footprint
 
 
-def _level(chase: Chase, flat: int, start: int, stride: int, within: int) -> tuple[Level, int]:
-    """The level that `flat` bytes still fit in, and the footprint from which the next one's plateau is flat. `within`:
-    bytes of the level before."""
+def _level(chase: Chase, flat: int, start: int, stride: int, before: Before | None) -> tuple[Level, int]:
+    """The level that `flat` bytes still fit in, and the footprint from which the next one's plateau is flat."""
     inside = max(start, int(flat / 1.42))
-    line = _line(chase, 2 * flat, inside, stride)
+    line, share = _line(chase, 2 * flat, inside, stride)
     low = chase.again(inside, line, 3)
     # the next plateau: where half an octave more changes little, or begins to change more than before
     footprint = 2 * flat
@@ -167,17 +174,18 @@ def _level(chase: Chase, flat: int, start: int, stride: int, within: int) -> tup
         at, now, previous = footprint, after, max(rise, 0.05 * (after - low))
     if now < 1.05 * low:
         raise NoRise("time a load rose and fell again")
-    found = cliff(chase, inside, flat, at, line)
+    found = cliff(chase, inside, flat, at, line, share)
     # a large footprint, of which the level before keeps nothing
     at_most = max(start, int(0.85 * found.size))
-    latency, less = chase.latency(at_most, line, within)
+    took, less = latency(chase, at_most, line, before)
     rests = f"random chase through {at_most} bytes, one thread" + (f"; {less}" if less else "")
-    return Level(found, line, latency, rests), max(at, flat * 2)
+    return Level(found, line, took, rests), max(at, flat * 2)
 
 
-def _line(chase: Chase, footprint: int, inside: int, stride: int) -> int:
-    """The smallest distance of places at which no load helps another: until then those in one line do, beyond it a
-    footprint twice the cache has fewer lines than it holds (or, where lines are bound to sets, as many a set)."""
+def _line(chase: Chase, footprint: int, inside: int, stride: int) -> tuple[int, float]:
+    """(the smallest distance of places at which no load helps another, seconds of a load at that distance that
+    translation takes): until then those in one line do, beyond it a footprint twice the cache has fewer lines than it
+    holds (or, where lines are bound to sets, as many a set)."""
     strides = []
     while stride <= min(LINE_MAX, footprint // 16):
         strides.append(stride)
@@ -191,9 +199,15 @@ def _line(chase: Chase, footprint: int, inside: int, stride: int) -> int:
         times = [chase.again(footprint, s, 3, min(PIECE, max(inside // 2, 4 * s))) for s in strides]
         if abs(chase.meter.pace() / before - 1) < 0.02:
             break
-    most = max(times)
+    most, slope = max(times), 0.0
+    # what grows with the distance beyond any line's end is translation: a miss a page, shared by fewer and fewer loads
+    if strides[-1] == LINE_MAX and len(strides) > 2 and times[-1] > times[-2] + 0.02 * low:
+        slope = (times[-1] - times[-2]) / (strides[-1] - strides[-2])
+        times = [t - slope * s for s, t in zip(strides, times, strict=True)]
+        most = max(times)
     if most < 1.03 * low:
         raise NoRise(f"{footprint} bytes take no longer a load than half of them, a little more than half did")
     # in pieces two places of a line that is gone cost one miss, at half a line's distance: half of `most`
     short = 0.25 if chase.pieces else 0.08
-    return next(s for s, t in zip(strides, times, strict=True) if t > most - short * (most - low))
+    line = next(s for s, t in zip(strides, times, strict=True) if t > most - short * (most - low))
+    return line, slope * line

@@ -29,6 +29,8 @@ FITS = 0.02  # scatter that a model may leave
 POINTS = (0.67, 0.85, 0.92, 0.96, 0.98, 1.0, 1.02, 1.04, 1.08, 1.13, 1.2, 1.35, 1.5, 1.7, 1.9, 2.25, 2.7, 3.3)
 """Of the lines at which 0.4 of a rise is made."""
 
+NEAR = 1.4  # times those lines, where what lies farther does not fit
+
 
 class NoRise(Refused):
     """Time a load seemed to rise and, looked at closely, does not."""
@@ -48,26 +50,30 @@ class Cliff:
     why: str
 
 
-def cliff(chase: Chase, inside: int, flat: int, beyond: int, line: int) -> Cliff:
-    """Of a level that holds `inside` bytes for sure, `flat` as it seems, and little of `beyond`.
+def cliff(chase: Chase, inside: int, flat: int, beyond: int, line: int, share: float = 0.0) -> Cliff:
+    """Of a level that holds `inside` bytes for sure, `flat` as it seems, and little of `beyond`. share: seconds of a
+    load, `line` bytes from others, that translation takes where its buffer is too small.
 
     Raises: NoRise, Refused; Broad if it is gradual."""
     for attempt in range(ATTEMPTS):
+        before = chase.meter.pace()
         low, high = chase.again(inside, line, 3), chase.again(beyond, line, 3)
         if high < RISE * low:
             raise NoRise(f"time a load goes from {low * 1e9:.4g} to {high * 1e9:.4g} ns only")
         try:
             first, after = _crossing(chase, flat // line // 2, 2 * flat // line, line, low + 0.4 * (high - low))
-            break
+            # the plateaus are of another clock than the cliff: memory need not slow with the cores
+            if attempt == ATTEMPTS - 1 or abs(chase.meter.pace() / before - 1) < 0.02:
+                break
         except Refused:
             if attempt == ATTEMPTS - 1:
                 raise Broad from None
-            chase.forget()  # something disturbed an experiment, or the clock fell
+        chase.forget()  # something disturbed an experiment, or the clock fell
     below, above = (chase.again(max(1, n) * line, line, 3) for n in (first - 2, after + 2))
     if above - below > STEPS * (high - low) and above > RISE * below:
         return Cliff(first * line, None, "step", f"{first * line} bytes take {low * 1e9:.4g} ns a load, one line more "
                                                  f"{high * 1e9:.4g}")
-    return _fitted(chase, after, beyond, line, low, high)
+    return _fitted(chase, after, beyond, line, low, high, share)
 
 
 def _crossing(chase: Chase, low: int, high: int, line: int, limit: float) -> tuple[int, int]:
@@ -110,26 +116,36 @@ def overfilled(lines_over_capacity: NDArray[np.float64], ways: int) -> NDArray[n
     return np.clip((1 - 1 / lines_over_capacity) * (ways + 1), 0, 1)
 
 
-def _fitted(chase: Chase, after: int, beyond: int, line: int, low: float, high: float) -> Cliff:
-    """A cliff as random replacement or sets make it. `after`: lines at 0.4 of the rise. Raises: Broad."""
+def _fitted(chase: Chase, after: int, beyond: int, line: int, low: float, high: float, share: float) -> Cliff:
+    """A cliff as random replacement or sets make it. `after`: lines at 0.4 of the rise. The buffer of translations may
+    end at any power of two among them, `share` more from there on. Raises: Broad."""
     lines = sorted({int(after * f) for f in POINTS if after * f * line <= max(beyond, 2 * after * line)})
     n = np.array(lines, np.float64)
     sizes = after * np.geomspace(0.6, 1.2, 1601)
     models = [np.array([[missed(k / s) for k in lines] for s in sizes])] + [
         overfilled(n / sizes[:, None], w) for w in WAYS]
+    reaches = [1 << i for i in range(12, 31) if n[0] * line <= 1 << i < n[-1] * line] if share else []
     noise, still, errors = math.inf, False, np.zeros((1, 1))
     for attempt in range(STEADY):  # a clock that falls meanwhile bends the curve: memory may not slow with the cores
         before = chase.meter.pace()
         t = np.array([chase.again(k * line, line, 4) for k in lines])
-        now = np.array([_misfits(m, t) for m in models])
+        curves = [t - share * (n * line > reach) for reach in (*reaches, math.inf)]
+        fits = [np.array([_misfits(m, c) for m in models]) for c in curves]
+        best = min(range(len(fits)), key=lambda i: float(fits[i].min()))
+        t, now = curves[best], fits[best]
         scatter = math.sqrt(now.min() / max(1, len(n) - 3))
         stayed = abs(chase.meter.pace() / before - 1) < 0.02
         if (stayed, -scatter) > (still, -noise):
             still, noise, errors = stayed, scatter, now
         if (still and noise < 0.006) or (attempt and noise > 3 * FITS):
             break
-    model, best = np.unravel_index(int(errors.argmin()), errors.shape)
-    if noise > FITS or best in (0, len(sizes) - 1):
+    near = n < NEAR * after
+    closer = np.array([_misfits(m[:, near], t[near]) for m in models])
+    scatter = math.sqrt(closer.min() / max(1, int(near.sum()) - 3))
+    if noise > 0.006 and scatter < noise / 2:  # something else begins beyond: translation, or the next level
+        noise, errors = scatter, closer
+    model, at = np.unravel_index(int(errors.argmin()), errors.shape)
+    if noise > FITS or at in (0, len(sizes) - 1):
         raise Broad
     # 4 standard deviations of one parameter; the reference clock's are common to neighbours, no scatter shows them
     inside = sizes[(errors < errors.min() + 16 * (noise**2 + 0.002**2)).any(axis=0)]
@@ -137,7 +153,7 @@ def _fitted(chase: Chase, after: int, beyond: int, line: int, low: float, high: 
     interval = (float(inside.min()) * line / step, float(inside.max()) * line * step)
     shape: Shape = "ramp" if model else "random"
     how = f"as sets of {WAYS[model - 1]} lines make it" if model else "as with random replacement"
-    size, why = round(float(sizes[best])) * line, (
+    size, why = round(float(sizes[at])) * line, (
         f"load time rises from {low * 1e9:.4g} to {high * 1e9:.4g} ns {how}, within {noise * 100:.2g} %")
     rounds = round_sizes(*interval)
     if len(rounds) == 1:

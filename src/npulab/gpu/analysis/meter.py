@@ -99,12 +99,12 @@ class Meter:
         """Seconds of an experiment, or of one unit of its work `of`, as they are at the clock's first pace.
 
         through: of kind "memory", the seconds of a unit of work that pass at the pace of the cores all the same.
-        calls: asked at least so often (quick: at most 2); more, up to 12 times (quick: 2), until the interval's half is
-        within `spread`.
+        calls: asked at least so often (quick: at most 2); more, up to 12 times (of kind "host", where the timer's tick
+        may be much of it, 40; quick: 2), until the interval's half is within `spread`.
         Raises: Refused, and what the bench raises.
         """
         values: list[float] = []
-        asked, most = 0, 2 if self.quick else 12
+        asked, most = 0, 2 if self.quick else 40 if kind == "host" else 12
         while True:
             values += self._once(ask, of, kind, through)
             asked += 1

@@ -30,8 +30,8 @@ def estimate(values: Sequence[float], extra: float = 0.0) -> Estimate:
     """The mean of the values that are not far from their median, all > 0.
 
     A mean, not the median: a timer with coarse ticks gives only a few different values, whose mean is right and whose
-    median is a tick off. Far: beyond 4 robust standard deviations (of the median absolute deviation), or the two
-    smallest steps between values where those are larger.
+    median is a tick off. Far: beyond 4 robust standard deviations (of the median absolute deviation), or one and a half
+    of the smallest steps between values where those are larger or all the values scatter by: times between two ticks.
 
     extra: a relative uncertainty (standard deviation) that the values share, as that of a reference clock.
     """
@@ -53,7 +53,10 @@ def near(v: NDArray[np.float64]) -> NDArray[np.bool_]:
     steps = np.diff(v)
     steps = steps[steps > 1e-12 * middle]
     tick = float(steps.min()) if len(steps) else 0.0
-    width = max(KEPT * 1.4826 * float(np.median(np.abs(v - middle))), 2 * tick, 1e-4 * middle)
+    width = KEPT * 1.4826 * float(np.median(np.abs(v - middle)))
+    if max(width / KEPT / 1.4826, middle - float(np.quantile(v, 0.025))) < 1.01 * tick:
+        width = 0.0  # what is disturbed is longer, never shorter: they differ by ticks alone
+    width = max(width, 1.5 * tick, 1e-4 * middle)
     return np.asarray(np.abs(v - middle) <= width)
 
 
