@@ -43,7 +43,7 @@ INT8 = Scheme()
 SCHEMES = [Scheme(bits, signed, symmetric, narrow, power_of_two=two)
            for bits in (2, 4, 8, 16) for signed in (True, False) for symmetric in (True, False)
            for narrow in ((False, True) if signed and symmetric else (False,)) for two in (False, True)]
-finite = st.floats(-1e4, 1e4, width=32)
+finite = st.floats(-1e4, 1e4, width=32, allow_subnormal=False)  # what underflows to 0 in steps counts as 0
 
 
 def quantized(graph=None, recipe="min-max", rules=ONNX, data=None, **options):

@@ -181,7 +181,7 @@ def count_bins(x: F32, width: float) -> NDArray[np.int64]:
         bins = np.zeros(2 * HALF, np.int64)
         bins[HALF] = x.size
         return bins
-    steps = x * np.float32(1 / width)  # exact: the width is a power of two
+    steps = x * np.float32(1 / width)  # exact, the width is a power of two; but what underflows is 0
     index = np.floor(steps, out=steps).astype(np.int16)
     index += HALF
     return np.bincount(index.ravel(), minlength=2 * HALF)

@@ -161,7 +161,7 @@ def _either(meter: Meter, found: Hierarchy | None, footprint: int, width: int, s
     wide = _stream(meter, footprint, 16, "read", True).value
     line = found.levels[-1].line if found and found.levels else 64
     least = wide * max(1.0, min(stride, line / width))
-    if took.value < 1.05 * least:
+    if took.value < 1.02 * least:
         return took
     cores = meter.seconds(lambda: meter.bench.stream(footprint, stride, width, "read"), "bytes", "core", 2, 0.005)
     if cores.value > least:
