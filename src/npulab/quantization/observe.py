@@ -181,8 +181,11 @@ def count_bins(x: F32, width: float) -> NDArray[np.int64]:
         bins = np.zeros(2 * HALF, np.int64)
         bins[HALF] = x.size
         return bins
-    steps = x * np.float32(1 / width)  # exact, the width is a power of two; but what underflows is 0
+    steps = x * np.float32(1 / width)  # exact: the width is a power of two
+    below = (steps == 0) & (x < 0) if width > 1 else None  # but what underflows, which is in the bin below 0
     index = np.floor(steps, out=steps).astype(np.int16)
+    if below is not None:
+        index -= below
     index += HALF
     return np.bincount(index.ravel(), minlength=2 * HALF)
 
