@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import assume, currently_in_test_context, given, settings
+from hypothesis import assume, currently_in_test_context, example, given, settings
 from hypothesis import strategies as st
 
 from dialects import check_onnx, feeds, run, run_converted
@@ -73,9 +73,19 @@ class Quantized(Net):
                     .SerializeToString())
 
 
-def steps_apart(graph, made, scale, seed=0, spread=8):
-    """The largest difference of the first output, in steps of `scale`, and the share of elements that differ."""
+def steps_apart(graph, made, scale, seed=0, spread=8, off_ties=None):
+    """The largest difference of the first output, in steps of `scale`, and the share of elements that differ.
+
+    Input `x` is moved where x divided by one of `off_ties` ends on a half: QuantizeLinear takes ties to even, TFLite's
+    QUANTIZE away from zero, and a step of an input may be any number of steps of the output.
+    """
     inputs = feeds(graph, seed)
+    while off_ties is not None:
+        codes = inputs["x"].astype(np.float64) / np.reshape(off_ties, (-1, 1, 1, 1, 1))
+        near = (np.abs(codes - np.floor(codes) - 0.5) < 0.01).any(0)  # a float32 of 15 bits is good to 0.001
+        if not near.any():
+            break
+        inputs["x"][near] += 0.1 * min(map(abs, off_ties))
     want = next(iter(run(graph, inputs).values())).astype(np.float64)
     got = next(iter(run_converted(made, inputs).values())).astype(np.float64)
     assert want.shape == got.shape
@@ -281,7 +291,8 @@ def test_functions_of_one_tensor_in_every_width(name, kind):
     assert ops(made.graph).count("DEQUANTIZE") == (2 if name in in_floats else 1) + extra
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)  # the next test has a case that is two steps apart
+@settings(max_examples=60, deadline=None)
+@example(277, "Add", "int16 int8 int16", False)  # a tie at an input whose step is 1.3 of the output's
 @given(st.integers(0, 2**32), st.sampled_from(["Add", "Sub", "Mul", "Max", "Min", "Concat", "MatMul"]),
        st.sampled_from(["int8 int8 int8", "int16 int16 int16", "int8 int16 int8", "int16 int8 int16", "int8 int8 int16",
                         "uint8 uint8 uint8", "uint8 int16 uint8"]), st.booleans())
@@ -301,17 +312,12 @@ def test_functions_of_two_tensors_of_any_width(seed, name, kinds, broadcast):
     y = n.op(name, a, b, **({"axis": 1} if name == "Concat" else {}))
     g = n.graph(n.pair(y, top / steps[last], zeros[last], last), opset=21)
     made = from_onnx(g)
-    worst, _ = steps_apart(g, made, top / steps[last], seed)
+    worst, _ = steps_apart(g, made, top / steps[last], seed, off_ties=(4 / steps[first], 3 / steps[second] / -0.7))
     assert worst <= 1.01
     in_integers = not (name == "MatMul" and kinds == "uint8 uint8 uint8")
     expected = {"Max": "MAXIMUM", "Min": "MINIMUM", "Concat": "CONCATENATION", "MatMul": "BATCH_MATMUL"}
     node = [x for x in made.graph.nodes if x.op.name == expected.get(name, name.upper())][-1]
     assert (made.graph.values[node.inputs[0]].dtype.value != "float32") == in_integers
-
-
-@pytest.mark.xfail(strict=True, reason="one element of 396 is two steps of an int16 sum apart; why is not known yet")
-def test_a_sum_of_products_in_sixteen_bits_is_within_a_step():
-    test_functions_of_two_tensors_of_any_width.hypothesis.inner_test(277, "Add", "int16 int8 int16", False)
 
 
 def mixed():
