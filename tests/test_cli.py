@@ -58,7 +58,7 @@ def test_help_is_instant_and_names_every_verb():
     (("compile", MODEL, *TARGET, "--plan", "worst"), 2, "'worst'"),
     (("compile", MODEL, "--target", "z80"), 2, "npulab: error: there is no target 'z80'\n  want    a311d"),
     (("compile", "no.tflite", *TARGET), 3, "npulab: error: no.tflite"),
-    (("compile", PICTURE, *TARGET), 3, "npulab: error: 'digit' is not a TFLite model"),
+    (("compile", PICTURE, *TARGET), 3, "npulab: error: 'digit' is neither a TFLite nor an ONNX model"),
     (("run", MODEL, "--input", PICTURE), 2, "a model needs a target\n  want    a311d\n  try     --target a311d"),
     (("run", MODEL, *TARGET), 2, "the model takes 1 input\n  want    image: uint8[1, 32, 32, 3]"),
     (("run", MODEL, *TARGET, "--input", "no.png"), 2, "cannot read no.png"),

@@ -753,6 +753,54 @@ def test_a_device_that_is_lost_leaves_no_file(small, device, capsys, tmp_path, m
     assert not out.exists()
 
 
+def test_a_kernel_that_hangs_ends_the_command(small, device, tmp_path):
+    path, array, _ = small
+    out = tmp_path / "y.npz"
+    code = """
+import sys
+from dataclasses import replace
+import npulab.gpu.compute.network as n
+from npulab.cli import run_arguments
+lowered = n.lowered
+def hanging(layer, traits, choose):
+    first, *rest = (found := lowered(layer, traits, choose)).launches
+    source = first.kernel.source.replace(") {", ") { volatile int on = 1; while (on);")
+    return replace(found, launches=(replace(first, kernel=replace(first.kernel, source=source)), *rest))
+n.lowered = hanging
+sys.exit(run_arguments(sys.argv[1:]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, "run", str(path), "--input", str(array), "--device", "opencl:0", "-o", str(out),
+         "--patience", "3"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 4
+    assert "did not answer for 3 s\n  where   launch 1 of " in done.stderr
+    assert "--patience SECONDS gives a slow one more time" in done.stderr
+    assert not list(tmp_path.glob("y*"))
+
+
+def test_work_that_goes_on_is_not_silent():
+    from types import SimpleNamespace
+
+    from npulab.gpu.compute.watch import Doing, watched
+
+    doing = Doing()
+    assert doing.silent() == (0, "")
+    doing.begin("launches")
+    events = [SimpleNamespace(command_execution_status=s) for s in (0, 1, 3)]
+    doing.labels, doing.events, doing.since = "abc", events, doing.since - 100
+    seconds, what = doing.silent()  # one has ended since
+    assert seconds < 50 and what == "launch 2 of 3, b"
+    doing.since -= 100
+    assert doing.silent()[0] > 50  # nothing has
+    said = []
+    with watched(doing, 0.01, said.append):
+        while not said:
+            pass
+    assert said == ["launch 2 of 3, b"]
+    doing.end()
+    assert doing.silent() == (0, "")
+
+
 def test_a_kernel_that_does_not_compile_is_said(device, traits, monkeypatch):
     from npulab.gpu.compute import moves
     from npulab.gpu.compute.types import Kernel

@@ -206,7 +206,7 @@ def test_work_that_takes_no_time_is_not_believed(bench, monkeypatch):
 
 def test_without_pyopencl_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyopencl", None)
-    with pytest.raises(UsageError, match="pyopencl is not installed") as e:
+    with pytest.raises(UsageError, match="pyopencl, which is not installed") as e:
         opencl.devices()
     assert e.value.facts["try"] == "pip install 'npulab[gpu]'"
 

@@ -274,7 +274,7 @@ def test_points_that_only_change_speeds_share_a_program_of_plan_reference(monkey
 
 
 @pytest.mark.parametrize(("point", "data", "kind", "text"), [
-    (Point("x", "1", "a311d", "best", OPTIONS, {}), b"no model", "ModelError", "'model' is not a TFLite"),
+    (Point("x", "1", "a311d", "best", OPTIONS, {}), b"no model", "ModelError", "'model' is neither a TFLite nor"),
     (Point("x", "2", "z80", "best", OPTIONS, {}), DIGITS.read_bytes(), "UsageError",
      "there is no target 'z80'\n  want    a311d"),
     (Point("x", "2", "a311d", "best", OPTIONS, {"nn_cores": 3}), DIGITS.read_bytes(), None, None),
@@ -472,7 +472,7 @@ def test_points_that_fail_are_rows_and_run_again_only_when_asked(folder, npulab)
     code, out, err = npulab("sweep", "grid.toml", "--workers", 1)
 
     assert (code, err) == (1, "")
-    assert "failed: broken.tflite, reference\n  'model' is not a TFLite model" in out
+    assert "failed: broken.tflite, reference\n  'model' is neither a TFLite nor an ONNX model" in out
     assert "2 points, 2 of them measured now, 1 failed." in out
     again = npulab("sweep", "grid.toml")
     assert again[0] == 1

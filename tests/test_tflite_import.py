@@ -244,7 +244,7 @@ def test_the_signature_of_the_main_subgraph_names_inputs_and_outputs():
     (b"<!DOCTYPE html><html>", "a web page or other markup", "download the file itself, not the page about it"),
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file (a Keras model)", "convert it to TFLite"),
     (b"NPULAB\r\n" + bytes(32), "a program that npulab compiled", "npulab run FILE.npu"),
-    (b"\x1c\0\0\0ABCD" + bytes(60), "bytes 1c 00 00 00 41 42 43 44", "give a .tflite file"),
+    (b"\x1c\0\0\0ABCD" + bytes(60), "bytes 1c 00 00 00 41 42 43 44", "give a .tflite or .onnx file"),
 ])
 def test_another_kind_of_file_is_named(content, found, advice):
     assert message(content) == (

@@ -7,7 +7,6 @@ must be instant.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sys
@@ -27,6 +26,7 @@ from npulab.cli.disasm import disasm
 from npulab.cli.evaluate import evaluate
 from npulab.cli.export import export
 from npulab.cli.patch import patch
+from npulab.cli.printing import fail
 from npulab.cli.probe import probe
 from npulab.cli.profile import profile
 from npulab.cli.quantize import quantize
@@ -79,33 +79,25 @@ def run_arguments(arguments: Sequence[str]) -> int:
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except NpulabError as e:
-        return _fail(str(e), e.exit_code)
+        return fail(str(e), e.exit_code)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what the interpreter flushes at exit
         return 141
     except MemoryError:
-        return _fail("there is not enough memory for this", 4)
+        return fail("there is not enough memory for this", 4)
     except Exception as e:
         if type(e).__name__ == "Abort":  # how older option parsers tell of an interrupt
             return 130
         if hasattr(e, "format_message"):  # the option parser's own errors
             return _wrong_usage(e, arguments)
         if isinstance(e, OSError) and e.errno is not None:
-            return _fail(f"{e.strerror}\n  where   {e.filename or 'standard output'}", 4)
+            return fail(f"{e.strerror}\n  where   {e.filename or 'standard output'}", 4)
         if os.environ.get("NPULAB_TRACEBACK"):
             traceback.print_exc()
-        return _fail(f"{type(e).__name__}: {e}\n  This is a defect of npulab; please report it.\n"
+        return fail(f"{type(e).__name__}: {e}\n  This is a defect of npulab; please report it.\n"
                      "  try     NPULAB_TRACEBACK=1 shows where it happened", 4)
-
-
-def _fail(text: str, code: int) -> int:
-    from npulab.cli.printing import clean
-
-    with contextlib.suppress(OSError):  # nobody may be listening
-        print("npulab: error: " + "\n".join(clean(line) for line in text.split("\n")), file=sys.stderr, flush=True)
-    return code
 
 
 def _wrong_usage(error: Exception, arguments: Sequence[str]) -> int:
@@ -116,4 +108,4 @@ def _wrong_usage(error: Exception, arguments: Sequence[str]) -> int:
     verbs = {c.name or getattr(c.callback, "__name__", "") for c in app.registered_commands}
     verbs |= {g.name for g in app.registered_groups}
     verb = next((f"{a} " for a in arguments if a in verbs), "")
-    return _fail(f"{message[:1].lower()}{message[1:].rstrip('.')}\n  try     npulab {verb}--help", 2)
+    return fail(f"{message[:1].lower()}{message[1:].rstrip('.')}\n  try     npulab {verb}--help", 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -17,6 +18,13 @@ def clean(text: object) -> str:
     """Text from a file, safe to print: control characters and broken Unicode become escapes."""
     return "".join(c if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co") else c.encode("unicode_escape").decode()
                    for c in str(text))
+
+
+def fail(text: str, code: int) -> int:
+    """The exit code, after the error is said on stderr."""
+    with contextlib.suppress(OSError):  # nobody may be listening
+        print("npulab: error: " + "\n".join(clean(line) for line in text.split("\n")), file=sys.stderr, flush=True)
+    return code
 
 
 def say(text: str = "") -> None:

@@ -85,6 +85,8 @@ def run(
         help="On OpenCL devices: the folder of what tuning found; kernels are chosen by it.")] = None,
     tune: Annotated[float, typer.Option("--tune", min=0, max=86400, metavar="SECONDS", show_default=False,
                                         help="Tune kernels into that folder first, for so long at most.")] = 0,
+    patience: Annotated[float, typer.Option("--patience", min=1, max=86400, metavar="SECONDS", help=(
+        "On OpenCL devices: how long one kernel may take."))] = 60,
     json: Json = False,
 ) -> None:
     """Compile, execute on the virtual NPU and the host, answer.
@@ -111,7 +113,7 @@ def run(
             raise UsageError(f"{'--compare' if compare else '--draw'} is not for OpenCL devices",
                              try_="npulab run without it")
         run_opencl(model, place, inputs or [], output, labels, top, score, fit, normalize, repeat, probe, tuned, tune,
-                   json)
+                   patience, json)
         return
     if (model.suffix == ".onnx" or device) and target is None:
         if compare:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +24,7 @@ TRIED = 8.0
 
 def run_opencl(model: Path, number: int, given: list[str], output: Path | None, labels: Path | None, top: int,
                score: float, fit: Fit, normalize: str | None, repeat: int, probe: Path | None,
-               tuned: Path | None, tune: float, json: bool) -> None:
+               tuned: Path | None, tune: float, patience: float, json: bool) -> None:
     """The verb, as `npulab run` gives it its options."""
     from npulab import api
     from npulab.cli.printing import progress, say, write_json
@@ -35,6 +36,7 @@ def run_opencl(model: Path, number: int, given: list[str], output: Path | None, 
     from npulab.gpu.compute.profiling import roof_of
     from npulab.gpu.compute.traits import traits_of
     from npulab.gpu.compute.tuner import best, default_store
+    from npulab.gpu.compute.watch import watched
     from npulab.postprocess import apply
     from npulab.runtime import answers
     from npulab.runtime.objects import answer_with, post_beside
@@ -56,9 +58,10 @@ def run_opencl(model: Path, number: int, given: list[str], output: Path | None, 
         tune_all(network, device, traits, store, tune, progress)
     choices = {what: choice for what in tunable(network)
                if (choice := best(store, device, traits, what)) is not None} if store.is_dir() else {}
-    session = planned(network, traits, choices.get).open(device)
-    progress(f"running {graph.name} on {device.identity.name}")
-    outputs, profile = session.profile({str(name): a for name, a in arrays.items()}, repeat)
+    with watched(device.doing, patience, lambda what: end(device.identity.name, what, patience)):
+        session = planned(network, traits, choices.get).open(device)
+        progress(f"running {graph.name} on {device.identity.name}")
+        outputs, profile = session.profile({str(name): a for name, a in arrays.items()}, repeat)
     answer = answer_with(post, outputs, names, score) if post else answer_of(graph, outputs, names, top)
     if output is not None:
         _write_outputs(output, apply(post, outputs) if post else outputs)
@@ -73,6 +76,17 @@ def run_opencl(model: Path, number: int, given: list[str], output: Path | None, 
         say(f"{len(choices)} problems have kernels as tuned in {store}.")
     if output is not None:
         print(f"\nwrote {output}")
+
+
+def end(name: str, what: str, patience: float) -> NoReturn:
+    """The process: what waits for a device that hangs cannot be called off, and leaving in order would wait, too.
+    Nothing is being written while a device is at work."""
+    from npulab.cli.printing import fail
+    from npulab.errors import DeviceError
+
+    error = DeviceError(f"{name} did not answer for {patience:g} s", where=what,
+                        try_="restart the device or its driver; --patience SECONDS gives a slow one more time")
+    os._exit(fail(str(error), error.exit_code))
 
 
 def json_of(probe: Path) -> Any:

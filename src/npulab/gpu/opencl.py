@@ -59,7 +59,7 @@ def _devices() -> list[Any]:
     try:
         import pyopencl as cl
     except ImportError:
-        raise UsageError("GPUs are measured through OpenCL, and the package pyopencl is not installed",
+        raise UsageError("OpenCL devices are reached through the package pyopencl, which is not installed",
                          try_="pip install 'npulab[gpu]'") from None
     try:
         return [d for p in cl.get_platforms() for d in p.get_devices()]

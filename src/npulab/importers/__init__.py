@@ -34,12 +34,16 @@ def load(source: str | os.PathLike[str] | bytes | memoryview, dims: Mapping[str,
 
 def _read(data: memoryview, name: str, folder: Path | None, dims: Mapping[str, int] | None) -> Graph:
     """What the content says counts, not what the file is called."""
-    from npulab.importers.tflite import is_onnx, read_tflite
+    from npulab.importers.tflite import is_onnx, is_tflite, read_tflite, what_is
 
     if is_onnx(data):
         from npulab.importers.onnx import read_onnx
 
         return read_onnx(data, name, folder, dims)
+    if not is_tflite(data):
+        found, advice = what_is(data)
+        raise ModelError(f"'{name}' is neither a TFLite nor an ONNX model",
+                         want="identifier TFL3 at byte 4, or ONNX's ir_version at byte 0", got=found, try_=advice)
     if dims:
         raise UsageError(f"'{name}' is not an ONNX model: its dimensions have sizes", got=", ".join(dims))
     return read_tflite(data, name)

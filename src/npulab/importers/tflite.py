@@ -50,7 +50,7 @@ def read_tflite(data: bytes | memoryview, name: str) -> Graph:
     Raises: ModelError for whatever is wrong with the file.
     """
     data = memoryview(data).cast("B").toreadonly()
-    if data[4:8] != IDENTIFIER:
+    if not is_tflite(data):
         found, advice = what_is(data)
         raise ModelError(f"'{name}' is not a TFLite model", want="identifier TFL3 at byte 4", got=found, try_=advice)
     model = Table.root(schema(), "Model", data)
@@ -76,6 +76,11 @@ def read_tflite(data: bytes | memoryview, name: str) -> Graph:
     return graph
 
 
+def is_tflite(data: memoryview) -> bool:
+    """Whether the file bears TFLite's identifier."""
+    return bytes(data[4:8]) == IDENTIFIER
+
+
 def is_onnx(data: memoryview) -> bool:
     """Whether the file begins as ONNX's protobuf does: ir_version, then one of the fields 2 to 8 or 14."""
     head = bytes(data[:3])
@@ -94,7 +99,7 @@ def what_is(data: memoryview) -> tuple[str, str]:
         return "an empty file", _GET_AGAIN
     if len(data) < 8:
         return f"{len(data)} bytes", _GET_AGAIN
-    return f"bytes {head[:8].hex(' ')}", "give a .tflite file"
+    return f"bytes {head[:8].hex(' ')}", "give a .tflite or .onnx file"
 
 
 _GET_AGAIN = "get the file again"

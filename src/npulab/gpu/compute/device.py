@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from npulab.errors import CapacityError, DeviceError
 from npulab.gpu import opencl
 from npulab.gpu.compute.types import Buffer, Kernel, Launch
+from npulab.gpu.compute.watch import Doing
 
 OPTIONS = ("-cl-std=CL1.2",)
 """No -cl-fast-relaxed-math: results are compared with others'."""
@@ -27,15 +28,19 @@ class Device:
         self.queue = self.cl.CommandQueue(self.context,
                                           properties=self.cl.command_queue_properties.PROFILING_ENABLE)
         self._programs: dict[Kernel, Any] = {}
+        self.doing = Doing()
 
     def kernel(self, kernel: Kernel) -> Any:
         """Compiled, at the first call."""
         if kernel not in self._programs:
+            self.doing.begin(f"the kernel '{kernel.entry}', to be compiled")
             try:
                 program = self.cl.Program(self.context, kernel.source).build(options=list(OPTIONS))
             except self.cl.Error as e:
                 raise DeviceError(f"{self.identity.name} does not compile the kernel '{kernel.entry}'",
                                   got=str(e).strip()[:300]) from None
+            finally:
+                self.doing.end()
             self._programs[kernel] = getattr(program, kernel.entry)
         return self._programs[kernel]
 
@@ -44,24 +49,24 @@ class Device:
         if size > self.limits.buffer_max:
             raise CapacityError(f"{self.identity.name} has no buffers of this size", got=f"{size} bytes",
                                 want=f"at most {self.limits.buffer_max}")
-        return self._do(lambda: self.cl.Buffer(self.context, self.cl.mem_flags.READ_WRITE, max(1, size)))
+        return self._do("a buffer", lambda: self.cl.Buffer(self.context, self.cl.mem_flags.READ_WRITE, max(1, size)))
 
     def part(self, buffer: Any, offset: int, size: int) -> Any:
         """A piece of a buffer, as a buffer. The offset is a multiple of the device's alignment."""
-        return self._do(lambda: buffer.get_sub_region(offset, max(1, size)))
+        return self._do("a buffer", lambda: buffer.get_sub_region(offset, max(1, size)))
 
     def upload(self, array: NDArray[Any], buffer: Any = None) -> Any:
         """The array in `buffer`, or in a new one."""
         array = np.ascontiguousarray(array)
         buffer = buffer if buffer is not None else self.allocate(array.nbytes)
         if array.nbytes:
-            self._do(lambda: self.cl.enqueue_copy(self.queue, buffer, array))
+            self._do("a copy to the device", lambda: self.cl.enqueue_copy(self.queue, buffer, array))
         return buffer
 
     def download(self, buffer: Any, shape: Sequence[int], dtype: Any = np.float32) -> NDArray[Any]:
         found = np.empty(tuple(shape), dtype)
         if found.nbytes:
-            self._do(lambda: self.cl.enqueue_copy(self.queue, found, buffer))
+            self._do("a copy from the device", lambda: self.cl.enqueue_copy(self.queue, found, buffer))
         return found
 
     def run(self, launches: Sequence[Launch], buffers: Mapping[str, Any]) -> list[float]:
@@ -69,12 +74,14 @@ class Device:
         def arguments(launch: Launch) -> list[Any]:
             return [buffers[a.role] if isinstance(a, Buffer) else a for a in launch.arguments]
 
-        def run() -> list[float]:
-            events = [self.kernel(x.kernel)(self.queue, x.size, x.group, *arguments(x)) for x in launches]
-            self.queue.finish()
-            return [(e.profile.end - e.profile.start) * 1e-9 for e in events]
+        for x in launches:
+            self.kernel(x.kernel)
 
-        found: list[float] = self._do(run)
+        def run() -> list[float]:
+            return self._times([self.kernel(x.kernel)(self.queue, x.size, x.group, *arguments(x)) for x in launches],
+                               launches)
+
+        found: list[float] = self._do("launches", run)
         return found
 
     def prepared(self, launches: Sequence[Launch], buffers: Mapping[str, Any]) -> Callable[[], list[float]]:
@@ -86,16 +93,22 @@ class Device:
             kernel.set_args(*(buffers[a.role] if isinstance(a, Buffer) else a for a in x.arguments))
             return kernel, x.size, x.group
 
-        ready: list[Any] = self._do(lambda: [made(x) for x in launches])
+        for x in launches:
+            self.kernel(x.kernel)
+        ready: list[Any] = self._do("arguments of kernels", lambda: [made(x) for x in launches])
 
         def run() -> list[float]:
-            events = [self.cl.enqueue_nd_range_kernel(self.queue, *r) for r in ready]
-            self.queue.finish()
-            return [(e.profile.end - e.profile.start) * 1e-9 for e in events]
+            return self._times([self.cl.enqueue_nd_range_kernel(self.queue, *r) for r in ready], launches)
 
-        return lambda: list(self._do(run))
+        return lambda: list(self._do("launches", run))
 
-    def _do(self, what: Callable[[], Any]) -> Any:
+    def _times(self, events: Sequence[Any], launches: Sequence[Launch]) -> list[float]:
+        self.doing.labels, self.doing.events = [x.label for x in launches], events
+        self.queue.finish()
+        return [(e.profile.end - e.profile.start) * 1e-9 for e in events]
+
+    def _do(self, doing: str, what: Callable[[], Any]) -> Any:
+        self.doing.begin(doing)
         try:
             return what()
         except self.cl.MemoryError as e:
@@ -103,3 +116,5 @@ class Device:
         except self.cl.Error as e:
             raise DeviceError(f"{self.identity.name} failed", got=str(e).strip()[:300],
                               try_="update the driver; --device onnxruntime runs the network here") from None
+        finally:
+            self.doing.end()
