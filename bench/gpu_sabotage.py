@@ -20,11 +20,11 @@ from unittest.mock import patch
 import numpy as np
 
 from npulab.errors import UnsupportedError
-from npulab.gpu import kernels, opencl
+from npulab.gpu import extras, kernels, opencl
 from npulab.gpu.analysis import rates
 from npulab.gpu.analysis.conclude import tried
 from npulab.gpu.analysis.meter import Meter
-from npulab.gpu.exact import congruential
+from npulab.gpu.exact import DOTTED, congruential, dotted
 from npulab.gpu.simulated import Hidden, Simulated, random_hidden
 from npulab.gpu.types import Limits, Quantity, Timing
 
@@ -51,17 +51,18 @@ def unhurried() -> Iterator[None]:
 
 
 def changed(of: str, *changes: tuple[str, str]) -> Any:
-    """Patches a source of npulab.gpu.kernels, or what a function of it makes."""
-    real = getattr(kernels, of)
+    """Patches a source of npulab.gpu.kernels or extras, or what a function of kernels makes."""
+    module = kernels if hasattr(kernels, of) else extras
+    real = getattr(module, of)
 
     def change(source: str) -> str:
         for old, new in changes:
             if old not in source:
-                raise ValueError(f"kernels.{of} has no '{old}' any more")
+                raise ValueError(f"{of} has no '{old}' any more")
             source = source.replace(old, new)
         return source
 
-    return patch.object(kernels, of, change(real) if isinstance(real, str) else lambda *a: change(real(*a)))
+    return patch.object(module, of, change(real) if isinstance(real, str) else lambda *a: change(real(*a)))
 
 
 def kernel(name: str, reason: str, of: str, changes: list[tuple[str, str]], run: Callable[[Any], Timing],
@@ -73,6 +74,10 @@ def kernel(name: str, reason: str, of: str, changes: list[tuple[str, str]], run:
             return run(bench).wrong
 
     return Case(name, reason, do)
+
+
+def one_of_four(operation: str, element: str, start: int, turns: int) -> float:
+    return dotted(DOTTED[0] & 255, DOTTED[1], start, turns * kernels.STEPS)
 
 
 ADVANCE = "at += step; at -= at >= size ? size : 0;"
@@ -147,6 +152,15 @@ KERNELS = [
            [("x0 = x0 * a;", "x0 = (float)((double)x0 * (double)a * (double)x0 / (double)x0);"),
             ("x0 = x0 * b;", "x0 = (float)((double)x0 * (double)b * (double)x0 / (double)x0);")],
            chain("mul", "float32")),
+    kernel("products of bytes: one of four", MERGED, "chain",
+           [(f"as_uchar4(a).{c}", "0") for c in "yzw"], chain("fma", "char4"),
+           patch.object(opencl, "chained", one_of_four)),
+    kernel("hoisted texel: read once, added again and again", HOISTED, "IMAGE",
+           [("x = (uint4)(0);", "x = (uint4)(0), h = TEXEL(at);"), ("x += TEXEL(at)", "x += h")],
+           lambda b: b.image(extras.TEXEL)),
+    kernel("shared texels: one of four is read", "16 load bytes a turn, not 64", "IMAGE",
+           [("uint i = 0; i < turns; i++) {", "uint i = 0; i < turns; i++) { uint4 h = TEXEL(at);"),
+            ("x += TEXEL(at)", "x += h")], lambda b: b.image(extras.TEXEL)),
     kernel("another operation: a sum for a multiply-add", "0 fma float32 a turn, not 16", "chain",
            [("fma(x0, (V)(a), (V)(b))", "x0 + b")], chain("fma", "float32")),
     kernel("multiply-adds in two operations", "0 fma float32 a turn, not 16", "chain",

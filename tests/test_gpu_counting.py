@@ -51,6 +51,11 @@ CODES = {
     "push, pop": b"\x57\x56\x58\x5e\x48\x01\xf0", "a loop": b"\x31\xc0\x83\xe7\x1f\xff\xc7\x01\xf0\xff\xcf\x75\xfa",
     "on the stack": b"\x48\x89\x7c\x24\xf8\x89\x74\x24\xf8\x48\x8b\x44\x24\xf8",
     "xchg": FROM_RDI + b"\x48\x96\x48\x29\xf0",
+    "vmovd; vpinsrd; vpextrd": bytes.fromhex("c5f96ec7c4e37922ce01c4e37916c801"),
+    "movd; pinsrd; pextrd": bytes.fromhex("660f6ec7660f3a22c602660f3a16c002"),
+    "vmovq; vpinsrq; vmovq; both out": bytes.fromhex("c4e1f96ec7c4e3f922c601c5fa7ec8c4e37916c902c4e3f916c0014801c8"),
+    "vmovq; vmovdqa; vpxor": bytes.fromhex("c4e1f96ec7c5f96fd8c4e37916d801c5e1efdbc5f97ed901c8"),
+    "movd; movq; pxor": bytes.fromhex("660f6ec766480f6ec6660fefc9660f7ec966480f7ec04801c8"),
 }
 VALUES = (0, 1, 5, 31, 0x7f, 0x80, 0xff, 0x7fff_ffff, 0x8000_0000, 0xffff_ffff, 0x8000_0000_0000_0000, (1 << 64) - 1)
 
@@ -62,7 +67,7 @@ def machine(code):
         at = address - 0x1000
         return code[at:at + size] if at >= 0 and at + size <= len(code) and not constant else None
 
-    return Machine(SimpleNamespace(machine="x86-64", slots={}, bytes_at=bytes_at), {})
+    return Machine(SimpleNamespace(machine="x86-64", slots={}, bytes_at=bytes_at), {}, [range(0)])
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="compares with an x86-64 processor")
@@ -90,6 +95,25 @@ def test_what_is_not_known_decides_nothing():
     follower = machine(b"\xeb\xfe" + bytes(32))
     with pytest.raises(NotRead, match="more than 4194304 instructions"):
         follower.follow(0x1000)
+
+
+def test_lanes_that_are_computed_are_not_known():
+    pytest.importorskip("capstone")
+    sum_, all_ones = "c5f1fec8", "c5f176c8"  # vpaddd and vpcmpeqd xmm1, xmm1, xmm0
+    for computed in ("", sum_, all_ones):
+        follower = machine(bytes.fromhex("c5f96ec7c5f96ecf" + computed + "c4e37916c800") + RET + bytes(32))
+        for value in (7, 8):
+            follower.follow(0x1000, value)
+            assert follower.r[0] == (None if computed else value)
+
+
+def test_what_describes_an_image_is_no_work():
+    pytest.importorskip("capstone")
+    code = bytes.fromhex("8b47048b4608") + RET + bytes(32)  # mov eax, [rdi + 4]; mov eax, [rsi + 8]
+    follower = machine(code)
+    for described, loads in (([range(0)], 8), ([range(0x8000, 0x8038)], 4)):
+        follower = type(follower)(follower.elf, {a: 1 for a in range(0x8000, 0x9000)}, described)
+        assert follower.follow(0x1000, 0x8000, 0x8800) == {"load bytes": loads}
 
 
 @pytest.mark.parametrize(("code", "mix"), [
@@ -227,6 +251,7 @@ $L__BB0_1:
 	add.s32 	%r8, %r8, 7;
 	dp4a.u32.u32 	%r8, %r4, %r5, %r6;
 	rsqrt.approx.f32 	%f1, %f1;
+	tex.2d.v4.u32.s32 	{%r10, %r11, %r12, %r13}, [%rd3, sampler, {%r14, %r15}];
 	st.global.f32 	[%rd1], %f1;
 	ld.local.u32 	%r9, [%rd2];
 	add.s32 	%r1, %r1, -1;
@@ -242,7 +267,8 @@ def test_ptx_is_followed():
     assert ptx.is_ptx(LOOP.encode())
     c = ptx.count(LOOP.encode() + b"\0", "chain", (64,), (32,), (None, bytes(4), bytes(4)), 1)
     assert c == Counted({"add int32": 2.0, "fma float16": 2.0, "fma float32": 1.0, "fma int32": 2.0, "fma int8": 4.0,
-                         "load bytes": 16.0, "mul int32": 1.0, "rsqrt float32": 1.0, "special float32": 1.0,
+                         "load bytes": 32.0, "mul int32": 1.0, "products of integers": 6.0,
+                         "rsqrt float32": 1.0, "special float32": 1.0,
                          "spill bytes": 4.0, "store bytes": 4.0}, "PTX")
     assert "no entry nothing" in ptx.count(LOOP.encode(), "nothing", (64,), (32,), (None, bytes(4), bytes(4)), 1).why
     data = LOOP.replace("%p2, %r1, 0", "%p2, %r4, 0")

@@ -789,7 +789,8 @@ def test_work_that_goes_on_is_not_silent():
     events = [SimpleNamespace(command_execution_status=s) for s in (0, 1, 3)]
     doing.labels, doing.events, doing.since = "abc", events, doing.since - 100
     seconds, what = doing.silent()  # one has ended since
-    assert seconds < 50 and what == "launch 2 of 3, b"
+    assert seconds < 50
+    assert what == "launch 2 of 3, b"
     doing.since -= 100
     assert doing.silent()[0] > 50  # nothing has
     said = []

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 TEXEL = 16  # bytes: four 32-bit integers
 WIDE = (16, 32, 64)
 """Bytes of a load of `stream_parts`."""
+SMALL = 16
+"""Threads of a group that reads images on a processor: the code of all of them is followed to be counted, and PoCL has
+a hundred instructions for a texel."""
 READ = 4
 """Texels, words or stores of a turn of each kernel."""
 WORDS = 1024
@@ -122,8 +125,8 @@ def image(bench: OpenCL, footprint: int) -> Timing:
     make = getattr(cl, "create_image", cl.Image)  # older bindings have the latter alone
     picture = bench._do(lambda: make(bench.context, flags, kind, shape=(width, height), hostbuf=data))
     kernel = bench._kernel(IMAGE, "image")
-    group = bench.group
-    groups = bench.full_groups
+    group = min(bench.group, SMALL) if bench.device.type & cl.device_type.CPU else bench.group
+    groups = bench.full_groups * bench.group // group
     out = bench._buffer(np.zeros(groups * group, np.uint32))
     offset, step = max(1, size // groups), group % size
     sums = data.reshape(size, 4).sum(axis=1, dtype=np.uint32)

@@ -8,6 +8,6 @@ and code whose way hangs on them is not counted.
 
 from npulab.gpu.counting.mix import Asked, Counted
 from npulab.gpu.counting.opencl import count
-from npulab.gpu.counting.turns import STATED, objection, source, work
+from npulab.gpu.counting.turns import PRODUCTS, STATED, objection, source, work
 
-__all__ = ["STATED", "Asked", "Counted", "count", "objection", "source", "work"]
+__all__ = ["PRODUCTS", "STATED", "Asked", "Counted", "count", "objection", "source", "work"]

@@ -39,14 +39,32 @@ class Asked:
     work   its name in a Timing's work: "operations", "bytes", "loads".
     kinds  how many of each kind of a Mix.     unit  of the kinds for one of `work`: 4 where a load has 4 bytes.
     pads   what is done at once does not fill a vector register of four: lanes that nothing needs may come with it.
+    most   so many times what is stated may be done for it: products of bytes, which compilers make of wider ones.
     """
 
     work: str
     kinds: Mapping[str, float] = field(default_factory=dict)
     unit: float = 1.0
     pads: bool = False
+    most: float = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A two-dimensional image among a kernel's arguments: columns and rows, bytes of a row, and OpenCL's numbers for
+    order and type of its channels (cl_image_format)."""
+
+    width: int
+    height: int
+    row: int
+    order: int
+    kind: int
+    channels: int
+    channel_bytes: int
+
+
+Argument = bytes | Picture | None
+"""Of a launch: a scalar's bytes, an image, a buffer."""
 Follow = Callable[[int], Mix]
 """What the work items of a group do in all with so many turns. Raises: NotRead."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from npulab.gpu.counting import pocl, ptx
-from npulab.gpu.counting.mix import Counted, NotRead
+from npulab.gpu.counting.mix import Argument, Counted, NotRead, Picture
 
 TURNS = "turns"
 """The argument of a kernel that says how often its loop turns."""
@@ -38,12 +38,23 @@ def count(cl: Any, queue: Any, kernel: Any, size: Sequence[int], group: Sequence
         return Counted(None, why=str(e))
     except cl.Error as e:
         return Counted(None, why=f"the driver does not give its binary: {str(e).strip()[:120]}")
-    scalars = [a.tobytes() if isinstance(a, np.generic) else None for a in arguments]
+    told = [_told(cl, a) for a in arguments]
     if binary.startswith(pocl.MAGIC):
-        return pocl.count(binary, name, size, group, scalars, turns)
+        return pocl.count(binary, name, size, group, told, turns)
     if ptx.is_ptx(binary):
-        return ptx.count(binary, name, size, group, scalars, turns)
+        return ptx.count(binary, name, size, group, told, turns)
     return Counted(None, why="the driver's binary is of no known kind")
+
+
+def _told(cl: Any, argument: Any) -> Argument:
+    if isinstance(argument, np.generic):
+        return argument.tobytes()
+    if not isinstance(argument, cl.Image):
+        return None
+    info, kind = cl.image_info, argument.format
+    width, height, row = (int(argument.get_image_info(i)) for i in (info.WIDTH, info.HEIGHT, info.ROW_PITCH))
+    return Picture(width, height, row, int(kind.channel_order), int(kind.channel_data_type), int(kind.channel_count),
+                   int(kind.itemsize) // int(kind.channel_count))
 
 
 def place(source: str, kernel: str) -> int:

@@ -2,7 +2,8 @@
 
 The container is a list of files, each its name's length, its name, its length and its content (PoCL 3.0 and 3.1,
 lib/CL/pocl_binary.c). A kernel is a function (arguments, context, group x, y, z) that does all work items of a group;
-`arguments` points to pointers to the values, or to the addresses of buffers.
+`arguments` points to pointers to the values, or to the addresses of buffers, or of what describes an image (dev_image_t
+in include/pocl_image_types.h).
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import struct
 from collections.abc import Sequence
 
 from npulab.gpu.counting.elf import Elf
-from npulab.gpu.counting.mix import Counted, Mix, NotRead
+from npulab.gpu.counting.mix import Argument, Counted, Mix, NotRead, Picture
 from npulab.gpu.counting.turns import of_a_turn
 from npulab.gpu.counting.x86 import Machine
 
 MAGIC = b"poclbin\0"
 CODE = "x86-64 machine code"
 ARGUMENTS, CELLS, BUFFERS, CONTEXT = 0x5000_0000, 0x5100_0000, 0x10_0000_0000, 0x5200_0000
+IMAGE_BYTES = 56
 MORE = 8
 """Pointers behind the arguments: local memory that the kernel declares."""
 
@@ -46,10 +48,10 @@ def objects(binary: bytes, kernel: str, group: Sequence[int]) -> dict[str, bytes
     return found
 
 
-def count(binary: bytes, kernel: str, size: Sequence[int], group: Sequence[int], arguments: Sequence[bytes | None],
+def count(binary: bytes, kernel: str, size: Sequence[int], group: Sequence[int], arguments: Sequence[Argument],
           turns: int) -> Counted:
-    """A turn of a kernel's loop, in each work item. arguments: bytes of scalars, None of buffers; number `turns` is how
-    often the loop turns. What the binary has for the size must agree (PoCL makes some for small launches)."""
+    """A turn of a kernel's loop, in each work item. Argument number `turns` is how often the loop turns.
+    What the binary has for the size must agree (PoCL makes some for small launches)."""
     try:
         found = [_count(Elf(data), kernel, size, group, arguments, turns)
                  for _, data in sorted(objects(binary, kernel, group).items())]
@@ -61,7 +63,7 @@ def count(binary: bytes, kernel: str, size: Sequence[int], group: Sequence[int],
     return found[0]
 
 
-def _count(elf: Elf, kernel: str, size: Sequence[int], group: Sequence[int], arguments: Sequence[bytes | None],
+def _count(elf: Elf, kernel: str, size: Sequence[int], group: Sequence[int], arguments: Sequence[Argument],
            turns: int) -> Counted:
     name = f"_pocl_kernel_{kernel}_workgroup"
     if name not in elf.functions:
@@ -72,12 +74,22 @@ def _count(elf: Elf, kernel: str, size: Sequence[int], group: Sequence[int], arg
 
     def follow(many: int) -> Mix:
         values = [many.to_bytes(4, "little") if k == turns else a for k, a in enumerate(arguments)]
-        return Machine(elf, _memory(values, size, group)).follow(elf.functions[name], ARGUMENTS, CONTEXT, 0, 0, 0)
+        described = [range(at := BUFFERS * (k + 1), at + IMAGE_BYTES) for k, a in enumerate(values)
+                     if isinstance(a, Picture)]
+        machine = Machine(elf, _memory(values, size, group), described)
+        return machine.follow(elf.functions[name], ARGUMENTS, CONTEXT, 0, 0, 0)
 
     return of_a_turn(follow, items, CODE)
 
 
-def _memory(arguments: Sequence[bytes | None], size: Sequence[int], group: Sequence[int]) -> dict[int, int]:
+def described(image: Picture, data: int) -> bytes:
+    """Address of its data, columns, rows, depth, layers, bytes of a row and of a slice, levels, samples, order and type
+    of channels, how many, bytes of one."""
+    return struct.pack("<Q12i", data, image.width, image.height, 0, 0, image.row, 0, 0, 0, image.order, image.kind,
+                       image.channels, image.channel_bytes)
+
+
+def _memory(arguments: Sequence[Argument], size: Sequence[int], group: Sequence[int]) -> dict[int, int]:
     memory: dict[int, int] = {}
 
     def put(address: int, content: bytes) -> None:
@@ -85,7 +97,9 @@ def _memory(arguments: Sequence[bytes | None], size: Sequence[int], group: Seque
 
     for k, value in enumerate([*arguments, *[None] * MORE]):
         put(ARGUMENTS + 8 * k, (CELLS + 64 * k).to_bytes(8, "little"))
-        put(CELLS + 64 * k, (BUFFERS * (k + 1)).to_bytes(8, "little") if value is None else value)
+        put(CELLS + 64 * k, value if isinstance(value, bytes) else (BUFFERS * (k + 1)).to_bytes(8, "little"))
+        if isinstance(value, Picture):
+            put(BUFFERS * (k + 1), described(value, BUFFERS * (k + 1) + (BUFFERS >> 1)))
     whole, local = (*size, 1, 1, 1)[:3], (*group, 1, 1, 1)[:3]
     context = [a // b for a, b in zip(whole, local, strict=True)], (0, 0, 0), local  # groups, offset, local size
     for k, n in enumerate(n for part in context for n in part):

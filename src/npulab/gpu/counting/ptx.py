@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from npulab.gpu.counting.mix import OWN, Counted, Mix, NotRead, add
+from npulab.gpu.counting.mix import OWN, Argument, Counted, Mix, NotRead, add
 from npulab.gpu.counting.turns import of_a_turn
 
 CODE = "PTX"
@@ -37,10 +37,10 @@ def is_ptx(binary: bytes) -> bool:
     return re.search(rb"^\s*\.version\s", binary[:4096], re.M) is not None and b".entry" in binary
 
 
-def count(binary: bytes, kernel: str, size: Sequence[int], group: Sequence[int], arguments: Sequence[bytes | None],
+def count(binary: bytes, kernel: str, size: Sequence[int], group: Sequence[int], arguments: Sequence[Argument],
           turns: int) -> Counted:
-    """A turn of a kernel's loop, in each work item: of the group's first, middle and last. arguments: bytes of scalars,
-    None of buffers; number `turns` is how often the loop turns."""
+    """A turn of a kernel's loop, in each work item: of the group's first, middle and last. Argument number `turns` is
+    how often the loop turns."""
     try:
         lines, labels, parameters = parse(binary.decode("utf-8", "replace").rstrip("\0"), kernel)
     except NotRead as e:
@@ -49,7 +49,7 @@ def count(binary: bytes, kernel: str, size: Sequence[int], group: Sequence[int],
 
     def follow(many: int) -> Mix:
         out: Mix = {}
-        known = {name: None if a is None else int.from_bytes(a, "little")
+        known = {name: int.from_bytes(a, "little") if isinstance(a, bytes) else None
                  for name, a in zip(parameters, arguments, strict=False)}
         known[parameters[turns]] = many
         for item in items:
@@ -150,6 +150,10 @@ def kinds(line: Line) -> Mix:
         lanes = next((int(p[1:]) for p in line.parts if p in ("v2", "v4", "v8")), 1)
         way = "spill" if space == "local" else "store" if name == "st" else "load"
         return {f"{way} bytes": lanes * _bits(kind) / 8}
+    if name in ("tex", "suld"):  # the type of what is read, before that of the coordinates
+        found = [p for p in line.parts if BITS.fullmatch(p)]
+        lanes = next((int(p[1:]) for p in line.parts if p in ("v2", "v4")), 1)
+        return {"load bytes": lanes * _bits(found[0]) / 8} if found else {}
     if name == "bar" or name == "barrier":
         return {"barriers": 1}
     if name == "call":

@@ -7,6 +7,8 @@ from npulab.gpu.counting.mix import Asked, Counted, Follow, Mix, NotRead
 TURNS = (8, 16, 32)
 """Followed: the more of the last over the second must be twice the more of that over the first."""
 STATED = "work as the source states"
+PRODUCTS = "products of integers"
+"""Of any width."""
 PADDED = (2.0, 4.0)
 """Lanes of a vector register for one or two that are needed."""
 
@@ -29,6 +31,8 @@ def of_a_turn(follow: Follow, items: int, code: str) -> Counted:
             mix[kind] = first / items
     if "masked" in mix or "masked" in uneven:
         return Counted(None, code, why="lanes of vectors are switched off by masks")
+    if products := sum(n for kind, n in mix.items() if kind.startswith(("mul int", "fma int"))):
+        mix[PRODUCTS] = products
     if "mul int32" in mix:  # a multiply-add takes two instructions
         mix["fma int32"] = mix.get("fma int32", 0.0) + min(mix["mul int32"], mix.get("add int32", mix["mul int32"]
                                                            if "add int32" in uneven else 0.0))
@@ -41,7 +45,8 @@ def of_a_turn(follow: Follow, items: int, code: str) -> Counted:
 def objection(counted: Counted, asked: Asked) -> str:
     """What is wrong with the compiled code, "" if nothing is or it was not read.
 
-    More than was asked is wrong, too, but for lanes of vectors that nothing needs: two floats in a register of four.
+    More than was asked is wrong, too, but for lanes of vectors that nothing needs: two floats in a register of four,
+    and where `asked` says how much more there may be.
     """
     if counted.mix is None or counted.mix.get("calls"):
         return ""
@@ -65,7 +70,7 @@ def work(counted: Counted, asked: Asked) -> float:
 
 
 def _padding(asked: Asked, ratio: float) -> bool:
-    return asked.pads and ratio in PADDED
+    return (asked.pads and ratio in PADDED) or 1 < ratio <= asked.most
 
 
 def source(counted: Counted) -> str:
