@@ -13,23 +13,11 @@ import pytest
 from PIL import Image
 
 from npulab import api, cli
-from npulab.cli import printing, run_arguments
+from npulab.cli import printing
 
 SAMPLES = Path(__file__).resolve().parents[1] / "src" / "npulab" / "samples"
 MODEL, PICTURE = str(SAMPLES / "digits.tflite"), str(SAMPLES / "digit.png")
 TARGET = ("--target", "a311d")
-
-
-@pytest.fixture
-def npulab(capsys):
-    """Runs a command in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        code = run_arguments([str(a) for a in arguments])
-        done = capsys.readouterr()
-        return code, done.out, done.err
-
-    return call
 
 
 def process(*arguments, **options):

@@ -8,7 +8,6 @@ import pytest
 
 from layers import Layers
 from npulab import PlanOptions, api
-from npulab.cli import run_arguments
 from npulab.cli.cliffs import parse_range, plot, print_walk
 from npulab.cliffs import Part, Point, Walk, by_channels, by_resolution, cliffs_between, slack, walk, why
 from npulab.errors import CapacityError, UnsupportedError, UsageError
@@ -262,18 +261,6 @@ def test_sizes_that_do_not_compile_are_points_with_a_problem(monkeypatch):
 
 
 # the command
-
-
-@pytest.fixture
-def npulab(capsys):
-    """Runs a command in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        code = run_arguments([str(a) for a in arguments])
-        done = capsys.readouterr()
-        return code, done.out, done.err
-
-    return call
 
 
 def test_the_command_says_where_how_much_why_and_what_to_use_instead(npulab):

@@ -7,23 +7,10 @@ from pathlib import Path
 import pytest
 
 from npulab import PlanOptions, api
-from npulab.cli import run_arguments
 from npulab.cli.compare import Variant, parse_variants
 from npulab.errors import CapacityError, UsageError
 
 DIGITS = str(Path(__file__).resolve().parents[1] / "src" / "npulab" / "samples" / "digits.tflite")
-
-
-@pytest.fixture
-def npulab(capsys):
-    """Runs a command in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        code = run_arguments([str(a) for a in arguments])
-        done = capsys.readouterr()
-        return code, done.out, done.err
-
-    return call
 
 
 def test_variants_are_targets_with_settings_times_plans():

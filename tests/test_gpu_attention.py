@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from layers import litert
 from npulab.errors import CapacityError, InvariantError, UnsupportedError
 from npulab.exporters.tflite_builder import ModelBuilder
-from npulab.gpu import opencl
 from npulab.gpu.compute import (
     activations,
     attention,
@@ -47,15 +46,6 @@ def turns(names, cases, first="cpu"):
             for i, case in enumerate(cases)]
     return pytest.mark.parametrize((*names.split(", "), "traits"), rows,
                                    ids=[f"{str(r[0])[:20]}-{r[-1].name[2:]}" for r in rows])
-
-
-@pytest.fixture(scope="module")
-def device():
-    pytest.importorskip("pyopencl", reason="needs OpenCL: pip install 'npulab[gpu]'")
-    if not opencl.devices():
-        pytest.skip("needs an OpenCL device: apt install pocl-opencl-icd")
-    from npulab.gpu.compute.device import Device
-    return Device(0)
 
 
 @pytest.fixture(params=["cpu", "gpu"])

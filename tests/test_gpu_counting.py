@@ -150,12 +150,9 @@ def test_what_is_no_binary_is_not_read():
 
 
 @pytest.fixture(scope="module")
-def bench():
-    pytest.importorskip("pyopencl", reason="needs OpenCL: pip install 'npulab[gpu]'")
+def bench(opencl_bench):
     pytest.importorskip("capstone", reason="reads machine code: pip install 'npulab[gpu]'")
-    if not opencl.devices():
-        pytest.skip("needs an OpenCL device: apt install pocl-opencl-icd")
-    return opencl.open_device(0)
+    return opencl_bench
 
 
 WITNESSED = """

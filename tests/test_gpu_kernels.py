@@ -16,9 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npulab.errors import InvariantError
-from npulab.gpu import opencl
 from npulab.gpu.compute import blocks, checks, convolution, matrices, tiles, trials, tuner, winograd
-from npulab.gpu.compute.device import Device
 from npulab.gpu.compute.problems import Convolution, Product
 from npulab.gpu.compute.tiles import Direct, Matrix, Tile, Winograd
 from npulab.gpu.compute.traits import traits_of
@@ -27,14 +25,6 @@ from npulab.gpu.compute.types import Traits
 PROCESSOR = Traits("a CPU", True, 2, 16, 512, 1, 0, 4096, (48 << 10, 1 << 20))
 GRAPHICS = Traits("a GPU", False, 4, 1, 64, 8, 32 << 10, 256, (16 << 10, 128 << 10))
 BARE = replace(GRAPHICS, name="a GPU without local memory", local_bytes=0, warp=16)
-
-
-@pytest.fixture(scope="module")
-def device():
-    pytest.importorskip("pyopencl", reason="needs OpenCL: pip install 'npulab[gpu]'")
-    if not opencl.devices():
-        pytest.skip("needs an OpenCL device: apt install pocl-opencl-icd")
-    return Device(0)
 
 
 def random(*shape, seed=0, kind=np.float32):

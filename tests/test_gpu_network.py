@@ -12,7 +12,6 @@ from npulab.cli import run_arguments
 from npulab.dialects import to_onnx
 from npulab.errors import CapacityError, DeviceError, UnsupportedError, UsageError
 from npulab.exporters.onnx import to_onnx as exported
-from npulab.gpu import opencl
 from npulab.gpu.compute import fusing, operators
 from npulab.gpu.compute.memory import Need, arranged
 from npulab.gpu.compute.network import compile_network
@@ -28,16 +27,6 @@ pytest.importorskip("onnxruntime")
 F = onnx.TensorProto.FLOAT
 RNG = np.random.default_rng(7)
 GPU = Traits("a GPU", cpu=False, compute_units=4, vector=1, registers=64, warp=32, local_bytes=32 << 10, group_max=256)
-
-
-@pytest.fixture(scope="module")
-def device():
-    pytest.importorskip("pyopencl", reason="needs OpenCL: pip install 'npulab[gpu]'")
-    if not opencl.devices():
-        pytest.skip("needs an OpenCL device: apt install pocl-opencl-icd")
-    from npulab.gpu.compute.device import Device
-
-    return Device(0)
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,8 @@ from npulab.gpu.exact import DOTTED, chained, congruential, dotted, operands
 
 
 @pytest.fixture(scope="module")
-def bench():
-    pytest.importorskip("pyopencl", reason="needs OpenCL: pip install 'npulab[gpu]'")
-    if not opencl.devices():
-        pytest.skip("needs an OpenCL device: apt install pocl-opencl-icd")
-    return opencl.open_device(0)
+def bench(opencl_bench):
+    return opencl_bench
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from npulab.gpu import bounds, opencl
+from npulab.gpu import bounds
 from npulab.gpu.types import Limits, Quantity
 from scripts import loaded
 
@@ -18,14 +18,10 @@ UNREAD = ("launch", "barrier", "map", "up", "down")
 
 
 @pytest.fixture(scope="module")
-def bench():
-    pytest.importorskip("pyopencl", reason="needs OpenCL: pip install 'npulab[gpu]'")
+def bench(opencl_bench):
     pytest.importorskip("capstone", reason="reads machine code: pip install 'npulab[gpu]'")
-    if not opencl.devices():
-        pytest.skip("needs an OpenCL device: apt install pocl-opencl-icd")
-    device = opencl.open_device(0)
-    device.one_by_one = False  # the cases are about neighbours in a group
-    return device
+    opencl_bench.one_by_one = False  # the cases are about neighbours in a group
+    return opencl_bench
 
 
 def names(cases):

@@ -20,6 +20,10 @@ from npulab.gpu.spirv_builder import Shader, Type
 from npulab.gpu.spirv_words import MAGIC
 from npulab.gpu.types import Identity
 from npulab.gpu.vulkan_more import MAPPABLE
+from scripts import loaded
+
+with loaded("bench/gpu_sabotage.py") as sabotage:
+    pass
 
 
 @pytest.fixture(scope="module")
@@ -150,39 +154,8 @@ def test_arithmetic_control_flow_and_memory(bench):
     np.testing.assert_array_equal(bench._read(buffers[2], 128, np.float32), want.sum(1) + np.arange(128) % 64)
 
 
-def experiments(bench):
-    yield "chase", lambda: bench.chase(1 << 16, 64)
-    for way in ("read", "write", "copy"):
-        for width in (4, 16):
-            yield f"{way} {width}", lambda way=way, width=width: bench.stream(1 << 18, 1, width, way)
-    yield "strided", lambda: bench.stream(1 << 20, 16, 4, "read")
-    yield "odd size", lambda: bench.stream(100_000, 3, 8, "read")
-    for element in sorted(bench.limits.elements):
-        for operation in ("fma", "mul", "add", "special"):
-            if element in ("int32", "char4", "int8x4") and operation != "fma":
-                continue
-            for width, chains, threads in ((1, 1, 1), (4, 2, 512)):
-                yield (f"{operation} {element} {width}", lambda o=operation, e=element, w=width, c=chains, t=threads:
-                       bench.chain(o, e, w, c, t))
-    yield "diverge 1", lambda: bench.diverge(1)
-    yield "diverge 32", lambda: bench.diverge(32)
-    yield "hold", lambda: bench.hold(24, 1024)
-    yield "local 1", lambda: bench.local(1)
-    yield "local 32", lambda: bench.local(32)
-    yield "chase in pieces", lambda: bench.chase_pieces(1 << 18, 64, 1 << 12)
-    yield "image", lambda: bench.image(10_000)
-    yield "constant", lambda: bench.constant(False)
-    yield "constant, spread", lambda: bench.constant(True)
-    yield "local write", lambda: bench.local_write(3)
-    yield "map", lambda: bench.map(1 << 16)
-    yield "launch", bench.launch
-    yield "barrier", bench.barrier
-    yield "up", lambda: bench.transfer(1 << 20, True)
-    yield "down", lambda: bench.transfer(1 << 20, False)
-
-
 def test_every_experiment_computes_what_it_is_to(bench, unhurried):
-    for name, run in experiments(bench):
+    for name, run in sabotage.honest(bench):
         t = run()
         assert t.wrong == "", name
         assert len(t.seconds) >= 2, name

@@ -22,7 +22,6 @@ import msgspec
 import pytest
 
 from npulab import api
-from npulab.cli import run_arguments
 from npulab.cli.sweep import how
 from npulab.errors import DeviceError, ModelError, UnsupportedError, UsageError
 from npulab.profiling.join import as_data
@@ -47,18 +46,6 @@ def folder(tmp_path, monkeypatch):
     shutil.copy(DIGITS, tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture
-def npulab(capsys):
-    """Runs a command in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        code = run_arguments([str(a) for a in arguments])
-        done = capsys.readouterr()
-        return code, done.out, done.err
-
-    return call
 
 
 def write(text, name="grid.toml"):
