@@ -21,8 +21,8 @@ WIDE, NARROW = (4, 24), (2, 12)
 """Vectors of queries in a tile, and vectors that are summed at a time: of 32 registers, of 16."""
 LINE = 64
 """Bytes that are fetched at once."""
-ROOM = 0.7
-"""Of the first cache, for the scores and values of a tile."""
+ROOM = 2 / 3
+"""Of the first cache, for the scores of a tile and a line of each of its values: each part of the output reads them."""
 MOST = 4096.0
 """Of the sum of a tile's exponentials."""
 
@@ -70,7 +70,7 @@ class _Tile:
         self.parts = [x for x in sizes if x[1]]
         if not keys:
             first = traits.caches[0] if traits.caches else 32 << 10
-            keys = int(ROOM * first) // (4 * (many * w + what.width)) // self.rows * self.rows
+            keys = int(ROOM * first) // (4 * many * w + LINE) // self.rows * self.rows
         self.keys = max(self.rows, vectors.up(min(keys, what.keys), self.rows))
 
     def text(self) -> str:
