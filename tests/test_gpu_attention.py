@@ -377,6 +377,14 @@ def test_attention_as_chosen(device, choice):
     check_attention(device, ATTENTION["ragged"], attention.lower(ATTENTION["ragged"], CPU, choice))
 
 
+def test_attention_with_few_registers(device):
+    """Of 16 vector registers 12 are sums: half as many vectors of queries."""
+    few = replace(CPU, vector=8, registers=128)
+    lowered = attention.lower(ATTENTION["odd heads"], few)
+    assert lowered.launches[0].size == (3, 1)  # 33 queries: two tiles of 2 vectors of 8, and one
+    check_attention(device, ATTENTION["odd heads"], lowered)
+
+
 @pytest.mark.parametrize("choice", [(2, 2, 3)])
 def test_attention_as_chosen_on_a_gpu(device, choice):
     choice = dict(zip(("across", "down", "each"), choice, strict=True))
@@ -406,14 +414,51 @@ def test_attention_with_equal_scores(device, traits, score):
     within(found, np.broadcast_to(v.astype(np.float64).mean(1, keepdims=True), found.shape), 60 * EPS)
 
 
-def test_attention_with_growing_scores(device, traits):
-    """Each key is better than all before: what was summed is scaled down at every tile."""
-    what = Attention(1, 17, 300, 1, 3, 1.0)
-    q, v = np.ones((1, 17, 1), np.float32), numbers((1, 300, 3))
-    k = np.arange(300, dtype=np.float32).reshape(1, 300, 1) * 0.7
+@turns("step", [0.7, -0.7, 20.0, -0.3])
+def test_attention_with_growing_scores(device, traits, step):
+    """Each key is better than all before: what was summed is scaled down at every tile. Or worse: it fades away, past
+    the smallest float."""
+    what = Attention(1, 17, 600, 1, 3, 1.0)
+    q, v = np.ones((1, 17, 1), np.float32), numbers((1, 600, 3))
+    k = np.arange(600, dtype=np.float32).reshape(1, 600, 1) * step
     found = computed(device, attention.lower(what, traits), [q, k, v], (1, 17, 3))
     want, bound = attention_of(what, q, k, v)
     within(found, want, bound)
+
+
+def test_scores_of_one_query_grow(device):
+    """Of one in a vector, once, in the third tile: the others' stay as they are; below the first tile's or above."""
+    what = Attention(1, 70, 200, 2, 5, 1.0)
+    q, k, v = numbers((1, 70, 2)), numbers((1, 200, 2), seed=1), numbers((1, 200, 5), seed=2)
+    q[..., 1], k[..., 1] = 0, 0
+    q[0, 21, 1], k[0, 150, 1] = 1, 90
+    found = computed(device, attention.lower(what, CPU, {"keys": 48}), [q, k, v], (1, 70, 5))
+    want, bound = attention_of(what, q, k, v)
+    within(found, want, bound)
+    assert np.allclose(want[0, 21], v[0, 150])
+
+
+@pytest.mark.parametrize("width", [16, 4])
+def test_powers_of_2(device, width):
+    """Within 3e-7 between 2**-126 and 2**127; nothing below, or a denormal; NaN stays."""
+    x = np.concatenate([np.linspace(-126, 127, 40000, dtype=np.float32), np.float32([-0.0, -1e-30, 1e-30, -1e-8, 64]),
+                        np.arange(-126, 127, dtype=np.float32)])
+    edges = np.float32([-np.inf, -3e38, -1e5, -150, -127.5, -126.4, 128, 1e5, 3e38, np.inf, np.nan])
+    x = np.concatenate([x, edges, np.zeros(-(x.size + edges.size) % 16, np.float32)])
+    source = vectors.preamble("float32", width) + vectors.exponential2(width) + f"""
+__kernel void f(__global const float *x, __global float *y) {{
+    int i = get_global_id(0) * {width};
+    STORE(exponential2(LOAD(x + i)), y + i);
+}}"""
+    launch = Launch(Kernel(source, "f"), (x.size // width,), (1,), (Buffer("input"), Buffer("output")), "powers")
+    found = computed(device, Lowered((launch,)), [x], x.shape).astype(np.float64)
+    inside = (x >= -126) & (x <= 127)
+    want = 2.0**x[inside].astype(np.float64)
+    assert (np.abs(found[inside] - want) <= 3e-7 * want).all()
+    assert ((found[x < -126] >= 0) & (found[x < -126] <= 2.0**-126)).all()
+    assert (found[x < -127] == 0).all()
+    assert (found[x > 127] >= 2.0**126).all()
+    assert np.isnan(found[np.isnan(x)]).all()
 
 
 def test_attention_of_nan(device):

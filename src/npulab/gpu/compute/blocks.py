@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from npulab.gpu.compute import activations
 from npulab.gpu.compute.tiles import Tile
 from npulab.gpu.compute.types import Activation, Argument, Buffer, Kernel, Launch, Number
-from npulab.gpu.compute.vectors import literal, prelude
+from npulab.gpu.compute.vectors import FETCH, literal, prelude
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +73,6 @@ class Ending:
 
 _LINE = 64
 """Bytes of a cache line, of what is fetched at once."""
-_FETCH = """#if defined(__has_builtin)
-#if __has_builtin(__builtin_prefetch)
-#define FETCH(p) __builtin_prefetch(p, 0, 2)
-#endif
-#endif
-#ifndef FETCH
-#define FETCH(p)
-#endif
-"""
 
 
 def pack(matrix: NDArray[Any], tile: Tile, number: Number) -> NDArray[Any]:
@@ -158,7 +149,7 @@ def _source(image: bool, outside: bool, ragged: bool, whole: bool, ending: Endin
 #define DOWN {down}
 #define TILE {tile.columns}
 #define BLOCK {tile.block}
-{_FETCH if tile.passes > 1 else ""}__kernel __attribute__((reqd_work_group_size({across}, {down}, 1)))
+{FETCH if tile.passes > 1 else ""}__kernel __attribute__((reqd_work_group_size({across}, {down}, 1)))
 void block(__global const N *restrict input, __global const N *restrict weights,
     {optional}__global N *restrict output,
     int rows, int inner, int columns, int pitch, int out_pitch, int panel_step, int row_step, int each{sizes})
