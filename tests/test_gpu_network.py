@@ -299,6 +299,17 @@ def test_a_product_takes_bias_residual_and_activation(device, traits):
     agrees(graph, device, traits)
 
 
+def test_factors_behind_a_product_are_its_scale(device, traits):
+    """Not those behind the sum."""
+    graph = model([node("MatMul", "x z", "m"), node("Mul", "c m", "a"), node("Div", "a d", "b"),
+                   node("Add", "b r", "s"), node("Mul", "s c", "y")],
+                  {"x": [2, 5, 8], "z": [2, 8, 6], "r": [2, 5, 6]}, ["y"], c=np.float32(3), d=np.float32(4))
+    (found,), _ = problems(graph, Product)
+
+    assert found == ("MatMul+Mul+Div+Add", Product(2, 5, 8, 6, batched=True, scale=0.75, residual=True))
+    agrees(graph, device, traits)
+
+
 def attention(mask=None, scaled="Mul", heads=3, tokens=12, depth=8):
     width = heads * depth
     shape = i64(2, tokens, heads, depth)

@@ -157,21 +157,24 @@ class _Looking:
         n = self.graph.producer.get(value)
         return n if n is not None and isinstance(n.op, OnnxOp) and not n.op.domain and n.op.name in names else None
 
+    def factor(self, n: Node, value: int) -> float | None:
+        """c where a node computes c times a value, by a number or through one."""
+        if not is_own(n, "Mul", "Div") or self.shape(n.outputs[0]) != self.shape(value):
+            return None
+        at = n.inputs.index(value)
+        number = scalar(self.graph, n.inputs[1 - at])
+        if number is None or (n.op.name == "Div" and (at or not number)):
+            return None
+        return number if n.op.name == "Mul" else 1 / number
+
     def scaled(self, value: int) -> tuple[int, float, list[Node]]:
         """(x, c, nodes) with value = c x, through products and quotients by numbers."""
         c, nodes = 1.0, []
         while (n := self.maker(value, "Mul", "Div")) is not None:
-            pairs = (n.inputs, n.inputs[::-1]) if n.op.name == "Mul" else (n.inputs,)
-            for x, other in pairs:
-                number = scalar(self.graph, other)
-                if number is not None and self.shape(x) == self.shape(value):
-                    break
-            else:
+            found = next(((x, f) for x in n.inputs if (f := self.factor(n, x)) is not None), None)
+            if found is None:
                 break
-            if number is None or (n.op.name == "Div" and not number):
-                break
-            c = c * number if n.op.name == "Mul" else c / number
-            value = x
+            value, c = found[0], c * found[1]
             nodes.append(n)
         return value, c, nodes
 
@@ -213,8 +216,9 @@ class _Looking:
                      causal=causal)
 
     def followed(self, kind: str, n: Node, taken: Collection[int]) -> Group:
-        """A convolution or product with the sum and the activation behind it, as far as nobody has taken them."""
-        nodes, value, bias, residual = [n], n.outputs[0], -1, -1
+        """A convolution or product with the factor, the sum and the activation behind it, as far as nobody has taken
+        them."""
+        nodes, value, bias, residual, scale = [n], n.outputs[0], -1, -1, 1.0
         has_bias = len(n.inputs) > 2 and n.inputs[2] >= 0
         acted: tuple[Activation, float] = ("none", 0.01)
         while (m := self.next(value)) is not None and m.index not in taken:
@@ -222,6 +226,11 @@ class _Looking:
                 nodes.append(m)
                 acted = found
                 break
+            if is_own(n, "MatMul") and bias < 0 and residual < 0 and (c := self.factor(m, value)) is not None:
+                nodes.append(m)
+                scale *= c
+                value = m.outputs[0]
+                continue
             if m.op.name != "Add" or residual >= 0 or attributes(m):
                 break
             other = m.inputs[1] if m.inputs[0] == value else m.inputs[0]
@@ -235,7 +244,7 @@ class _Looking:
                 break
             nodes.append(m)
             value = m.outputs[0]
-        return Group(kind, tuple(nodes), n, bias, residual, *acted)
+        return Group(kind, tuple(nodes), n, bias, residual, *acted, scale=scale)
 
     def _is_bias(self, kind: str, other: int, value: int) -> bool:
         """Whether a value is a constant for each channel, or column."""
@@ -306,7 +315,7 @@ def _ready(graph: Graph, group: Group, made: Mapping[int, Group]) -> bool:
 def _shorter(group: Group) -> Group | None:
     """The group without its sum and what is behind it."""
     cut = next(i for i, n in enumerate(group.nodes) if group.residual in n.inputs and i)
-    return Group(group.kind, group.nodes[:cut], group.anchor, group.bias)
+    return Group(group.kind, group.nodes[:cut], group.anchor, group.bias, scale=group.scale)
 
 
 def is_float32(graph: Graph, value: int) -> bool:

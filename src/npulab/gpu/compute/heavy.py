@@ -93,7 +93,8 @@ def product(b: Builder, g: Group) -> None:
     n = g.anchor
     left, right = (b.shape(v) for v in n.inputs[:2])
     bias = b.numbers(g.bias) if g.bias >= 0 else None
-    fused: dict[str, Any] = {"residual": g.residual >= 0, "activation": g.activation, "slope": g.slope}
+    fused: dict[str, Any] = {"scale": g.scale, "residual": g.residual >= 0, "activation": g.activation,
+                             "slope": g.slope}
     shape = b.graph.values[g.output].shape
     if len(left) < 2 or len(right) < 2:
         raise RefusedError("one of its operands is a row of numbers")
