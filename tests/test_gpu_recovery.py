@@ -13,9 +13,11 @@ from npulab.errors import CapacityError, DeviceError, UnsupportedError
 from npulab.gpu import analysis
 from npulab.gpu.analysis import conclude
 from npulab.gpu.analysis.chase import Chase
-from npulab.gpu.analysis.cliffs import missed, overfilled, rising, round_sizes
+from npulab.gpu.analysis.cliffs import rising
 from npulab.gpu.analysis.curve import found_in
-from npulab.gpu.analysis.latency import Before, in_pieces, latency
+from npulab.gpu.analysis.fit import round_sizes
+from npulab.gpu.analysis.kept import Before, missed, overfilled
+from npulab.gpu.analysis.latency import in_pieces, latency
 from npulab.gpu.analysis.meter import Meter, Refused
 from npulab.gpu.analysis.registers import explain
 from npulab.gpu.analysis.statistics import estimate, jump

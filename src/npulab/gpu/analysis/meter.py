@@ -67,6 +67,7 @@ class Meter:
         self.faults: dict[Kind, str] = {}
         self.seen: dict[str, list[float]] = {}  # units of work a second, of this task
         self.counted: set[str] = set()  # where its work was counted
+        self.cores_bound = 0.0  # seconds of a byte at first that the caches take: streams through memory wait for them
         self._source = ""
         self._first: dict[Kind, float] = {}
         self._recent: dict[Kind, list[float]] = {}
@@ -118,6 +119,7 @@ class Meter:
             raise Refused(self._astray[kind])
         limit = self._moved.get(kind, MOVED)
         for attempt in range(TRIES):
+            first = self._look("alone") if through else 1.0
             before = self._pace(kind)
             values = self._asked(ask, of)
             self.counted |= {self._source} - {""}
@@ -129,11 +131,13 @@ class Meter:
             raise Refused(f"the clock does not stay: in each of {TRIES} tries a reference moved by more than "
                           f"{100 * limit:g} %, at last from {before:.2f} to {after:.2f} of its first time")
         pace = (before + after) / 2 if moved > limit else self._pace(kind)
-        if through:
-            self._look("alone")
-            core = self._pace("alone")
-            values = [max((v - through * core) / pace, 0.0) + through for v in values]
-            return values
+        if through:  # memory's clock may stay while that of the cores falls
+            last = self._look("alone")
+            fell = abs(last - first) / first > self._moved.get("alone", MOVED) / 2
+            core = (first + last) / 2 if fell else self._pace("alone")
+            if pace <= 1.03 * self.cores_bound * core / self._first.get("memory", math.inf):
+                pace = 1.0  # the reference waits for the cores by now: that DRAM has slowed is not seen
+            return [max((v - through * core) / pace, 0.0) + through for v in values]
         return [v / pace for v in values]
 
     def _asked(self, ask: Callable[[], Timing], of: str) -> list[float]:
