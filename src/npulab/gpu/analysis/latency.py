@@ -37,7 +37,9 @@ def latency(chase: Chase, footprint: int, line: int, before: Before | None = Non
         return pieces, f"in pieces of {PIECE} bytes; at random {found.value * 1e9:.4g} ns"
     spread = chase.at_random(count * apart * line, apart * line)
     together = in_pieces(chase, count * line, line, before.before)
-    cost = spread.value - together.value
+    first = before.before  # answers as many of them as of those side by side
+    share = (first.kept(count, line) if first and first.shape == "random" else None) or 0.0
+    cost = spread.value - (1 - share) * together.value - (share * first.seconds if first else 0.0)
     if through and cost > 0:  # translation goes at the pace of the cores, too
         found = _without(before, footprint // line, line, chase.at_random(footprint, line, kind, through + cost))
     half = math.hypot(found.high - found.value, spread.high - spread.value, together.high - together.value)
