@@ -20,6 +20,7 @@ from npulab.gpu.analysis.fit import fit, round_sizes
 from npulab.gpu.analysis.kept import Before, missed, overfilled
 from npulab.gpu.analysis.latency import in_pieces, latency
 from npulab.gpu.analysis.meter import Meter, Refused
+from npulab.gpu.analysis.rates import memory_bandwidth
 from npulab.gpu.analysis.registers import explain
 from npulab.gpu.analysis.statistics import estimate, jump
 from npulab.gpu.bounds import times_objection
@@ -456,6 +457,29 @@ def test_memory_is_not_slower_than_it_is_for_a_stream_that_waits_for_the_cores()
     found = hierarchy(Meter(Simulated(machine, 0)))
     assert found.memory.value == pytest.approx(300e-9, rel=0.01)
     assert found.levels[1].latency.value == pytest.approx(90e-9, rel=0.01)
+
+
+def test_a_cache_that_keeps_some_of_the_reference_of_memory_does_not_change_its_pace():
+    """80 MiB of random replacement keep 4.5 % of a stream through 256 MiB, and streams come to wait for the cores."""
+    machine = replace(QUIET, caches=(Cache(24 << 10, 64, 30, 512), Cache(80 << 20, 64, 90, 50, "random")),
+                      memory_bandwidth=48e9, throttle_after=0.5, throttle_over=0.01, throttle_to=0.5)
+    meter = Meter(Simulated(machine, 0))
+    for _ in range(200):
+        meter.seconds(lambda: meter.bench.chain("fma", "float32", 1, 4, 1), "operations", "alone")
+    assert meter.pace() == pytest.approx(2, rel=0.01)
+    assert memory_bandwidth(meter, None, "read").value == pytest.approx(48, rel=0.01)
+
+
+def test_a_reference_of_memory_that_the_device_has_not_is_halved():
+    class Small(Simulated):
+        def stream(self, footprint, stride, width, way):
+            if footprint > 128 << 20:
+                raise CapacityError("no such buffer")
+            return super().stream(footprint, stride, width, way)
+
+    meter = Meter(Small(QUIET, 0))
+    assert "memory" not in meter.faults
+    assert meter.pace("memory") == 1
 
 
 def test_round_sizes():

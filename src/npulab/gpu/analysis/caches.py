@@ -102,12 +102,15 @@ def hierarchy(meter: Meter) -> Hierarchy:
 
 
 def _cores_bound(meter: Meter, levels: list[Level]) -> float:
-    """Seconds of a byte that the last level answers; 0 where the cores' clock stayed, and does not matter."""
+    """Seconds of a byte that the last level answers; 0 where that is not known, or the cores' clock stayed and it does
+    not matter."""
     if abs(meter.pace() - 1) <= STILL:
         return 0.0
-    size = levels[-1].size
-    return meter.seconds(lambda: meter.bench.stream(max(1024, size * 3 // 4096 * 1024), 1, 16, "read"), "bytes",
-                         "core", 2, 0.005).value
+    footprint = max(1024, levels[-1].size * 3 // 4096 * 1024)
+    try:
+        return meter.seconds(lambda: meter.bench.stream(footprint, 1, 16, "read"), "bytes", "core", 2, 0.005).value
+    except (Refused, NpulabError):
+        return 0.0
 
 
 def _gradual(chase: Chase, levels: list[Level], start: int, stride: int) -> str:
