@@ -48,7 +48,7 @@ class Cliff:
 def cliff(chase: Chase, inside: int, flat: int, beyond: int, line: int, share: float = 0.0,
           before: Before | None = None) -> Cliff:
     """Of a level that holds `inside` bytes for sure, `flat` as it seems, and little of `beyond`. share: seconds of a
-    load, `line` bytes from others, that translation takes where its buffer is too small.
+    load, `line` bytes from others, that translation takes where its buffer is too small. before: the level before.
 
     Raises: NoRise, Refused; Broad if it is gradual."""
     for attempt in range(ATTEMPTS):
