@@ -12,11 +12,15 @@ import pytest
 from npulab.errors import CapacityError, DeviceError, UnsupportedError
 from npulab.gpu import analysis
 from npulab.gpu.analysis import conclude
+from npulab.gpu.analysis.caches import hierarchy
 from npulab.gpu.analysis.chase import Chase
-from npulab.gpu.analysis.cliffs import missed, overfilled, rising, round_sizes
+from npulab.gpu.analysis.cliffs import cliff, rising
 from npulab.gpu.analysis.curve import found_in
-from npulab.gpu.analysis.latency import Before, in_pieces, latency
+from npulab.gpu.analysis.fit import fit, round_sizes
+from npulab.gpu.analysis.kept import Before, missed, overfilled
+from npulab.gpu.analysis.latency import in_pieces, latency
 from npulab.gpu.analysis.meter import Meter, Refused
+from npulab.gpu.analysis.rates import memory_bandwidth
 from npulab.gpu.analysis.registers import explain
 from npulab.gpu.analysis.statistics import estimate, jump
 from npulab.gpu.bounds import times_objection
@@ -46,11 +50,12 @@ def wrong_rows(hidden, seed):
     return [(r.name, r.want, r.got, r.why) for r in rows if not r.right]
 
 
-@pytest.mark.parametrize("seed", [34, 12083, 12135, 12146, 30578])
+@pytest.mark.parametrize("seed", [34, 12083, 12135, 12146, 20102, 30578, 70125, 80157])
 def test_a_random_machine_is_recovered(seed):
     """Those are drawn with noise, disturbed repetitions, coarse timers and clocks that fall. 12083: loads beside
-    small pages. 12135: the clock falls while a cliff is looked for. 12146: a disturbed repetition among ticks. 30578: a
-    buffer of translations that ends within a cache."""
+    small pages. 12135: the clock falls while a cliff is looked for. 12146: a disturbed repetition among ticks. 20102:
+    three caches that replace at random, and the clock falls. 30578: a buffer of translations that ends within a cache.
+    70125: a stream through memory comes to wait for the cores. 80157: 16 pages of 4 KiB end between two caches."""
     assert wrong_rows(random_hidden(seed), seed) == []
 
 
@@ -379,6 +384,102 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     ([1, 1.1, 1.25], None)])
 def test_jumps(values, at):
     assert jump(values) == at
+
+
+POINTS = [int(4096 * f) for f in (0.67, 0.85, 0.92, 0.96, 1.0, 1.04, 1.08, 1.13, 1.2, 1.35, 1.5, 1.7, 1.9, 2.25, 2.7)]
+
+
+def passes(lines, noise, slow, seed=0, end=math.inf):
+    """Of a cache of 3500 lines, random replacement: 20 ns, and 60 ns that a falling clock of the cores alone makes
+    `slow` times shorter beside them; 2 ns more from `end` lines on."""
+    r = np.random.default_rng(seed)
+    curve = np.array([missed(n / 3500) for n in lines])
+    return [(20e-9 + 60e-9 / s * curve + 2e-9 * (np.array(lines) > end)) * np.exp(noise * r.standard_normal(len(lines)))
+            for s in slow]
+
+
+def test_a_fit_finds_size_and_replacement_at_several_clocks():
+    found = fit(POINTS, passes(POINTS, 0.002, (1.0, 1.3, 1.9)), 4096, 64, 0.0)
+    assert (found.ways, found.edge) == (0, False)
+    assert found.size == pytest.approx(3500, rel=0.005)
+    assert found.low < 3500 < found.high
+    assert found.noise < 0.004
+
+
+def test_more_passes_narrow_a_fit_and_a_disturbed_one_does_no_harm():
+    one, six = (fit(POINTS, passes(POINTS, 0.004, [1.0] * n), 4096, 64, 0.0) for n in (1, 6))
+    assert six.high / six.low - 1 < 0.6 * (one.high / one.low - 1)
+    assert six.low < 3500 < six.high
+    for seed in range(1, 5):
+        bad = passes(POINTS, 0.15, [1.0], seed)
+        with_it = fit(POINTS, [*passes(POINTS, 0.004, [1.0] * 6), *bad], 4096, 64, 0.0)
+        assert with_it.size == pytest.approx(six.size, rel=0.002)
+        assert with_it.noise < 0.006
+
+
+def test_a_fit_sees_an_end_of_translation_that_is_there_and_no_other():
+    """Lines of 64 bytes: a buffer that reaches 256 KiB ends at line 4096."""
+    for seed in range(5):
+        found = fit(POINTS, passes(POINTS, 0.003, [1.0] * 2, seed, end=4096), 4096, 64, 2e-9)
+        assert found.low < 3500 < found.high
+        assert found.noise < 0.006
+        without = fit(POINTS, passes(POINTS, 0.003, [1.0] * 2, seed), 4096, 64, 2e-9)
+        assert without.low < 3500 < without.high
+        assert without.size == pytest.approx(3500, rel=0.01)
+
+
+def test_what_the_level_before_still_answers_is_left_out_of_a_fit():
+    """24 KiB of random replacement before 192 KiB of the same: a twelfth of the lines at the first footprints."""
+    machine = replace(QUIET, caches=(Cache(24 << 10, 64, 30, 512, "random"), Cache(192 << 10, 128, 90, 150, "random")))
+    chase = Chase(Meter(Simulated(machine, 0)))
+    first = Before(24 << 10, 64, 30e-9, "random", None)
+    found = cliff(chase, 130 << 10, 180 << 10, 1 << 20, 128, before=first)
+    assert found.size == 192 << 10
+    assert found.interval[1] / found.interval[0] < 1.03
+    assert latency(chase, 150 << 10, 128, first)[0].value == pytest.approx(90e-9, rel=0.002)
+    assert latency(chase, 150 << 10, 128)[0].value < 0.97 * 90e-9
+
+
+@pytest.mark.parametrize(("line", "cost"), [(128, 134), (64, 240)])
+def test_a_buffer_of_translations_that_the_level_before_hides_at_wide_strides_is_no_cache(line, cost):
+    """16 pages of 4 KiB end at 64 KiB; 1024 bytes apart, or 512, the lines of twice that fit the first cache."""
+    machine = replace(QUIET, caches=(Cache(16 << 10, line, 20, 512), Cache(256 << 10, line, 32, 225)),
+                      translation=Translation(16, 1 << 12, cost), memory_latency=96e-9)
+    found = hierarchy(Meter(Simulated(machine, 0)))
+    assert [level.size for level in found.levels] == [16 << 10, 256 << 10]
+
+
+def test_memory_is_not_slower_than_it_is_for_a_stream_that_waits_for_the_cores():
+    """Cores at half their clock: a stream through memory takes 1.6 times as long and a load's way through DRAM what
+    it took."""
+    machine = replace(QUIET, caches=(Cache(24 << 10, 64, 30, 512), Cache(3 << 19, 64, 90, 37.5)), memory_bandwidth=30e9,
+                      throttle_after=0.5, throttle_over=0.01, throttle_to=0.5)
+    found = hierarchy(Meter(Simulated(machine, 0)))
+    assert found.memory.value == pytest.approx(300e-9, rel=0.01)
+    assert found.levels[1].latency.value == pytest.approx(90e-9, rel=0.01)
+
+
+def test_a_cache_that_keeps_some_of_the_reference_of_memory_does_not_change_its_pace():
+    """80 MiB of random replacement keep 4.5 % of a stream through 256 MiB, and streams come to wait for the cores."""
+    machine = replace(QUIET, caches=(Cache(24 << 10, 64, 30, 512), Cache(80 << 20, 64, 90, 50, "random")),
+                      memory_bandwidth=48e9, throttle_after=0.5, throttle_over=0.01, throttle_to=0.5)
+    meter = Meter(Simulated(machine, 0))
+    for _ in range(200):
+        meter.seconds(lambda: meter.bench.chain("fma", "float32", 1, 4, 1), "operations", "alone")
+    assert meter.pace() == pytest.approx(2, rel=0.01)
+    assert memory_bandwidth(meter, None, "read").value == pytest.approx(48, rel=0.01)
+
+
+def test_a_reference_of_memory_that_the_device_has_not_is_halved():
+    class Small(Simulated):
+        def stream(self, footprint, stride, width, way):
+            if footprint > 128 << 20:
+                raise CapacityError("no such buffer")
+            return super().stream(footprint, stride, width, way)
+
+    meter = Meter(Small(QUIET, 0))
+    assert "memory" not in meter.faults
+    assert meter.pace("memory") == 1
 
 
 def test_round_sizes():

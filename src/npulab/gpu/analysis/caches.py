@@ -11,8 +11,9 @@ from npulab.errors import CapacityError, NpulabError
 from npulab.gpu.analysis.chase import PIECE, Chase
 from npulab.gpu.analysis.cliffs import Broad, Cliff, NoRise, cliff
 from npulab.gpu.analysis.curve import rises
-from npulab.gpu.analysis.latency import Before, latency
-from npulab.gpu.analysis.meter import Meter, Refused, reason
+from npulab.gpu.analysis.kept import Before
+from npulab.gpu.analysis.latency import latency
+from npulab.gpu.analysis.meter import STILL, Meter, Refused, reason
 from npulab.gpu.analysis.statistics import Estimate
 
 SMALLEST = 1 << 10  # bytes of a footprint
@@ -23,6 +24,7 @@ LINE_MAX = 1024  # of places; lines are at most a quarter of it
 STEADY = 6  # attempts at a comparison during which the clock stays
 FALSE_ALARMS = 6
 RISE = 1.08  # a load that takes so much longer has left its level
+KEPT = 0.2  # of loads that the level before may answer, and is known to
 COARSE = 128  # bytes: the stride from COARSE_FROM on, where all places at smaller strides would take too long to touch
 COARSE_FROM = 1 << 25
 
@@ -91,11 +93,24 @@ def hierarchy(meter: Meter) -> Hierarchy:
         return Hierarchy(tuple(levels), None, f"no footprint until {largest} bytes is large enough to miss all caches")
     beyond = min(largest, max(8 * levels[-1].size, 1 << 24))
     try:
+        meter.cores_bound = _cores_bound(meter, levels)
         found, less = latency(chase, beyond, stride, _before(levels), "memory", levels[-1].latency.value)
         return Hierarchy(tuple(levels), found, "", f"random chase through {beyond} bytes, one thread"
                          + (f"; {less}" if less else ""))
     except (Refused, NpulabError) as e:
         return Hierarchy(tuple(levels), None, reason(e))
+
+
+def _cores_bound(meter: Meter, levels: list[Level]) -> float:
+    """Seconds of a byte that the last level answers; 0 where that is not known, or the cores' clock stayed and it does
+    not matter."""
+    if abs(meter.pace() - 1) <= STILL:
+        return 0.0
+    footprint = max(1024, levels[-1].size * 3 // 4096 * 1024)
+    try:
+        return meter.seconds(lambda: meter.bench.stream(footprint, 1, 16, "read"), "bytes", "core", 2, 0.005).value
+    except (Refused, NpulabError):
+        return 0.0
 
 
 def _gradual(chase: Chase, levels: list[Level], start: int, stride: int) -> str:
@@ -157,7 +172,7 @@ def _plateau_end(chase: Chase, start: int, stride: int) -> int | None:
 def _level(chase: Chase, flat: int, start: int, stride: int, before: Before | None) -> tuple[Level, int]:
     """The level that `flat` bytes still fit in, and the footprint from which the next one's plateau is flat."""
     inside = max(start, int(flat / 1.42))
-    line, share = _line(chase, 2 * flat, inside, stride)
+    line, share = _line(chase, 2 * flat, inside, stride, before)
     low = chase.again(inside, line, 3)
     # the next plateau: where half an octave more changes little, or begins to change more than before
     footprint = 2 * flat
@@ -174,7 +189,7 @@ def _level(chase: Chase, flat: int, start: int, stride: int, before: Before | No
         at, now, previous = footprint, after, max(rise, 0.05 * (after - low))
     if now < 1.05 * low:
         raise NoRise("time a load rose and fell again")
-    found = cliff(chase, inside, flat, at, line, share)
+    found = cliff(chase, inside, flat, at, line, share, before)
     # a large footprint, of which the level before keeps nothing
     at_most = max(start, int(0.85 * found.size))
     took, less = latency(chase, at_most, line, before)
@@ -182,27 +197,41 @@ def _level(chase: Chase, flat: int, start: int, stride: int, before: Before | No
     return Level(found, line, took, rests), max(at, flat * 2)
 
 
-def _line(chase: Chase, footprint: int, inside: int, stride: int) -> tuple[int, float]:
+def _line(chase: Chase, footprint: int, inside: int, stride: int, level: Before | None = None) -> tuple[int, float]:
     """(the smallest distance of places at which no load helps another, seconds of a load at that distance that
     translation takes): until then those in one line do, beyond it a footprint twice the cache has fewer lines than it
-    holds (or, where lines are bound to sets, as many a set)."""
-    strides = []
-    while stride <= min(LINE_MAX, footprint // 16):
+    holds (or, where lines are bound to sets, as many a set). `level`, the one before, must not hold them."""
+    def kept(footprint: int, stride: int) -> float:
+        found = level.kept(footprint // stride, stride) if level else 0.0
+        return 1.0 if found is None else found
+
+    def asked(footprint: int, stride: int) -> float:
+        # pieces that the cache holds: of a line's places the first misses, once a turn, and the others hit
+        t, k = chase.again(footprint, stride, 3, min(PIECE, max(inside // 2, 4 * stride))), kept(footprint, stride)
+        return (t - k * level.seconds) / (1 - k) if level and k <= KEPT else t
+
+    strides: list[int] = []
+    while stride <= min(LINE_MAX, footprint // 16) and (not strides or kept(footprint, stride) <= KEPT):
         strides.append(stride)
         stride *= 2
     if not strides:
         raise Refused("it is smaller than 16 lines")
+    far, wide = strides[-2:], footprint
+    if level and strides[-1] < LINE_MAX:
+        far = [LINE_MAX // 4, LINE_MAX // 2]
+        while kept(wide, far[1]) > KEPT and wide < chase.largest // 2:
+            wide = wide * 5 // 4
     for _ in range(STEADY):  # they are compared with each other: at one clock, which memory need not share
         before = chase.meter.pace()
         low = chase.again(inside, strides[0], 3)
-        # pieces that the cache holds: of a line's places the first misses, once a turn, and the others hit
-        times = [chase.again(footprint, s, 3, min(PIECE, max(inside // 2, 4 * s))) for s in strides]
+        times = [asked(footprint, s) for s in strides]
+        ends = [asked(wide, s) for s in far] if far != strides[-2:] else times[-2:]
         if abs(chase.meter.pace() / before - 1) < 0.02:
             break
     most, slope = max(times), 0.0
     # what grows with the distance beyond any line's end is translation: a miss a page, shared by fewer and fewer loads
-    if strides[-1] == LINE_MAX and len(strides) > 2 and times[-1] > times[-2] + 0.02 * low:
-        slope = (times[-1] - times[-2]) / (strides[-1] - strides[-2])
+    if far[0] >= LINE_MAX // 4 and ends[1] > ends[0] + 0.02 * low:
+        slope = (ends[1] - ends[0]) / (far[1] - far[0])
         times = [t - slope * s for s, t in zip(strides, times, strict=True)]
         most = max(times)
     if most < 1.03 * low:

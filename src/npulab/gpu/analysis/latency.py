@@ -3,39 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
 from npulab.gpu.analysis.chase import PIECE, Chase
-from npulab.gpu.analysis.cliffs import Shape, missed
+from npulab.gpu.analysis.kept import Before
 from npulab.gpu.analysis.meter import Kind
 from npulab.gpu.analysis.statistics import Estimate
 
 FEW = 1024  # lines, and pages with them, that a buffer of translations may keep: spread, they tell nothing
 APART = 1.01  # a chase that takes so much longer than one in pieces, or with more loads a page, pays for something
-EMPTY, FULL = 1.6, 0.95  # times what sets of two lines and more hold: nothing is kept, or all
 LINEAR = 0.15  # of what translation takes: how far from a line of loads a page it may be
-
-
-@dataclass(frozen=True, slots=True)
-class Before:
-    """The level before, and the one before that. size, line: bytes. seconds: of a load that it answers."""
-
-    size: int
-    line: int
-    seconds: float
-    shape: Shape
-    before: Before | None
-
-    def kept(self, lines: int, stride: int) -> float | None:
-        """The share that it answers of a cycle through so many lines, `stride` bytes apart; None where that is not
-        known. Lines that are bound to sets fall on the fewer of them the further apart they are."""
-        full = lines * (stride if self.shape == "ramp" else self.line) / self.size
-        if self.shape == "random":
-            return 1 - missed(full)
-        empty = {"step": 1.05, "ramp": EMPTY}.get(self.shape, 4.0)
-        return 0.0 if full >= empty else 1.0 if full <= FULL and self.shape != "gradual" else None
 
 
 def latency(chase: Chase, footprint: int, line: int, before: Before | None = None, kind: Kind = "alone",
@@ -48,7 +26,9 @@ def latency(chase: Chase, footprint: int, line: int, before: Before | None = Non
     """
     found = chase.at_random(footprint, line, kind, through)
     side, wide = chase.again(footprint, line, 2), chase.again(footprint, 2 * line, 2)
-    if not chase.pieces or (side * APART > found.value and wide < APART * side):
+    translated = chase.pieces and (side * APART <= found.value or wide >= APART * side)
+    found = _without(before, footprint // line, line, found)
+    if not translated:
         return found, ""
     apart = max(1, math.ceil(2 * footprint / before.size)) | 1 if before else 1  # odd: all sets of a cache take part
     count = footprint // (apart * line)
@@ -57,9 +37,11 @@ def latency(chase: Chase, footprint: int, line: int, before: Before | None = Non
         return pieces, f"in pieces of {PIECE} bytes; at random {found.value * 1e9:.4g} ns"
     spread = chase.at_random(count * apart * line, apart * line)
     together = in_pieces(chase, count * line, line, before.before)
-    cost = spread.value - together.value
+    first = before.before  # answers as many of them as of those side by side
+    share = (first.kept(count, line) if first and first.shape == "random" else None) or 0.0
+    cost = spread.value - (1 - share) * together.value - (share * first.seconds if first else 0.0)
     if through and cost > 0:  # translation goes at the pace of the cores, too
-        found = chase.at_random(footprint, line, kind, through + cost)
+        found = _without(before, footprint // line, line, chase.at_random(footprint, line, kind, through + cost))
     half = math.hypot(found.high - found.value, spread.high - spread.value, together.high - together.value)
     if cost < half:
         return found, ""
@@ -88,8 +70,9 @@ def in_pieces(chase: Chase, footprint: int, line: int, before: Before | None = N
         if None not in kept:
             break
     found = chase.precisely(footprint, line, kind, through)
+    least = _without(before, footprint // line, line, found)
     if None in kept or (kept[0] or 0.0) > 0.5 or footprint // (16 * line) < 4:
-        return found
+        return least
     times = [found, *(chase.precisely(footprint, s * line, kind, through) for s in (2, 4))]
     share = np.array([k or 0.0 for k in kept])
     rows = np.stack([1 - share, np.array([1.0, 2.0, 4.0])], 1)
@@ -99,5 +82,14 @@ def in_pieces(chase: Chase, footprint: int, line: int, before: Before | None = N
     half = error * math.sqrt(float(np.linalg.inv(rows.T @ rows)[0, 0]))
     if not 0 < value < found.value or cost < error / 2 or np.abs(rows @ (value, cost) - right).max() > max(
             error, LINEAR * cost):
-        return found
+        return least
     return Estimate(float(value), float(value) - half, float(value) + half)
+
+
+def _without(before: Before | None, lines: int, stride: int, found: Estimate) -> Estimate:
+    """Less the loads that the level before answers at random."""
+    k = before.kept(lines, stride) if before else None
+    if before is None or not k or k > 0.5:
+        return found
+    value, low, high = ((t - k * before.seconds) / (1 - k) for t in (found.value, found.low, found.high))
+    return Estimate(value, low, high)
