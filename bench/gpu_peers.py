@@ -1,8 +1,8 @@
 """The probe against clpeak on the same device in one run, in turns: `python bench/gpu_peers.py [DEVICE] [ROUNDS]`.
 
 One line a quantity: both medians over ROUNDS (3 unless told otherwise), their ratio, and, where they differ because
-something else is measured, what. Then the cache sizes that each of three probes finds, beside what the system states of
-a CPU. Skips, with the reason, without pyopencl, a device or clpeak (apt install clpeak). Minutes on two cores.
+something else is measured, what. Sizes of caches: gpu_caches.py. Skips, with the reason, without pyopencl, a device or
+clpeak (apt install clpeak). Minutes on two cores.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 
 from npulab.errors import NpulabError
 from npulab.gpu import kernels
-from npulab.gpu.analysis import caches, rates
+from npulab.gpu.analysis import rates
 from npulab.gpu.analysis.meter import Meter, Refused, reason
 from npulab.gpu.opencl import open_device
 from npulab.gpu.types import Quantity
@@ -193,15 +193,6 @@ def compared(mine: Mapping[str, list[float]], theirs: Mapping[str, list[float]],
     return lines
 
 
-def stated() -> str:
-    """Caches of the first CPU, as Linux says (a virtual machine may have a share of the last)."""
-    out = []
-    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        if (index / "type").read_text().strip() != "Instruction":
-            out.append(f"L{(index / 'level').read_text().strip()} {(index / 'size').read_text().strip()}")
-    return ", ".join(out) or "nothing"
-
-
 def main() -> int:
     number = int(sys.argv[1]) if len(sys.argv) > 1 else 0
     rounds = int(sys.argv[2]) if len(sys.argv) > 2 else ROUNDS
@@ -243,15 +234,6 @@ def main() -> int:
     later = [launched(bench, True, s)["queued to start"] for s in PAUSES]
     print("queued to start of one that fills the cores, us: " + ", ".join(
         f"{v:.3g} at a pause of {1e6 * s:.0f} us" for s, v in zip(PAUSES, later, strict=True)))
-    print(f"\ncaches, stated by the system: {stated()}")
-    for _ in range(rounds):
-        meter = Meter(bench, quick=True)
-        try:
-            levels = caches.hierarchy(meter).levels
-        except (Refused, NpulabError) as e:
-            print(f"  refused: {reason(e)}")
-            continue
-        print("  found: " + ", ".join(f"L{i} {x.size / 1024:.0f}K ({x.cliff.shape})" for i, x in enumerate(levels, 1)))
     return 0
 
 

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from npulab.gpu.analysis import curve, rates
+from npulab.gpu.analysis import rates
 from npulab.gpu.analysis.caches import Hierarchy, Level
 from npulab.gpu.analysis.cliffs import Cliff
-from npulab.gpu.analysis.meter import Meter, Objection, Refused
+from npulab.gpu.analysis.meter import Meter, Refused
 from npulab.gpu.analysis.statistics import Estimate
 from npulab.gpu.types import Limits, Timing
 
@@ -71,31 +71,3 @@ def test_a_bandwidth_that_does_not_stay_is_not_put_down_to_caches(monkeypatch):
 def test_caches_that_help_are_named(monkeypatch):
     with pytest.raises(Refused, match="caches help: 67108864 bytes"):
         disturbed(monkeypatch, (0.5,))
-
-
-class Doubted:
-    """A chase with one cliff at 32 KiB, of which some footprints cannot be timed."""
-
-    largest = 1 << 24
-
-    def __init__(self, every):
-        self.every, self.asked = every, 0
-
-    def again(self, footprint, line, calls):
-        self.asked += 1
-        if self.asked % self.every == 0:
-            raise Objection("the clock moved")
-        return 2e-9 if footprint <= 1 << 15 else 5e-9
-
-
-def test_a_curve_may_lack_some_footprints():
-    """The cliff is where it is seen with all of them."""
-    whole, _ = curve.rises(Doubted(1000), 1 << 10, 32)
-    found, fault = curve.rises(Doubted(14), 1 << 10, 32)
-    assert ([r.cliff.size for r in found], fault) == ([r.cliff.size for r in whole], "")
-    assert [1 << 15 < r.cliff.size < 5 << 13 for r in found] == [True]
-
-
-def test_a_curve_may_not_lack_many():
-    with pytest.raises(Objection, match="the clock moved"):
-        curve.rises(Doubted(3), 1 << 10, 32)

@@ -70,8 +70,8 @@ def hierarchy(meter: Meter) -> Hierarchy:
                 return _ended(levels, f"the level after {flat} bytes: {e}")
             at = int(flat or at) * 3 // 2
             continue
-        except Broad:
-            fault = _gradual(chase, levels, at, stride)
+        except Broad as e:
+            fault = _gradual(chase, levels, max(at, int(flat or at) // 4), max(stride, *e.args))
             if not levels:
                 raise Refused(fault or "no footprint takes longer than a smaller one, for good") from None
             break
@@ -91,7 +91,7 @@ def hierarchy(meter: Meter) -> Hierarchy:
         return Hierarchy(tuple(levels), None, f"no footprint until {largest} bytes is large enough to miss all caches")
     beyond = min(largest, max(8 * levels[-1].size, 1 << 24))
     try:
-        found, less = latency(chase, beyond, stride, _before(levels), "memory", levels[-1].latency.value)
+        found, less = latency(chase, beyond, levels[-1].line, _before(levels), "memory", levels[-1].latency.value)
         return Hierarchy(tuple(levels), found, "", f"random chase through {beyond} bytes, one thread"
                          + (f"; {less}" if less else ""))
     except (Refused, NpulabError) as e:
@@ -174,7 +174,10 @@ def _level(chase: Chase, flat: int, start: int, stride: int, before: Before | No
         at, now, previous = footprint, after, max(rise, 0.05 * (after - low))
     if now < 1.05 * low:
         raise NoRise("time a load rose and fell again")
-    found = cliff(chase, inside, flat, at, line, share)
+    try:
+        found = cliff(chase, inside, flat, at, line, share)
+    except Broad:
+        raise Broad(line) from None
     # a large footprint, of which the level before keeps nothing
     at_most = max(start, int(0.85 * found.size))
     took, less = latency(chase, at_most, line, before)
