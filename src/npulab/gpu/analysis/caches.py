@@ -72,8 +72,8 @@ def hierarchy(meter: Meter) -> Hierarchy:
             continue
         except Broad as e:
             fault = _gradual(chase, levels, max(at, int(flat or at) // 4), max(stride, *e.args))
-            if not levels:
-                raise Refused(fault or "no footprint takes longer than a smaller one, for good") from None
+            if fault or not levels:
+                return _ended(levels, fault or "no footprint takes longer than a smaller one, for good")
             break
         except CapacityError as e:  # less memory than the device states
             chase.largest //= 2
@@ -106,7 +106,10 @@ def _gradual(chase: Chase, levels: list[Level], start: int, stride: int) -> str:
             line, _ = _line(chase, rise.beyond, rise.inside, stride)
         except (Refused, NpulabError):
             line = levels[-1].line if levels else stride
-        took, less = latency(chase, rise.inside, line, _before(levels))
+        try:
+            took, less = latency(chase, rise.inside, line, _before(levels))
+        except (Refused, NpulabError) as e:
+            return f"the level of {rise.cliff.size} bytes: {reason(e)}"
         levels.append(Level(rise.cliff, line, took, f"random chase through {rise.inside} bytes, one thread"
                             + (f"; {less}" if less else "")))
         stride = line

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from npulab.gpu.analysis.chase import PIECE, Chase
+from npulab.gpu.analysis.chase import Chase
 from npulab.gpu.analysis.cliffs import Cliff, rising
 from npulab.gpu.analysis.meter import Objection, Refused
 
@@ -19,7 +19,7 @@ FLAT = 1.12  # a plateau: half an octave in which time rises by less
 RISE = 1.3  # from a plateau to the next
 NEAREST = 2.0  # two cliffs that are nearer are one
 LOST = 4  # footprints of some sixty
-PASSES, PASSES_OF_RISES = 2, 8  # tries of a footprint; of one that lies on a rise so many more, or half where quick
+PASSES, PASSES_OF_RISES = 2, 8  # tries of a footprint, and so many more of one on a rise; half of both where quick
 AROUND, SLOPE = 2, 1.1  # footprints to each side; between those time rises by more
 BROADEST = 6.0  # footprints from a tenth of a rise to nine: more is no cliff
 
@@ -40,65 +40,37 @@ def rises(chase: Chase, start: int, line: int) -> tuple[list[Rise], str]:
     while at <= chase.largest:
         footprints.append(int(at) // line * line)
         at *= 2 ** (1 / STEPS if at < LARGE else 2 / STEPS)
-    seen = least(chase, footprints, line, PASSES)
+    less = 2 if chase.meter.quick else 1
+    seen = least(chase, footprints, line, PASSES // less)
     known = list(seen)
     rise = [f for i, f in enumerate(known) if seen[known[min(i + AROUND, len(known) - 1)]] >
             SLOPE * seen[known[max(0, i - AROUND)]]]
-    more = PASSES_OF_RISES // (2 if chase.meter.quick else 1)
     with suppress(Refused):  # no time for more
-        seen = least(chase, rise, line, more, seen)
+        seen = least(chase, rise, line, PASSES_OF_RISES // less, seen)
     # what a larger footprint does not take no smaller one takes undisturbed
     times = np.minimum.accumulate(list(seen.values())[::-1])[::-1].tolist()
-    found, fault = found_in(list(seen), times)
-    return [_at_random(chase, r, line, more) for r in found], fault
+    return found_in(list(seen), times)
 
 
-def least(chase: Chase, footprints: Sequence[int], line: int, passes: int, known: Mapping[int, float] | None = None,
-          at_random: bool = False) -> dict[int, float]:
+def least(chase: Chase, footprints: Sequence[int], line: int, passes: int,
+          known: Mapping[int, float] | None = None) -> dict[int, float]:
     """Seconds of a load by footprint, the least of several passes through all, each in other memory, and of `known`.
 
     Another program's lines, pages that fall on the same sets and lines that a prefetcher brings unasked throw out what
-    would stay; nothing makes a cache hold more than it does. Between the tries of a footprint is all of a pass, as what
-    a neighbour does lasts. Footprints of doubtful times are left out. Raises: Objection if those are more than LOST.
+    would stay, and nothing makes a cache hold more than it does. Between the tries of a footprint is all of a pass, as
+    what a neighbour does lasts. Footprints of doubtful times are left out. Raises: Objection if more than LOST are.
     """
     seen = dict(known or {})
     doubt: Objection | None = None
     for _ in range(passes):
         for f in footprints:
             try:
-                seen[f] = min(seen.get(f, math.inf), chase.again(f, line, 1, f if at_random else PIECE))
+                seen[f] = min(seen.get(f, math.inf), chase.again(f, line, 1))
             except Objection as e:
                 doubt = e
     if doubt and sum(f not in seen for f in footprints) > LOST:
         raise doubt
     return dict(sorted(seen.items()))
-
-
-def _at_random(chase: Chase, rise: Rise, line: int, passes: int) -> Rise:
-    """The rise with its middle as it is in a random order through all of a footprint, where that is later.
-
-    In pieces a prefetcher finds neighbours, and they throw out others early; at random translation begins early.
-    Whichever says more is nearer, as long as it says about the same: within half an octave."""
-    middle = math.sqrt(math.prod(rise.cliff.interval or ()))
-    if not chase.pieces or middle < 2 * PIECE:
-        return rise
-    ends = min(rise.inside, int(middle / 2)), min(rise.beyond, int(4 * middle), chase.largest)
-    between = [int(middle * 2 ** (i / STEPS)) for i in range(-STEPS, STEPS + 1)]
-    footprints = sorted({f // line * line for f in (*ends, *between) if f <= ends[1]})
-    try:
-        seen = least(chase, footprints, line, passes, at_random=True)
-    except Refused:
-        return rise
-    if not {footprints[0], footprints[-1]} <= seen.keys():
-        return rise
-    times = np.minimum.accumulate(list(seen.values())[::-1])[::-1].tolist()
-    later = _at(list(seen), times, (times[0] + times[-1]) / 2)
-    if times[-1] < RISE * times[0] or not middle < later < math.sqrt(2) * middle:
-        return rise
-    why = (f"{rise.cliff.why.split(':')[0]}; at random through all of it from {times[0] * 1e9:.4g} to "
-           f"{times[-1] * 1e9:.4g} ns: the middle of that, half an octave to each side")
-    return replace(rise, cliff=Cliff(int(later) // 64 * 64, (later / math.sqrt(2), later * math.sqrt(2)), "gradual",
-                                     why))
 
 
 def found_in(footprints: Sequence[int], seconds: Sequence[float]) -> tuple[list[Rise], str]:
