@@ -40,6 +40,8 @@ PAUSES = (0.0, 1e-4, 1e-3)  # seconds
 PEERS_GROUP = 4096
 """Threads of a group at most where clpeak 1.1.2 asks PoCL, which states as many."""
 TURNS, IN_TURNS_BYTES = 8, 1 << 28
+COPY_TURNS, COPIES = 3, (1 << 24, 1 << 26, 1 << 28)
+"""Bytes; clpeak 1.1.2 copies 2^26 floats to a CPU."""
 PATTERN = """
 __kernel void pattern(__global const float16 *data, __global float *out) {
     uint ls = get_local_size(0), at = get_group_id(0) * ls * 16 + get_local_id(0);
@@ -62,8 +64,8 @@ WHY = {
         "through 128 MiB at least, which fits no cache either. Where they are apart by what the machine does from one "
         "minute to the next, and not by what they do, the same in turns, below, shows it."),
     "transfer to device, GB/s": (
-        "clpeak divides a large copy by its time; the probe the difference of a large copy and a quarter of it, which "
-        "leaves the cost of the call out."),
+        "clpeak divides a large copy (256 MiB on a CPU) by its time; the probe the difference of copies of 64 and 16 "
+        "MiB, which leaves the cost of the call out. Whole copies of these sizes, below."),
     "launch, queued to start, us": (
         "Both by the device's clock, of a kernel of 16 loads a thread that fills the cores; clpeak's is a mean, the "
         "probe's a median. clpeak calls from C++, the probe from Python: the more time between calls, the longer a "
@@ -126,7 +128,7 @@ def launched(bench: Any, full: bool, pause: float = 0.0) -> dict[str, float]:
                      np.uint32(16 * group), np.uint32(1), np.uint32(16 // kernels.STREAMED["read"]))
     else:
         kernel, arguments = bench._kernel(kernels.LAUNCH, "launch"), (out, np.uint32(0))
-    found = defaultdict(list)
+    found, events = defaultdict(list), []
     ended = time.perf_counter()
     for _ in range(LAUNCHES):
         while (begun := time.perf_counter()) < ended + pause:
@@ -135,6 +137,8 @@ def launched(bench: Any, full: bool, pause: float = 0.0) -> dict[str, float]:
         event.wait()
         ended = time.perf_counter()
         found["from the call until the host knows of the end"].append(1e6 * (ended - begun))
+        events.append(event)  # asked for its times later: that would be a pause
+    for event in events:
         found["queued to start"].append(1e-3 * (event.profile.start - event.profile.queued))
         found["start to end"].append(1e-3 * (event.profile.end - event.profile.start))
     return {name: statistics.median(values[LAUNCHES // 10:]) for name, values in found.items()}
@@ -164,6 +168,18 @@ def in_turns(bench: Any) -> dict[str, list[float]]:
             for name, run in (("clpeak's pattern", lambda: bench._time(kernel, (count,), (group,), data, out)),
                               ("np.sum", summed)):
                 found[name].append(1e-9 * IN_TURNS_BYTES / statistics.median([run() for _ in range(7)]))
+    return found
+
+
+def copied(bench: Any) -> dict[str, list[float]]:
+    """GB/s of whole copies to the device and back, COPY_TURNS times in turns, of the sizes that the probe takes the
+    difference of and of clpeak's."""
+    found = defaultdict(list)
+    for _ in range(COPY_TURNS):
+        for to_device in (True, False):
+            for size in COPIES:
+                took = statistics.mean(bench.transfer(size, to_device).seconds)
+                found[f"{'to' if to_device else 'from'} it {size >> 20} MiB"].append(1e-9 * size / took)
     return found
 
 
@@ -229,6 +245,11 @@ def main() -> int:
                 + f"; the probe's of the pattern's: {ratio:.2f}")
         except (Refused, NpulabError) as e:
             print(f"memory read in turns: refused: {reason(e)}")
+    try:
+        print(f"whole copies {COPY_TURNS} times in turns, GB/s: " + ", ".join(
+            f"{k} {statistics.median(v):.3g}" for k, v in copied(bench).items()))
+    except NpulabError as e:
+        print(f"whole copies: refused: {reason(e)}")
     nothing = launched(bench, False)
     print("launch of a kernel that does nothing, us: " + ", ".join(f"{k} {v:.3g}" for k, v in nothing.items()))
     later = [launched(bench, True, s)["queued to start"] for s in PAUSES]

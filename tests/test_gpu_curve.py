@@ -77,6 +77,30 @@ def test_a_neighbour_makes_no_cache_smaller(seed):
     assert spoiled[-1].cliff.size < 2**-0.5 * (1280 << 10)
 
 
+def between(*plateaus):
+    """Times at quarter octaves from 8 KiB on: plateaus (last KiB of them, ns), linear in the logarithms between."""
+    at, ns = zip(*plateaus, strict=True)
+    footprints = [int(8192 * 2 ** (i / 4)) // 64 * 64 for i in range(48)]
+    return footprints, np.exp(np.interp(np.log(footprints), np.log(np.array(at) * 1024), np.log(ns))) * 1e-9
+
+
+def test_a_level_whose_plateau_the_next_one_tilts_is_one():
+    """As L2 and a guest's share of L3 were seen on a processor: 20 % more in half an octave, far less than around."""
+    tilted = (8, 1.5), (42, 1.5), (59, 4.2), (700, 4.4), (1450, 13), (2440, 17), (3200, 47), (99999, 47)
+    found, fault = curve.found_in(*between(*tilted))
+    assert fault == ""
+    assert [round(x.cliff.size / 1024) for x in found] == [pytest.approx(s, rel=0.1) for s in (50, 1150, 2600)]
+    evenly = (8, 1.5), (42, 1.5), (59, 4.2), (700, 4.4), (2440, 17), (3200, 47), (99999, 47)
+    assert len(curve.found_in(*between(*evenly))[0]) == 2
+
+
+def test_a_ledge_that_is_little_higher_is_no_level():
+    found, fault = curve.found_in(*between((8, 1.5), (42, 1.5), (59, 4.2), (900, 4.4), (1344, 13.6), (2688, 13.6),
+                                           (3000, 18.4), (5376, 18.4), (7000, 44), (99999, 44)))
+    assert fault == ""
+    assert [round(x.cliff.size / 1024) for x in found] == [pytest.approx(s, rel=0.1) for s in (50, 1150, 5900)]
+
+
 def test_a_chase_in_c_leaves_where_it_does(bench):
     """The witness of bench/gpu_caches.py: a rise over several footprints, one that is too small, a disturbed one."""
     times = [1.4] * 6 + [1.5, 4.0] + [4.0, 4.05, 5.9, 4.1] + [6, 9, 13, 14] + [14.1, 14.2]

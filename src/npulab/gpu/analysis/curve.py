@@ -16,7 +16,8 @@ from npulab.gpu.analysis.meter import Objection, Refused
 STEPS = 4  # footprints an octave, half of them from LARGE on
 LARGE = 1 << 25
 FLAT = 1.12  # a plateau: half an octave in which time rises by less
-RISE = 1.3  # from a plateau to the next
+SHOULDER = 1.25  # or by less than this, and its square or more in half octaves on both sides: the next level is near
+RISE = 1.4  # from a plateau to the next
 NEAREST = 2.0  # two cliffs that are nearer are one
 LOST = 4  # footprints of some sixty
 PASSES, PASSES_OF_RISES = 2, 8  # tries of a footprint, and so many more of one on a rise; half of both where quick
@@ -86,6 +87,8 @@ def found_in(footprints: Sequence[int], seconds: Sequence[float]) -> tuple[list[
         while last + 1 < len(times) and times[last + 1] < FLAT * times[i]:
             last += 1
         if footprints[last] < 1.4 * footprints[i]:
+            last = _shoulder(footprints, times, i)
+        if last == i:
             continue
         if level and (i <= level[-1][1] or times[i] < RISE * times[level[-1][1]]):
             if times[last] < RISE * times[level[-1][0]]:
@@ -117,6 +120,22 @@ def found_in(footprints: Sequence[int], seconds: Sequence[float]) -> tuple[list[
         fault = (f"load time rises from {footprints[level[-1][1]]} bytes on until the largest footprint, "
                  f"{footprints[-1]}: no plateau")
     return made, fault
+
+
+def _shoulder(footprints: Sequence[int], times: Sequence[float], first: int) -> int:
+    """The end of half an octave from `first` on, in which time rises far less than in some within an octave before and
+    after; `first` if it is no such."""
+    def rise(i: int) -> float:
+        after = next((k for k in range(i, len(times)) if footprints[k] >= 1.4 * footprints[i]), i)
+        return times[after] / times[i]
+
+    last = next((k for k in range(first, len(times)) if footprints[k] >= 1.4 * footprints[first]), first)
+    if last == first or times[last] >= SHOULDER * times[first]:
+        return first
+    before = [rise(i) for i in range(first) if 2.1 * footprints[i] >= footprints[first] >= 1.4 * footprints[i]]
+    after = [rise(i) for i in range(last, len(times)) if footprints[i] <= 1.5 * footprints[last]]
+    steep = max(1.5, (times[last] / times[first]) ** 2)
+    return last if before and after and min(max(before), max(after)) > steep else first
 
 
 def _mean(values: Sequence[float]) -> float:
