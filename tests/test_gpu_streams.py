@@ -71,3 +71,22 @@ def test_a_bandwidth_that_does_not_stay_is_not_put_down_to_caches(monkeypatch):
 def test_caches_that_help_are_named(monkeypatch):
     with pytest.raises(Refused, match="caches help: 67108864 bytes"):
         disturbed(monkeypatch, (0.5,))
+
+
+class Copying(InParts):
+    """Transfers of 20 us and then 10 GB/s, of less than 32 MiB at `slow` of it."""
+
+    def __init__(self, slow):
+        self.slow = slow
+
+    def transfer(self, size, to_device):
+        return Timing((20e-6 + size / 10e9 / (self.slow if size < 1 << 25 else 1),) * 9, {"bytes": size})
+
+
+@pytest.mark.parametrize("slow", [1.0, 0.6, 1.7])
+def test_transfers_of_what_is_copied_in_two_ways_are_no_faster_than_the_large_one(slow):
+    """The difference of 64 and 16 MiB says 12.9 GB/s where 16 MiB go at 6 and 64 MiB at 10."""
+    bandwidth, cost = rates.transfers(Meter(Copying(slow), quick=True), True)
+    assert bandwidth.value == pytest.approx(10, rel=1e-3)
+    assert cost.value == pytest.approx(20e-6, rel=0.03)
+    assert ("not in proportion" in bandwidth.why) == (slow != 1)
