@@ -18,17 +18,18 @@ def bench():
 
 
 class Curved:
-    """A chase with cliffs, {bytes: seconds beyond}; each try is longer by what `more(footprint)` says."""
+    """A chase with cliffs, {bytes: seconds beyond}; each try is longer by what `more(footprint, piece)` says."""
 
     largest = 1 << 24
+    pieces = True
 
-    def __init__(self, cliffs, more=lambda footprint: 0.0):
+    def __init__(self, cliffs, more=lambda footprint, piece: 0.0):
         self.cliffs, self.more = cliffs, more
         self.meter = SimpleNamespace(quick=False)
 
-    def again(self, footprint, line, calls):
+    def again(self, footprint, line, calls, piece):
         beyond = [s for at, s in self.cliffs.items() if footprint > at]
-        return (beyond[-1] if beyond else 2e-9) + self.more(footprint)
+        return (beyond[-1] if beyond else 2e-9) + self.more(footprint, piece)
 
 
 class Doubted(Curved):
@@ -38,11 +39,11 @@ class Doubted(Curved):
         super().__init__({1 << 15: 5e-9})
         self.every, self.asked = every, 0
 
-    def again(self, footprint, line, calls):
+    def again(self, footprint, line, calls, piece):
         self.asked += 1
         if self.asked % self.every == 0:
             raise Objection("the clock moved")
-        return super().again(footprint, line, calls)
+        return super().again(footprint, line, calls, piece)
 
 
 def test_a_curve_may_lack_some_footprints():
@@ -63,7 +64,7 @@ def test_a_neighbour_makes_no_cache_smaller(seed):
     """Another program has half of the cache in three of four tries; the least of several is the cache's."""
     r = np.random.default_rng(seed)
 
-    def more(footprint):
+    def more(footprint, piece):
         return 10e-9 if r.random() < 0.75 and 640 << 10 < footprint <= 1280 << 10 else 0.0
 
     chase = Curved({48 << 10: 4e-9, 1280 << 10: 14e-9}, more)
@@ -72,9 +73,30 @@ def test_a_neighbour_makes_no_cache_smaller(seed):
     assert [round(2 * math.log2(x.cliff.size / size)) for x, size in zip(found, (48 << 10, 1280 << 10), strict=True)
             ] == [0, 0]
     footprints = [int(1024 * 2 ** (i / 4)) for i in range(56)]
-    spoiled, _ = curve.found_in(footprints, [np.mean([chase.again(f, 64, 1) for _ in range(200)])
+    spoiled, _ = curve.found_in(footprints, [np.mean([chase.again(f, 64, 1, f) for _ in range(200)])
                                              for f in footprints])
     assert spoiled[-1].cliff.size < 2**-0.5 * (1280 << 10)
+
+
+def test_what_a_prefetcher_throws_out_in_pieces_stays_at_random():
+    def more(footprint, piece):
+        return 10e-9 if piece < footprint and 1000 << 10 < footprint <= 1280 << 10 else 0.0
+
+    found, _ = curve.rises(Curved({48 << 10: 4e-9, 1280 << 10: 14e-9}, more), 1 << 10, 64)
+    assert found[0].cliff.why.endswith("its middle, half an octave to each side")
+    assert 1200 << 10 < found[1].cliff.size < 1500 << 10
+    assert "at random through all of it from 4 to 14 ns" in found[1].cliff.why
+
+
+def test_translation_at_random_moves_no_cliff():
+    """At random loads take longer from 256 KiB on, or from where is no cliff in pieces: those are kept."""
+    for reach in (256 << 10, 3 << 20):
+        def more(footprint, piece, reach=reach):
+            return 30e-9 if piece >= footprint > reach else 0.0
+
+        found, _ = curve.rises(Curved({48 << 10: 4e-9, 1280 << 10: 14e-9}, more), 1 << 10, 64)
+        plain, _ = curve.rises(Curved({48 << 10: 4e-9, 1280 << 10: 14e-9}), 1 << 10, 64)
+        assert [x.cliff.size for x in found] == [x.cliff.size for x in plain]
 
 
 def between(*plateaus):

@@ -10,7 +10,7 @@ import numpy as np
 from npulab.errors import CapacityError, NpulabError
 from npulab.gpu.analysis.chase import PIECE, Chase
 from npulab.gpu.analysis.cliffs import Broad, Cliff, NoRise, cliff
-from npulab.gpu.analysis.curve import rises
+from npulab.gpu.analysis.curve import FLAT, rises
 from npulab.gpu.analysis.latency import Before, latency
 from npulab.gpu.analysis.meter import Meter, Refused, reason
 from npulab.gpu.analysis.statistics import Estimate
@@ -109,7 +109,8 @@ def _gradual(chase: Chase, levels: list[Level], start: int, stride: int) -> str:
         try:
             took, less = latency(chase, rise.inside, line, _before(levels))
         except (Refused, NpulabError) as e:
-            return f"the level of {rise.cliff.size} bytes: {reason(e)}"
+            took = Estimate(rise.seconds, rise.seconds / FLAT, rise.seconds * FLAT)
+            less = f"as its plateau in pieces: {reason(e)}"
         levels.append(Level(rise.cliff, line, took, f"random chase through {rise.inside} bytes, one thread"
                             + (f"; {less}" if less else "")))
         stride = line
