@@ -35,6 +35,7 @@ PARTS = ("--compute-sp", "--global-bandwidth", "--transfer-bandwidth", "--transf
 """Of clpeak, for each of ROWS."""
 PATIENCE = 300  # seconds for clpeak
 WITHIN = 0.1
+FRESH = 30  # seconds that a meter's references are taken for
 LAUNCHES = 1000
 PAUSES = (0.0, 1e-4, 1e-3)  # seconds
 PEERS_GROUP = 4096
@@ -223,6 +224,7 @@ def main() -> int:
     print(f"{bench.identity.name}, {bench.identity.platform}, driver {bench.identity.driver}")
     at = place(bench.device)
     mine, theirs, refused = defaultdict(list), defaultdict(list), {}
+    meter, made = Meter(bench, quick=True), time.monotonic()
     for name, part in [pair for _ in range(rounds) for pair in zip(ROWS, PARTS, strict=True)]:
         try:
             peak = clpeak(*at, part)
@@ -231,8 +233,10 @@ def main() -> int:
             return 0
         if name in peak:
             theirs[name].append(peak[name])
+        if time.monotonic() > made + FRESH:
+            meter, made = Meter(bench, quick=True), time.monotonic()
         try:
-            mine[name].append(probed(Meter(bench, quick=True), name))
+            mine[name].append(probed(meter, name))
         except (Refused, NpulabError) as e:
             refused[name] = reason(e)
     print("\n".join(compared(mine, theirs, refused)))
