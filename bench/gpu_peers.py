@@ -1,8 +1,8 @@
 """The probe against clpeak on the same device in one run, in turns: `python bench/gpu_peers.py [DEVICE] [ROUNDS]`.
 
 One line a quantity: both medians over ROUNDS (3 unless told otherwise), their ratio, and, where they differ because
-something else is measured, what. Then the cache sizes that each of three probes finds, beside what the system states of
-a CPU. Skips, with the reason, without pyopencl, a device or clpeak (apt install clpeak). Minutes on two cores.
+something else is measured, what. Sizes of caches: gpu_caches.py. Skips, with the reason, without pyopencl, a device or
+clpeak (apt install clpeak). Minutes on two cores.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 
 from npulab.errors import NpulabError
 from npulab.gpu import kernels
-from npulab.gpu.analysis import caches, rates
+from npulab.gpu.analysis import rates
 from npulab.gpu.analysis.meter import Meter, Refused, reason
 from npulab.gpu.opencl import open_device
 from npulab.gpu.types import Quantity
@@ -35,11 +35,14 @@ PARTS = ("--compute-sp", "--global-bandwidth", "--transfer-bandwidth", "--transf
 """Of clpeak, for each of ROWS."""
 PATIENCE = 300  # seconds for clpeak
 WITHIN = 0.1
+FRESH = 30  # seconds that a meter's references are taken for
 LAUNCHES = 1000
 PAUSES = (0.0, 1e-4, 1e-3)  # seconds
 PEERS_GROUP = 4096
 """Threads of a group at most where clpeak 1.1.2 asks PoCL, which states as many."""
 TURNS, IN_TURNS_BYTES = 8, 1 << 28
+COPY_TURNS, COPIES = 3, (1 << 24, 1 << 26, 1 << 28)
+"""Bytes; clpeak 1.1.2 copies 2^26 floats to a CPU."""
 PATTERN = """
 __kernel void pattern(__global const float16 *data, __global float *out) {
     uint ls = get_local_size(0), at = get_group_id(0) * ls * 16 + get_local_id(0);
@@ -62,8 +65,8 @@ WHY = {
         "through 128 MiB at least, which fits no cache either. Where they are apart by what the machine does from one "
         "minute to the next, and not by what they do, the same in turns, below, shows it."),
     "transfer to device, GB/s": (
-        "clpeak divides a large copy by its time; the probe the difference of a large copy and a quarter of it, which "
-        "leaves the cost of the call out."),
+        "clpeak divides a large copy (256 MiB on a CPU) by its time; the probe the difference of copies of 64 and 16 "
+        "MiB, which leaves the cost of the call out. Whole copies of these sizes, below."),
     "launch, queued to start, us": (
         "Both by the device's clock, of a kernel of 16 loads a thread that fills the cores; clpeak's is a mean, the "
         "probe's a median. clpeak calls from C++, the probe from Python: the more time between calls, the longer a "
@@ -126,7 +129,7 @@ def launched(bench: Any, full: bool, pause: float = 0.0) -> dict[str, float]:
                      np.uint32(16 * group), np.uint32(1), np.uint32(16 // kernels.STREAMED["read"]))
     else:
         kernel, arguments = bench._kernel(kernels.LAUNCH, "launch"), (out, np.uint32(0))
-    found = defaultdict(list)
+    found, events = defaultdict(list), []
     ended = time.perf_counter()
     for _ in range(LAUNCHES):
         while (begun := time.perf_counter()) < ended + pause:
@@ -135,6 +138,8 @@ def launched(bench: Any, full: bool, pause: float = 0.0) -> dict[str, float]:
         event.wait()
         ended = time.perf_counter()
         found["from the call until the host knows of the end"].append(1e6 * (ended - begun))
+        events.append(event)  # asked for its times later: that would be a pause
+    for event in events:
         found["queued to start"].append(1e-3 * (event.profile.start - event.profile.queued))
         found["start to end"].append(1e-3 * (event.profile.end - event.profile.start))
     return {name: statistics.median(values[LAUNCHES // 10:]) for name, values in found.items()}
@@ -167,6 +172,18 @@ def in_turns(bench: Any) -> dict[str, list[float]]:
     return found
 
 
+def copied(bench: Any) -> dict[str, list[float]]:
+    """GB/s of whole copies to the device and back, COPY_TURNS times in turns, of the sizes that the probe takes the
+    difference of and of clpeak's."""
+    found = defaultdict(list)
+    for _ in range(COPY_TURNS):
+        for to_device in (True, False):
+            for size in COPIES:
+                took = statistics.mean(bench.transfer(size, to_device).seconds)
+                found[f"{'to' if to_device else 'from'} it {size >> 20} MiB"].append(1e-9 * size / took)
+    return found
+
+
 def place(device: Any) -> tuple[int, int]:
     """(platform, device) as clpeak numbers them: the order of the loader, which is pyopencl's."""
     import pyopencl as cl
@@ -193,15 +210,6 @@ def compared(mine: Mapping[str, list[float]], theirs: Mapping[str, list[float]],
     return lines
 
 
-def stated() -> str:
-    """Caches of the first CPU, as Linux says (a virtual machine may have a share of the last)."""
-    out = []
-    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        if (index / "type").read_text().strip() != "Instruction":
-            out.append(f"L{(index / 'level').read_text().strip()} {(index / 'size').read_text().strip()}")
-    return ", ".join(out) or "nothing"
-
-
 def main() -> int:
     number = int(sys.argv[1]) if len(sys.argv) > 1 else 0
     rounds = int(sys.argv[2]) if len(sys.argv) > 2 else ROUNDS
@@ -216,6 +224,7 @@ def main() -> int:
     print(f"{bench.identity.name}, {bench.identity.platform}, driver {bench.identity.driver}")
     at = place(bench.device)
     mine, theirs, refused = defaultdict(list), defaultdict(list), {}
+    meter, made = Meter(bench, quick=True), time.monotonic()
     for name, part in [pair for _ in range(rounds) for pair in zip(ROWS, PARTS, strict=True)]:
         try:
             peak = clpeak(*at, part)
@@ -224,8 +233,10 @@ def main() -> int:
             return 0
         if name in peak:
             theirs[name].append(peak[name])
+        if time.monotonic() > made + FRESH:
+            meter, made = Meter(bench, quick=True), time.monotonic()
         try:
-            mine[name].append(probed(Meter(bench, quick=True), name))
+            mine[name].append(probed(meter, name))
         except (Refused, NpulabError) as e:
             refused[name] = reason(e)
     print("\n".join(compared(mine, theirs, refused)))
@@ -238,20 +249,16 @@ def main() -> int:
                 + f"; the probe's of the pattern's: {ratio:.2f}")
         except (Refused, NpulabError) as e:
             print(f"memory read in turns: refused: {reason(e)}")
+    try:
+        print(f"whole copies {COPY_TURNS} times in turns, GB/s: " + ", ".join(
+            f"{k} {statistics.median(v):.3g}" for k, v in copied(bench).items()))
+    except NpulabError as e:
+        print(f"whole copies: refused: {reason(e)}")
     nothing = launched(bench, False)
     print("launch of a kernel that does nothing, us: " + ", ".join(f"{k} {v:.3g}" for k, v in nothing.items()))
     later = [launched(bench, True, s)["queued to start"] for s in PAUSES]
     print("queued to start of one that fills the cores, us: " + ", ".join(
         f"{v:.3g} at a pause of {1e6 * s:.0f} us" for s, v in zip(PAUSES, later, strict=True)))
-    print(f"\ncaches, stated by the system: {stated()}")
-    for _ in range(rounds):
-        meter = Meter(bench, quick=True)
-        try:
-            levels = caches.hierarchy(meter).levels
-        except (Refused, NpulabError) as e:
-            print(f"  refused: {reason(e)}")
-            continue
-        print("  found: " + ", ".join(f"L{i} {x.size / 1024:.0f}K ({x.cliff.shape})" for i, x in enumerate(levels, 1)))
     return 0
 
 

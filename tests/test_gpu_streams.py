@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from npulab.gpu.analysis import curve, rates
+from npulab.gpu.analysis import rates
 from npulab.gpu.analysis.caches import Hierarchy, Level
 from npulab.gpu.analysis.cliffs import Cliff
-from npulab.gpu.analysis.meter import Meter, Objection, Refused
+from npulab.gpu.analysis.meter import Meter, Refused
 from npulab.gpu.analysis.statistics import Estimate
 from npulab.gpu.types import Limits, Timing
 
@@ -73,29 +73,20 @@ def test_caches_that_help_are_named(monkeypatch):
         disturbed(monkeypatch, (0.5,))
 
 
-class Doubted:
-    """A chase with one cliff at 32 KiB, of which some footprints cannot be timed."""
+class Copying(InParts):
+    """Transfers of 20 us and then 10 GB/s, of less than 32 MiB at `slow` of it."""
 
-    largest = 1 << 24
+    def __init__(self, slow):
+        self.slow = slow
 
-    def __init__(self, every):
-        self.every, self.asked = every, 0
-
-    def again(self, footprint, line, calls):
-        self.asked += 1
-        if self.asked % self.every == 0:
-            raise Objection("the clock moved")
-        return 2e-9 if footprint <= 1 << 15 else 5e-9
+    def transfer(self, size, to_device):
+        return Timing((20e-6 + size / 10e9 / (self.slow if size < 1 << 25 else 1),) * 9, {"bytes": size})
 
 
-def test_a_curve_may_lack_some_footprints():
-    """The cliff is where it is seen with all of them."""
-    whole, _ = curve.rises(Doubted(1000), 1 << 10, 32)
-    found, fault = curve.rises(Doubted(14), 1 << 10, 32)
-    assert ([r.cliff.size for r in found], fault) == ([r.cliff.size for r in whole], "")
-    assert [1 << 15 < r.cliff.size < 5 << 13 for r in found] == [True]
-
-
-def test_a_curve_may_not_lack_many():
-    with pytest.raises(Objection, match="the clock moved"):
-        curve.rises(Doubted(3), 1 << 10, 32)
+@pytest.mark.parametrize("slow", [1.0, 0.6, 1.7])
+def test_transfers_of_what_is_copied_in_two_ways_are_no_faster_than_the_large_one(slow):
+    """The difference of 64 and 16 MiB says 12.9 GB/s where 16 MiB go at 6 and 64 MiB at 10."""
+    bandwidth, cost = rates.transfers(Meter(Copying(slow), quick=True), True)
+    assert bandwidth.value == pytest.approx(10, rel=1e-3)
+    assert cost.value == pytest.approx(20e-6, rel=0.03)
+    assert ("not in proportion" in bandwidth.why) == (slow != 1)

@@ -10,7 +10,7 @@ import numpy as np
 from npulab.errors import CapacityError, NpulabError
 from npulab.gpu.analysis.chase import PIECE, Chase
 from npulab.gpu.analysis.cliffs import Broad, Cliff, NoRise, cliff
-from npulab.gpu.analysis.curve import rises
+from npulab.gpu.analysis.curve import FLAT, rises
 from npulab.gpu.analysis.kept import Before
 from npulab.gpu.analysis.latency import latency
 from npulab.gpu.analysis.meter import STILL, Meter, Refused, reason
@@ -72,10 +72,10 @@ def hierarchy(meter: Meter) -> Hierarchy:
                 return _ended(levels, f"the level after {flat} bytes: {e}")
             at = int(flat or at) * 3 // 2
             continue
-        except Broad:
-            fault = _gradual(chase, levels, at, stride)
-            if not levels:
-                raise Refused(fault or "no footprint takes longer than a smaller one, for good") from None
+        except Broad as e:
+            fault = _gradual(chase, levels, max(at, int(flat or at) // 4), max(stride, *e.args))
+            if fault or not levels:
+                return _ended(levels, fault or "no footprint takes longer than a smaller one, for good")
             break
         except CapacityError as e:  # less memory than the device states
             chase.largest //= 2
@@ -94,7 +94,7 @@ def hierarchy(meter: Meter) -> Hierarchy:
     beyond = min(largest, max(8 * levels[-1].size, 1 << 24))
     try:
         meter.cores_bound = _cores_bound(meter, levels)
-        found, less = latency(chase, beyond, stride, _before(levels), "memory", levels[-1].latency.value)
+        found, less = latency(chase, beyond, levels[-1].line, _before(levels), "memory", levels[-1].latency.value)
         return Hierarchy(tuple(levels), found, "", f"random chase through {beyond} bytes, one thread"
                          + (f"; {less}" if less else ""))
     except (Refused, NpulabError) as e:
@@ -121,7 +121,11 @@ def _gradual(chase: Chase, levels: list[Level], start: int, stride: int) -> str:
             line, _ = _line(chase, rise.beyond, rise.inside, stride)
         except (Refused, NpulabError):
             line = levels[-1].line if levels else stride
-        took, less = latency(chase, rise.inside, line, _before(levels))
+        try:
+            took, less = latency(chase, rise.inside, line, _before(levels))
+        except (Refused, NpulabError) as e:
+            took = Estimate(rise.seconds, rise.seconds / FLAT, rise.seconds * FLAT)
+            less = f"as its plateau in pieces: {reason(e)}"
         levels.append(Level(rise.cliff, line, took, f"random chase through {rise.inside} bytes, one thread"
                             + (f"; {less}" if less else "")))
         stride = line
@@ -189,7 +193,10 @@ def _level(chase: Chase, flat: int, start: int, stride: int, before: Before | No
         at, now, previous = footprint, after, max(rise, 0.05 * (after - low))
     if now < 1.05 * low:
         raise NoRise("time a load rose and fell again")
-    found = cliff(chase, inside, flat, at, line, share, before)
+    try:
+        found = cliff(chase, inside, flat, at, line, share, before)
+    except Broad:
+        raise Broad(line) from None
     # a large footprint, of which the level before keeps nothing
     at_most = max(start, int(0.85 * found.size))
     took, less = latency(chase, at_most, line, before)

@@ -24,6 +24,7 @@ SHAPES = ((32, 1), (64, 1), (64, 8))
 reaches its caches' bandwidth with its widest loads, and memory's with several ways through it (of ways side by side, 1
 reached 0.73, 4 0.90, 8 and 16 1.0 times clpeak's bandwidth of a server processor)."""
 ATTEMPTS = 2  # more at a comparison that something disturbed
+UNEVEN = 0.1  # of a transfer: how far from one of four times its size it may be
 CHAINED_MOST = 128
 """Chains times elements of a vector of a thread: more do not stay in the registers of any device."""
 
@@ -246,7 +247,8 @@ def barrier(meter: Meter) -> Quantity:
 
 
 def transfers(meter: Meter, to_device: bool) -> list[Quantity]:
-    """Bandwidth by what a large one takes longer than one of a quarter, cost by what a small one takes beside it."""
+    """Bandwidth by what a large one takes longer than one of a quarter, cost by what a small one takes beside it. Where
+    a quarter does not take a quarter (past caches, say), by what the large one takes longer than the small one."""
     name = "transfer to device" if to_device else "transfer from device"
     large = min(1 << 26, meter.limits.buffer_max // 16 * 4)
     small = 4096
@@ -259,8 +261,11 @@ def transfers(meter: Meter, to_device: bool) -> list[Quantity]:
     error = max(whole.high - whole.value, quarter.high - quarter.value) * 1.4
     if seconds <= max(4 * error, 0.05 * whole.value):
         raise Refused(f"{large} bytes do not take longer than a quarter of them")
-    bandwidth = large * 0.75 / seconds / 1e9
     why = f"{large} bytes against {large // 4}"
+    if abs(quarter.value - least.value - seconds / 3) > UNEVEN * quarter.value:  # what is large is copied otherwise
+        why = f"{large} bytes against {small}: {large // 4} take {quarter.value * 1e3:.3g} ms, not in proportion"
+        seconds, error = 0.75 * (whole.value - least.value), whole.high - whole.value
+    bandwidth = large * 0.75 / seconds / 1e9
     out = [Quantity(f"{name} bandwidth", bandwidth, "GB/s", (large * 0.75 / (seconds + error) / 1e9,
                                                              large * 0.75 / (seconds - error) / 1e9), "measured", why)]
     beside = small / bandwidth / 1e9
