@@ -8,7 +8,7 @@
     s.store(0, s.global_id, x.get())
     words = s.assemble()
 
-Values are uint, float, half (16 bits) or bool, alone or in vectors of 2 to 4. Control flow is structured.
+Values are uint, int, float, half (16 bits) or bool, alone or in vectors of 2 to 4. Control flow is structured.
 Buffers are set 0, bindings 0, 1, ...; the arguments are a uniform block in the binding after them, four bytes each.
 Nothing is folded, reordered or left out, but for types and constants, which are declared once.
 
@@ -25,8 +25,8 @@ from typing import Literal
 
 from npulab.gpu.spirv_words import ARITHMETIC, BUILTINS, CLASSES, DECORATIONS, GLSL, MAGIC, VERSION, text, word
 
-Kind = Literal["bool", "uint", "float", "half"]
-BYTES = {"uint": 4, "float": 4, "half": 2}
+Kind = Literal["bool", "uint", "int", "float", "half"]
+BYTES = {"uint": 4, "int": 4, "float": 4, "half": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +73,22 @@ class Value:
     def __and__(self, other: Value | int) -> Value:
         return self.shader.typed("BitwiseAnd", self.type, self, self.shader.like(other, self))
 
+    def __or__(self, other: Value | int) -> Value:
+        return self.shader.typed("BitwiseOr", self.type, self, self.shader.like(other, self))
+
+    def __lshift__(self, other: Value | int) -> Value:
+        return self.shader.typed("ShiftLeftLogical", self.type, self, self.shader.like(other, self))
+
     def __rshift__(self, other: Value | int) -> Value:
-        return self.shader.typed("ShiftRightLogical", self.type, self, self.shader.like(other, self))
+        """Of an int with its sign."""
+        opcode = "ShiftRightArithmetic" if self.type.kind == "int" else "ShiftRightLogical"
+        return self.shader.typed(opcode, self.type, self, self.shader.like(other, self))
 
     def __ge__(self, other: Value | int) -> Value:
-        return self.shader.compare("UGreaterThanEqual", self, other)
+        return self.shader.compare("SGreaterThanEqual" if self.type.kind == "int" else "UGreaterThanEqual", self, other)
 
     def __lt__(self, other: Value | int) -> Value:
-        return self.shader.compare("ULessThan", self, other)
+        return self.shader.compare("SLessThan" if self.type.kind == "int" else "ULessThan", self, other)
 
     def same(self, other: Value | int) -> Value:
         return self.shader.compare("IEqual", self, other)
@@ -147,7 +155,7 @@ class Shader:
     def constant(self, value: float, kind: Kind = "uint", lanes: int = 1) -> Value:
         """The same number in each lane."""
         one = Type(kind)
-        if kind == "uint":
+        if kind in ("uint", "int"):
             word = int(value) & 0xFFFFFFFF
         else:
             word = int.from_bytes(struct.pack("<e" if kind == "half" else "<f", value).ljust(4, b"\0"), "little")
@@ -168,15 +176,18 @@ class Shader:
         return value if lanes == 1 else self.typed("CompositeConstruct", Type(value.type.kind, lanes), *[value] * lanes)
 
     def binary(self, sign: str, a: Value, b: Value | float) -> Value:
-        return self.typed(ARITHMETIC[sign][a.type.kind != "uint"], a.type, a, self.like(b, a))
+        return self.typed(ARITHMETIC[sign][a.type.kind not in ("uint", "int")], a.type, a, self.like(b, a))
 
     def compare(self, opcode: str, a: Value, b: Value | int) -> Value:
-        return self.typed(opcode, Type("bool"), a, self.like(b, a))
+        return self.typed(opcode, Type("bool", a.type.lanes), a, self.like(b, a))
 
     def both(self, a: Value, b: Value) -> Value:
         return self.typed("LogicalAnd", Type("bool"), a, b)
 
     def select(self, condition: Value, yes: Value | float, no: Value) -> Value:
+        """Lane by lane; one condition may stand for all lanes."""
+        if condition.type.lanes != no.type.lanes:
+            condition = self.spread(condition, no.type.lanes)
         return self.typed("Select", no.type, condition, self.like(yes, no), no)
 
     def fma(self, a: Value, b: Value, c: Value) -> Value:
@@ -206,6 +217,18 @@ class Shader:
             return value
         opcode = "ConvertUToF" if value.type.kind == "uint" else "FConvert"
         return self.typed(opcode, Type(kind, value.type.lanes), value)
+
+    def bits(self, value: Value, kind: Kind) -> Value:
+        """The same bits as another kind of as many."""
+        return value if value.type.kind == kind else self.typed("Bitcast", Type(kind, value.type.lanes), value)
+
+    def unpacked(self, value: Value) -> Value:
+        """Two floats of the halves in a uint, the lower one first. Needs no capability."""
+        return self.typed("ExtInst", Type("float", 2), self._glsl, GLSL["UnpackHalf2x16"], value)
+
+    def packed(self, value: Value) -> Value:
+        """Two floats as halves in a uint."""
+        return self.typed("ExtInst", Type("uint"), self._glsl, GLSL["PackHalf2x16"], value)
 
     # memory
 
@@ -338,7 +361,8 @@ class Shader:
         if t.kind == "half":
             self._capabilities[9] = None  # Float16
         return {"bool": lambda: self._once("TypeBool"), "uint": lambda: self._once("TypeInt", 32, 0),
-                "float": lambda: self._once("TypeFloat", 32), "half": lambda: self._once("TypeFloat", 16)}[t.kind]()
+                "int": lambda: self._once("TypeInt", 32, 1), "float": lambda: self._once("TypeFloat", 32),
+                "half": lambda: self._once("TypeFloat", 16)}[t.kind]()
 
     def _once(self, opcode: str, *operands: int, result: int = 0, stride: int = 0) -> int:
         """A type or constant, declared at its first use. stride: of an array, bytes."""
