@@ -5,6 +5,7 @@ import shutil
 import struct
 import subprocess
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def unpadded(found):
     assert not found.base.reshape(-1, -(-columns // 4) * 4)[:, columns:].any()
 
 
-def multiplied(bench, what, constant=True, bias=True, make=random):
+def multiplied(bench, what, constant=True, bias=True, make=random, layer=product):
     """(found, wanted, bound)"""
     kind = DTYPES[what.number]
     a = make(what.batch, what.rows, what.inner, kind=kind)
@@ -67,7 +68,7 @@ def multiplied(bench, what, constant=True, bias=True, make=random):
     outputs = what.batch, what.rows, what.columns
     residual = make(*outputs, seed=3, kind=kind) if what.residual else None
     others = [x for x in (None if constant else b, residual) if x is not None]
-    found, seconds = run(bench, product(what, b if constant else None, c),
+    found, seconds = run(bench, layer(what, b if constant else None, c),
                          {"input": a} | {f"input{i}": x for i, x in enumerate(others, 1)}, outputs)
     assert seconds >= 0
     return found, *checks.product(what, a, b, c, residual)
@@ -153,6 +154,29 @@ def test_any_convolution_is_right(bench, data):
     right(*convolved(bench, what), number)
 
 
+def test_halves_are_added_up_by_fours(bench):
+    """Four products, of halves that may be rounded either way and flushed where they are denormal."""
+    if "float16" not in bench.limits.elements:
+        pytest.skip("needs a device that computes on halves")
+    cases = [(multiplied, product, Product(2, 9, 50, 21, number="float16", activation="relu", residual=True), 50)]
+    for name, terms in (("uneven pads", 45), ("groups of fours", 72), ("strided points", 9)):
+        cases.append((convolved, convolution, replace(SHAPES[name], number="float16", activation="relu"), terms))
+    for computed, layer, what, terms in cases:
+        found, want, _ = computed(bench, what, layer=partial(layer, halves=True), make=whole)
+        assert np.abs(want).max() < 2048  # up to there halves hold whole numbers
+        np.testing.assert_array_equal(found, want)
+        found, want, bound = computed(bench, what, layer=partial(layer, halves=True))
+        assert (np.abs(found - want) > bound).any()  # it is halves that were added
+        right(found, want, bound + terms * (5 * HALF + 2.0**-14), "float16")
+
+
+def test_a_device_without_halves(bench, monkeypatch):
+    layer = product(Product(1, 1, 1, 1, number="float16"), whole(1, 1), halves=True)
+    monkeypatch.setattr(bench, "limits", replace(bench.limits, elements=frozenset({"float32"})))
+    with pytest.raises(UnsupportedError, match="does not compute on halves"):
+        run(bench, layer, {"input": whole(1, 1)}, (1, 1))
+
+
 def sigmoid(x):
     return 0.5 * (1 + np.tanh(x / 2))
 
@@ -203,12 +227,14 @@ def test_real_numbers_are_as_near_as_float32_sums_are(bench):
 
 
 def valid(folder, layers):
-    """spirv-val's word; and no module asks for more than every device has."""
+    """spirv-val's word; and no module asks for more than every device has, or for halves."""
     for layer in layers:
         for module in layer.modules:
             words = struct.unpack_from("<8I", module.words, 20)
             assert words[:2] == (2 << 16 | 17, 1)  # Capability Shader
-            assert words[2] & 0xFFFF == 11  # ExtInstImport: that was the only one
+            if module.halves:
+                assert words[2:4] == (2 << 16 | 17, 9)  # and Float16
+            assert words[4 if module.halves else 2] & 0xFFFF == 11  # ExtInstImport: there are no others
     if not shutil.which("spirv-val"):
         pytest.skip("needs spirv-val: apt install spirv-tools")
     for i, module in enumerate(m for layer in layers for m in layer.modules):
@@ -229,6 +255,17 @@ def test_modules_are_valid_for_vulkan(tmp_path):
             layers += [product(what), product(replace(what, transposed=False)),
                        product(what, random(*([2] if batched else []), 7, 5), random(7))]
         valid(tmp_path, layers)
+    half = replace(what, transposed=False)
+    valid(tmp_path, [product(half, halves=True), convolution(replace(SHAPES["a batch"], number="float16"),
+                                                             random(16, 3, 3, 8), halves=True)])
+
+
+def test_rows_that_are_not_there_are_not_read(bench):
+    """Of B's last four rows: what follows it does not matter."""
+    a, b = random(2, 3, 5), random(2, 5, 7)
+    b[1] = np.inf
+    found, _ = run(bench, product(Product(2, 3, 5, 7, batched=True)), {"input": a, "input1": b}, (2, 3, 7))
+    assert np.isfinite(found[0]).all()
 
 
 def test_a_sum_that_the_driver_would_cut_short(bench, monkeypatch):
@@ -243,6 +280,10 @@ def test_what_shaders_have_not():
         product(Product(1, 1 << 20, 4, 1 << 12))
     with pytest.raises(UnsupportedError, match="the shader of products computes on floats"):
         product(Product(1, 1, 1, 1, number="int8"))
+    with pytest.raises(UnsupportedError, match="only what is stored as halves"):
+        product(Product(1, 1, 1, 1), halves=True)
+    with pytest.raises(UnsupportedError, match="adds nothing up as halves"):
+        convolution(replace(SHAPES["depthwise"], number="float16"), whole(37, 3, 3, 1), halves=True)
     with pytest.raises(UnsupportedError, match="the shader of convolutions computes on floats"):
         convolution(Convolution(1, 1, 1, 1, 1, number="int8"), whole(1, 1, 1, 1))
 

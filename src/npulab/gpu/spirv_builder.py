@@ -325,6 +325,11 @@ class Shader:
 
     # the module
 
+    @property
+    def has_halves(self) -> bool:
+        """Whether it asks for the capability Float16."""
+        return 9 in self._capabilities
+
     def assemble(self) -> bytes:
         """The module, little-endian."""
         out: list[int] = []

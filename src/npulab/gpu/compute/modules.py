@@ -26,6 +26,7 @@ class Module:
     operations scalar operations that are needed (a fused multiply-add is two).
     turns      of loops that a thread does, at most.
     local_bytes  of local memory that a group holds.
+    halves     it computes on halves, too: not every device does.
     """
 
     words: bytes
@@ -34,6 +35,7 @@ class Module:
     operations: float
     turns: int
     local_bytes: int = 0
+    halves: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ class Layer:
 def run(bench: Vulkan, layer: Layer, tensors: Mapping[str, NDArray[Any]],
         shape: tuple[int, ...]) -> tuple[NDArray[Any], float]:
     """(output, seconds by the device's clock). Raises: what the bench does; UnsupportedError if its driver does not do
-    all turns of the loops; CapacityError if it has not the local memory.
+    all turns of the loops, or it has no halves and they are needed; CapacityError if it has not the local memory.
 
     Shapes:  tensors by roles, and `shape` of the output, without padding.
     """
@@ -68,6 +70,9 @@ def run(bench: Vulkan, layer: Layer, tensors: Mapping[str, NDArray[Any]],
     if local_bytes > bench.limits.local_bytes:
         raise CapacityError(f"{bench.identity.name} has no room for what a work group holds",
                             want=f"{local_bytes} bytes of local memory", got=bench.limits.local_bytes)
+    if any(m.halves for m in layer.modules) and "float16" not in bench.limits.elements:
+        raise UnsupportedError(f"{bench.identity.name} does not compute on halves",
+                               try_="halves=False: they are stored, floats computed")
     dtype = DTYPES[layer.number]
     output = np.frombuffer(b"\xff" * padded(np.zeros(shape, dtype), dtype).nbytes, dtype)  # not a number, until written
     columns = -(-shape[-1] // 4) * 4

@@ -12,7 +12,7 @@ from __future__ import annotations
 from npulab.errors import CapacityError
 from npulab.gpu.compute.attention import operations
 from npulab.gpu.compute.modules import Layer, Module
-from npulab.gpu.compute.modules_numbers import FOUR, STORED, counted, floats, fours, kept, load, store
+from npulab.gpu.compute.modules_numbers import FOUR, STORED, counted, floats, fours, load, store
 from npulab.gpu.compute.problems import Attention
 from npulab.gpu.spirv_builder import Shader, Value, Variable
 
@@ -182,4 +182,4 @@ class _Flash:
             for n, x in enumerate(row):
                 column, value = self.lane + LANES * n, x.get() / s.spread(whole, 4)
                 with s.when(s.both(query < what.queries, column < self.width)):
-                    store(s, what.number, 3, at * self.width + column, kept(s, value, column, what.width))
+                    store(s, what.number, 3, at * self.width + column, value)  # of padding: 0, as V's is

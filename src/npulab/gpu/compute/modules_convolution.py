@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from npulab.errors import UnsupportedError
 from npulab.gpu.compute.convolution import checked
 from npulab.gpu.compute.modules import Layer, Module
 from npulab.gpu.compute.modules_numbers import (
@@ -22,29 +23,37 @@ from npulab.gpu.compute.modules_numbers import (
     floats,
     fours,
     load,
+    may_be_halves,
     multiply_add,
     padded,
     single,
 )
 from npulab.gpu.compute.modules_products import add
-from npulab.gpu.compute.modules_tiles import TILE, Finish, Tile, ending, roles_of
+from npulab.gpu.compute.modules_tiles import Finish, Tile, ending, roles_of
 from npulab.gpu.compute.problems import Convolution
 from npulab.gpu.spirv_builder import Shader, Type, Value, Variable
 
 
-def convolution(what: Convolution, weights: NDArray[Any], bias: NDArray[Any] | None = None) -> Layer:
+def convolution(what: Convolution, weights: NDArray[Any], bias: NDArray[Any] | None = None, halves: bool = False
+                ) -> Layer:
     """output = activation(convolution(input, weights) + bias + residual). `weights`: OHWI, `bias`: [filters] or None.
+    halves: as of `modules_products.product`.
 
-    Raises: InvariantError for arrays of other shapes; UnsupportedError for int8 (`modules_integers`), and where 32 bits
-    do not count all elements.
+    Raises: InvariantError for arrays of other shapes; UnsupportedError for int8 (`modules_integers`), for halves unless
+    float16 and by fours of channels, and where 32 bits do not count all elements.
     """
     floats(what.number, "convolutions")
+    may_be_halves(what.number, halves)
+    if halves and (is_depthwise(what) or is_gathered(what)):
+        raise UnsupportedError("a convolution with few channels for a filter adds nothing up as halves",
+                               got=f"{what.channels} channels in {what.groups} groups")
     checked(what, weights, bias)
     constants = {"weights": packed(what, weights, DTYPES[what.number])}
     if bias is not None:
         constants["bias"] = padded(bias, np.float32)
     roles = {"input": read_as(what), "weights": STORED[what.number]}
-    return Layer((module(what, roles_of(what, roles, bias is not None), ending(what)),), what.number, constants)
+    return Layer((module(what, roles_of(what, roles, bias is not None), ending(what), halves=halves),), what.number,
+                 constants)
 
 
 def is_depthwise(what: Convolution) -> bool:
@@ -70,7 +79,7 @@ def packed(what: Convolution, weights: NDArray[Any], dtype: Any) -> NDArray[Any]
     return padded(np.pad(matrix, ((0, 0), (0, -matrix.shape[1] % 4 if by_fours else 0), (0, 0))), dtype)
 
 
-def module(what: Convolution, roles: dict[str, Type], finish: Finish, zero: int = 0) -> Module:
+def module(what: Convolution, roles: dict[str, Type], finish: Finish, zero: int = 0, halves: bool = False) -> Module:
     """zero: the image's zero point, of int8; what is beyond the image is that. With "corrections" among the roles,
     [taps, filters] of int32, sums over a tap begin with them; otherwise, unless each filter reads its own channels,
     nothing is done about it here: `finish` is to."""
@@ -83,7 +92,7 @@ def module(what: Convolution, roles: dict[str, Type], finish: Finish, zero: int 
     none = s.constant(0, computed(number), 4)
     with s.when(t.there):
         window = _Window(s, what, t.mine())
-        sums = [s.variable(none) for _ in range(TILE)]
+        sums = [s.variable(none) for _ in range(t.tall)]
         with s.loop(what.kernel[0]) as ky, s.loop(what.kernel[1]) as kx:
             tap = ky * what.kernel[1] + kx
             starts, shares = window.seen(ky, kx)
@@ -99,8 +108,8 @@ def module(what: Convolution, roles: dict[str, Type], finish: Finish, zero: int 
                 parts = sums
                 if shares is not None:
                     begin = s.load(t.buffers["corrections"], tap * t.width + t.column) if zero else none
-                    parts = [s.variable(begin) for _ in range(TILE)]
-                _dense(t, what, parts, starts, tap)
+                    parts = [s.variable(begin) for _ in range(t.tall)]
+                _dense(t, what, parts, starts, tap, halves)
                 if shares is not None:
                     for total, part, share in zip(sums, parts, shares, strict=True):
                         total.set(multiply_add(s, part.get(), s.spread(share, 4), total.get()))
@@ -135,7 +144,8 @@ class _Window:
         return places, shares or None
 
 
-def _dense(t: Tile, what: Convolution, sums: Sequence[Variable], starts: Sequence[Value], tap: Value) -> None:
+def _dense(t: Tile, what: Convolution, sums: Sequence[Variable], starts: Sequence[Value], tap: Value, halves: bool
+           ) -> None:
     """Products of a tap, by fours of channels."""
     s, number, inner = t.s, what.number, fours(what.channels // what.groups)
     before = t.column // (what.filters // what.groups // 4) * inner if what.groups > 1 else s.constant(0)
@@ -143,7 +153,8 @@ def _dense(t: Tile, what: Convolution, sums: Sequence[Variable], starts: Sequenc
     with s.loop(inner) as k:
         xs = [load(s, number, t.buffers["input"], start + k) for start in starts]
         first = (tap * inner + k) * 4
-        add(t, sums, xs, [load(s, number, t.buffers["weights"], (first + i) * t.width + t.column) for i in range(4)])
+        rows = [load(s, number, t.buffers["weights"], (first + i) * t.width + t.column) for i in range(4)]
+        add(t, sums, xs, rows, halves)
 
 
 def _gathered(t: Tile, what: Convolution, sums: Sequence[Variable], starts: Sequence[Value],

@@ -53,6 +53,12 @@ def floats(number: Number, what: str) -> None:
         raise UnsupportedError(f"the shader of {what} computes on floats", got=number, want="float32 or float16")
 
 
+def may_be_halves(number: Number, halves: bool) -> None:
+    """Raises: UnsupportedError for halves of anything but float16."""
+    if halves and number != "float16":
+        raise UnsupportedError("only what is stored as halves is computed as halves", got=number, want="float16")
+
+
 def load(s: Shader, number: Number, buffer: int, index: Value) -> Value:
     """Four floats or ints; `index` counts fours."""
     found = s.load(buffer, index)

@@ -18,22 +18,26 @@ from npulab.gpu.compute.modules_numbers import (
     floats,
     fours,
     load,
+    may_be_halves,
     multiply_add,
     padded,
 )
-from npulab.gpu.compute.modules_tiles import TILE, Finish, Tile, ending, roles_of
+from npulab.gpu.compute.modules_tiles import Finish, Tile, ending, roles_of
 from npulab.gpu.compute.problems import Product
 from npulab.gpu.spirv_builder import Type, Value, Variable
 
 
-def product(what: Product, b: NDArray[Any] | None = None, bias: NDArray[Any] | None = None) -> Layer:
+def product(what: Product, b: NDArray[Any] | None = None, bias: NDArray[Any] | None = None, halves: bool = False
+            ) -> Layer:
     """output = activation(input B * scale + bias + residual). `b`: what.inner x what.columns (or the other way round,
     if transposed), with a batch in front if batched; None: it is "input1". The residual is the last input.
+    halves: of float16, four products at a time are added up as halves, before they are added as floats.
 
-    Raises: InvariantError for arrays of other shapes; UnsupportedError for int8, and where 32 bits do not count all
-    elements.
+    Raises: InvariantError for arrays of other shapes; UnsupportedError for int8, for halves of anything but float16,
+    and where 32 bits do not count all elements.
     """
     floats(what.number, "products")
+    may_be_halves(what.number, halves)
     constants = {} if b is None else {"weights": packed(what, b)}
     residual = "input2" if b is None else "input1"
     if bias is not None:
@@ -42,7 +46,7 @@ def product(what: Product, b: NDArray[Any] | None = None, bias: NDArray[Any] | N
         constants["bias"] = padded(bias, np.float32)
     roles = {"input": STORED[what.number], "weights" if b is not None else "input1": STORED[what.number]}
     return Layer((module(what, roles_of(what, roles, bias is not None, residual),
-                         ending(what, residual, what.scale)),), what.number, constants)
+                         ending(what, residual, what.scale), halves),), what.number, constants)
 
 
 def packed(what: Product, b: NDArray[Any]) -> NDArray[Any]:
@@ -55,7 +59,7 @@ def packed(what: Product, b: NDArray[Any]) -> NDArray[Any]:
     return padded(np.pad(matrix, ((0, 0), (0, -what.inner % 4), (0, 0))), DTYPES[what.number])
 
 
-def module(what: Product, roles: dict[str, Type], finish: Finish) -> Module:
+def module(what: Product, roles: dict[str, Type], finish: Finish, halves: bool = False) -> Module:
     """B is in "weights", as `packed` has it, or in "input1" as it is."""
     batch, rows = (what.batch, what.rows) if what.batched else (1, what.batch * what.rows)
     constant, inner = "weights" in roles, fours(what.inner)
@@ -75,19 +79,23 @@ def module(what: Product, roles: dict[str, Type], finish: Finish) -> Module:
         return [load(s, number, matrix, (t.batch * high + p) * t.width + t.column) for p in places]
 
     with s.when(t.there):
-        sums = [s.variable(s.constant(0, computed(number), 4)) for _ in range(TILE)]
+        sums = [s.variable(s.constant(0, computed(number), 4)) for _ in range(t.tall)]
         starts = [(t.batch * rows + row) * inner for row in t.mine()]
         with s.loop(inner) as k:
             xs = [load(s, number, t.buffers["input"], start + k) for start in starts]
-            add(t, sums, xs, rows_of_b(k))
+            add(t, sums, xs, rows_of_b(k), halves)
         t.stored(number, [x.get() for x in sums], finish)
     return t.module(what.operations, inner)
 
 
-def add(t: Tile, sums: Sequence[Variable], xs: Sequence[Value], rows: Sequence[Value]) -> None:
-    """To each of `sums` its four numbers of `xs` times the four rows."""
+def add(t: Tile, sums: Sequence[Variable], xs: Sequence[Value], rows: Sequence[Value], halves: bool = False) -> None:
+    """To each of `sums` its four numbers of `xs` times the four rows. halves: the four are added up as halves."""
+    s = t.s
+    if halves:
+        xs, rows = ([s.convert(v, "half") for v in values] for values in (xs, rows))
     for x, total in zip(xs, sums, strict=True):
-        value = total.get()
-        for i, row in enumerate(rows):
-            value = multiply_add(t.s, t.s.spread(t.s.lane(x, i), 4), row, value)
-        total.set(value)
+        value = s.spread(s.lane(x, 0), 4) * rows[0] if halves else multiply_add(s, s.spread(s.lane(x, 0), 4), rows[0],
+                                                                               total.get())
+        for i in range(1, 4):
+            value = multiply_add(s, s.spread(s.lane(x, i), 4), rows[i], value)
+        total.set(total.get() + s.convert(value, "float") if halves else value)

@@ -1,5 +1,5 @@
-"""What products and convolutions share as shaders: a thread has TILE rows (matrix rows, or pixels one after the other)
-of four columns (filters), in registers, until they are stored.
+"""What products and convolutions share as shaders: a thread has up to TILE rows (matrix rows, or pixels one after the
+other) of four columns (filters), in registers, until they are stored.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Tile:
     """The shader of a thread while it is written.
 
     buffers   role -> number.    batch, first  of the thread's tile: which matrix, and its first row there.
-    column    counts fours, of `width`.
+    column    counts fours, of `width`.              tall          rows of a tile.
     """
 
     def __init__(self, rows: int, columns: int, batch: int, roles: Mapping[str, Type]) -> None:
@@ -33,14 +33,15 @@ class Tile:
         self.roles, self.rows, self.columns, self.batches = roles, rows, columns, batch
         self.s = Shader(GROUP, list(roles.values()), ())
         self.buffers = {role: i for i, role in enumerate(roles)}
-        self.width, self.down = fours(columns), -(-rows // TILE)
+        self.tall = next(n for n in (1, 2, TILE) if n >= min(rows, TILE))
+        self.width, self.down = fours(columns), -(-rows // self.tall)
         self.column, tile = self.s.global_id, self.s.global_y
         self.there = self.s.both(self.column < self.width, tile < self.down * batch)
-        self.batch, self.first = tile // self.down, tile % self.down * TILE
+        self.batch, self.first = tile // self.down, tile % self.down * self.tall
 
     def mine(self) -> list[Value]:
         """The thread's rows; the last one again where there is none."""
-        return [self.s.builtin("UMin", self.first + i, self.s.constant(self.rows - 1)) for i in range(TILE)]
+        return [self.s.builtin("UMin", self.first + i, self.s.constant(self.rows - 1)) for i in range(self.tall)]
 
     def stored(self, number: Number, sums: Sequence[Value], finish: Finish) -> None:
         s = self.s
@@ -52,7 +53,7 @@ class Tile:
 
     def module(self, operations: float, turns: int) -> Module:
         groups = -(-self.width // GROUP[0]), -(-self.down * self.batches // GROUP[1])
-        return Module(self.s.assemble(), groups, tuple(self.roles), operations, turns)
+        return Module(self.s.assemble(), groups, tuple(self.roles), operations, turns, halves=self.s.has_halves)
 
 
 def ending(what: Product | Convolution, residual: str = "input1", scale: float = 1.0) -> Finish:
