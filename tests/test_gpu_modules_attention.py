@@ -34,7 +34,7 @@ def drawn(what, spread=1.0):
 def checked(bench, what, q, k, v, **more):  # noqa: F811
     """Runs it, and holds it to its bound; the largest part of the bound that was used."""
     layer = attention(what, **more)
-    found, _ = run(bench, layer, {"input": q, "input1": k, "input2": v}, (what.batch, what.queries, what.width))
+    found, _ = run(bench, layer, {"input": q, "input1": k, "input2": v})
     unpadded(found)
     q, k, v = (x.astype(np.float64) for x in (q, k, v))
     seen = np.arange(what.keys) <= np.arange(what.queries)[:, None] if what.causal else np.True_
@@ -116,5 +116,4 @@ def test_what_the_shader_of_attention_has_not(bench):  # noqa: F811
         attention(Attention(1, 1, 1, 4096, 1, 1.0))
     what = Attention(1, 1, 1, 4096, 1, 1.0)
     with pytest.raises(CapacityError, match="no room for what a work group holds"):
-        run(bench, attention(what, 1 << 20), dict(zip(("input", "input1", "input2"), drawn(what), strict=True)),
-            (1, 1, 1))
+        run(bench, attention(what, 1 << 20), dict(zip(("input", "input1", "input2"), drawn(what), strict=True)))

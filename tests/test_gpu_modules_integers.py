@@ -39,7 +39,7 @@ def drawn(what, seed=0, shifts=None, big=False):
 def check(bench, what, x, given_, low=-128, high=127, want=None):  # noqa: F811
     if want is None:
         want = integers_of(what, x, *given_, low, high)
-    found, _ = run(bench, convolution(what, *given_, low, high), {"input": x}, want.shape)
+    found, _ = run(bench, convolution(what, *given_, low, high), {"input": x})
     assert found.dtype == np.int8
     np.testing.assert_array_equal(found, want)
     unpadded(found)
@@ -124,7 +124,7 @@ def test_integer_products(bench):  # noqa: F811
     r = np.random.default_rng(5)
     x, w = r.integers(-128, 128, (2, 7, 37)).astype(np.int8), r.integers(-127, 128, (21, 37)).astype(np.int8)
     m, shifts = [2**30 + 12345] * 21, [-7] * 21
-    found, _ = run(bench, product(2, 7, 37, 21, w, None, 3, m, shifts, -1), {"input": x}, (2, 7, 21))
+    found, _ = run(bench, product(2, 7, 37, 21, w, None, 3, m, shifts, -1), {"input": x})
     sums = (x.astype(np.int64) - 3) @ w.T.astype(np.int64)
     want = np.clip(requantize.multiply(sums, np.array(m), np.array(shifts)) - 1, -128, 127)
     np.testing.assert_array_equal(found, want)

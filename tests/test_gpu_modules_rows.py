@@ -33,7 +33,7 @@ def test_softmax_is_as_near_as_its_sums_and_exp(bench, number):  # noqa: F811
     for shape in SHAPES:
         for spread, scale, about in ((1, 1.0, 0), (30, 0.125, 0), (3000, 1.0, 0), (1, 1.0, -500)):
             x = (drawn(shape, spread) + about).astype(number)
-            found, _ = run(bench, softmax(Softmax(*shape, scale, number)), {"input": x}, shape)
+            found, _ = run(bench, softmax(Softmax(*shape, scale, number)), {"input": x})
             unpadded(found)
             scaled = scale * x.astype(np.float64)
             below = scaled - scaled.max(1, keepdims=True)
@@ -56,7 +56,7 @@ def test_layer_norm_is_as_near_as_its_sums(bench, affine, number):  # noqa: F811
         for about in (0.0, 100.0):
             x, gamma, beta = (drawn(shape) + about).astype(number), drawn(shape[1], seed=1), drawn(shape[1], seed=2)
             layer = layer_norm(LayerNorm(*shape, number=number), *((gamma, beta) if affine else ()))
-            found, _ = run(bench, layer, {"input": x}, shape)
+            found, _ = run(bench, layer, {"input": x})
             unpadded(found)
             d = x.astype(np.float64)
             mean, variance = d.mean(1, keepdims=True), d.var(1, keepdims=True) + 1e-5
@@ -76,7 +76,7 @@ def test_layer_norm_is_as_near_as_its_sums(bench, affine, number):  # noqa: F811
 def test_more_rows_than_one_row_of_groups(bench):  # noqa: F811
     shape = (32770, 3)
     x = drawn(shape)
-    found, _ = run(bench, softmax(Softmax(*shape)), {"input": x}, shape)
+    found, _ = run(bench, softmax(Softmax(*shape)), {"input": x})
     each = np.exp(x.astype(np.float64))
     np.testing.assert_allclose(found, each / each.sum(1, keepdims=True),
                                rtol=2 * (3 + 2 * 10) * ULP)  # no two are further apart than 10

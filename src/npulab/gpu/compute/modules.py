@@ -6,6 +6,7 @@ padding is 0, in what shaders read and in what they write. Sums are float32, of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from npulab.errors import CapacityError, UnsupportedError
-from npulab.gpu.compute.modules_numbers import DTYPES, padded
+from npulab.errors import CapacityError, InvariantError, UnsupportedError
+from npulab.gpu.compute.modules_numbers import DTYPES, fours, padded
 from npulab.gpu.compute.types import Number
 from npulab.gpu.vulkan import Vulkan
 
@@ -42,12 +43,13 @@ class Module:
 class Layer:
     """Modules, one after the other.
 
-    number     of "input", "input1", ... and "output".
+    shapes     role -> shape, of "input", "input1", ... and "output", without padding.    number  of all of them.
     constants  role -> array, packed as the modules want it.
     scratch    role -> bytes that live during these modules alone.
     """
 
     modules: tuple[Module, ...]
+    shapes: Mapping[str, tuple[int, ...]]
     number: Number = "float32"
     constants: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     scratch: Mapping[str, int] = field(default_factory=dict)
@@ -57,13 +59,17 @@ class Layer:
         return sum(m.operations for m in self.modules)
 
 
-def run(bench: Vulkan, layer: Layer, tensors: Mapping[str, NDArray[Any]],
-        shape: tuple[int, ...]) -> tuple[NDArray[Any], float]:
+def run(bench: Vulkan, layer: Layer, tensors: Mapping[str, NDArray[Any]]) -> tuple[NDArray[Any], float]:
     """(output, seconds by the device's clock). Raises: what the bench does; UnsupportedError if its driver does not do
-    all turns of the loops, or it has no halves and they are needed; CapacityError if it has not the local memory.
+    all turns of the loops, or it has no halves and they are needed; CapacityError if it has not the local memory;
+    InvariantError for tensors of other shapes.
 
-    Shapes:  tensors by roles, and `shape` of the output, without padding.
+    Shapes:  tensors by roles and the output as the layer's, without padding; axes before the last may be joined.
     """
+    for role, want in layer.shapes.items():
+        got = tensors[role].shape if role in tensors else ()
+        if role != "output" and (got[-1:] != want[-1:] or math.prod(got) != math.prod(want)):
+            raise InvariantError(f"the tensor '{role}' is of another shape", want=want, got=got or "none")
     turns, local_bytes = max(m.turns for m in layer.modules), max(m.local_bytes for m in layer.modules)
     if turns > bench.turns_max:  # llvmpipe: silently
         raise UnsupportedError(f"{bench.identity.name} ends loops after {bench.turns_max} turns", want=turns)
@@ -74,13 +80,15 @@ def run(bench: Vulkan, layer: Layer, tensors: Mapping[str, NDArray[Any]],
         raise UnsupportedError(f"{bench.identity.name} does not compute on halves",
                                try_="halves=False: they are stored, floats computed")
     dtype = DTYPES[layer.number]
-    output = np.frombuffer(b"\xff" * padded(np.zeros(shape, dtype), dtype).nbytes, dtype)  # not a number, until written
-    columns = -(-shape[-1] // 4) * 4
+    shape = layer.shapes["output"]
+    columns = 4 * fours(shape[-1])
+    size = math.prod(shape[:-1]) * columns
+    output = np.frombuffer(b"\xff" * (size * np.dtype(dtype).itemsize), dtype)  # not a number, until written
     given = {role: padded(np.asarray(x), dtype) for role, x in tensors.items()} | dict(layer.constants)
-    given |= {role: np.zeros(-(-size // 4), np.uint32) for role, size in layer.scratch.items()}
+    given |= {role: np.zeros(-(-count // 4), np.uint32) for role, count in layer.scratch.items()}
     given["output"] = output
     needed = {role for m in layer.modules for role in m.buffers}
     buffers = {role: bench._buffer(content) for role, content in given.items() if role in needed}
     seconds = sum(bench.compute(m.words, m.groups, [buffers[r] for r in m.buffers]) for m in layer.modules)
-    found = bench._read(buffers["output"], output.size, dtype)
+    found = bench._read(buffers["output"], size, dtype)
     return found.reshape(*shape[:-1], columns)[..., :shape[-1]], seconds

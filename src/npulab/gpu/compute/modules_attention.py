@@ -40,7 +40,10 @@ def attention(what: Attention, local_bytes: int = LOCAL) -> Layer:
             what.batch * max(what.queries, what.keys) * (max(what.depth, what.width) + 3))
     for rows, keys in TILES:
         if _local(what, rows, keys) <= local_bytes:
-            return Layer((_Flash(what, rows, keys).module(),), what.number)
+            q, k, v = ((what.batch, *x) for x in ((what.queries, what.depth), (what.keys, what.depth),
+                                                  (what.keys, what.width)))
+            shapes = {"input": q, "input1": k, "input2": v, "output": (what.batch, what.queries, what.width)}
+            return Layer((_Flash(what, rows, keys).module(),), shapes, what.number)
     raise CapacityError("no tile of attention fits local memory", got=f"{local_bytes} bytes",
                         want=f"{_local(what, *TILES[-1])} for vectors of {what.depth} and {what.width}")
 

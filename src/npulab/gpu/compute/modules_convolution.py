@@ -29,7 +29,7 @@ from npulab.gpu.compute.modules_numbers import (
     single,
 )
 from npulab.gpu.compute.modules_products import add
-from npulab.gpu.compute.modules_tiles import Finish, Tile, ending, roles_of
+from npulab.gpu.compute.modules_tiles import Finish, Tile, ending, roles_of, shapes_of
 from npulab.gpu.compute.problems import Convolution
 from npulab.gpu.spirv_builder import Shader, Type, Value, Variable
 
@@ -52,8 +52,8 @@ def convolution(what: Convolution, weights: NDArray[Any], bias: NDArray[Any] | N
     if bias is not None:
         constants["bias"] = padded(bias, np.float32)
     roles = {"input": read_as(what), "weights": STORED[what.number]}
-    return Layer((module(what, roles_of(what, roles, bias is not None), ending(what), halves=halves),), what.number,
-                 constants)
+    made = module(what, roles_of(what, roles, bias is not None), ending(what), halves=halves)
+    return Layer((made,), shapes_of(what), what.number, constants)
 
 
 def is_depthwise(what: Convolution) -> bool:

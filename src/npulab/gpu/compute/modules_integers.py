@@ -7,6 +7,7 @@ Devices need no 64-bit integers: the product of a sum and its multiplier is adde
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from npulab.gpu.compute import modules_convolution
 from npulab.gpu.compute.convolution import checked
 from npulab.gpu.compute.modules import Layer
 from npulab.gpu.compute.modules_numbers import STORED, WHOLE, padded
-from npulab.gpu.compute.modules_tiles import Finish
+from npulab.gpu.compute.modules_tiles import Finish, shapes_of
 from npulab.gpu.compute.problems import Convolution
 from npulab.gpu.spirv_builder import Shader, Value
 
@@ -27,8 +28,9 @@ def product(batch: int, rows: int, inner: int, columns: int, weights: NDArray[An
             high: int = 127) -> Layer:
     """"input" [batch, rows, inner] -> "output" [batch, rows, columns]; weights: [columns, inner]."""
     what = Convolution(batch, 1, rows, inner, columns, number="int8")
-    return convolution(what, weights.reshape(columns, 1, 1, inner), bias, zero_in, multipliers, shifts, zero_out, low,
-                       high)
+    found = convolution(what, weights.reshape(columns, 1, 1, inner), bias, zero_in, multipliers, shifts, zero_out, low,
+                        high)
+    return replace(found, shapes={"input": (batch, rows, inner), "output": (batch, rows, columns)})
 
 
 def convolution(what: Convolution, weights: NDArray[Any], bias: NDArray[Any] | None, zero_in: int,
@@ -58,7 +60,7 @@ def convolution(what: Convolution, weights: NDArray[Any], bias: NDArray[Any] | N
         roles[role], constants[role] = WHOLE, padded(np.asarray(values, np.int64), np.int32)  # int32 wraps, as there
     roles["output"] = STORED["int8"]
     module = modules_convolution.module(what, roles, _ending(zero_out, low, high), zero_in)
-    return Layer((module,), "int8", constants)
+    return Layer((module,), shapes_of(what), "int8", constants)
 
 
 def _ending(zero_out: int, low: int, high: int) -> Finish:

@@ -40,21 +40,32 @@ def product(what: Product, b: NDArray[Any] | None = None, bias: NDArray[Any] | N
     may_be_halves(what.number, halves)
     constants = {} if b is None else {"weights": packed(what, b)}
     residual = "input2" if b is None else "input1"
+    out = (what.batch, what.rows, what.columns)
+    shapes: dict[str, tuple[int, ...]] = {"input": (what.batch, what.rows, what.inner), "output": out}
+    if what.residual:
+        shapes[residual] = out
+    if b is None:
+        shapes["input1"] = shape_of_b(what)
     if bias is not None:
         if bias.shape != (what.columns,):
             raise InvariantError("the bias is of another shape", want=(what.columns,), got=bias.shape)
         constants["bias"] = padded(bias, np.float32)
     roles = {"input": STORED[what.number], "weights" if b is not None else "input1": STORED[what.number]}
-    return Layer((module(what, roles_of(what, roles, bias is not None, residual),
-                         ending(what, residual, what.scale), halves),), what.number, constants)
+    made = module(what, roles_of(what, roles, bias is not None, residual), ending(what, residual, what.scale), halves)
+    return Layer((made,), shapes, what.number, constants)
+
+
+def shape_of_b(what: Product) -> tuple[int, ...]:
+    return (*([what.batch] if what.batched else []),
+            *((what.columns, what.inner) if what.transposed else (what.inner, what.columns)))
 
 
 def packed(what: Product, b: NDArray[Any]) -> NDArray[Any]:
     """[batch or 1, inner, columns], both padded with zeros. Raises: InvariantError for another shape."""
-    shape = (what.columns, what.inner) if what.transposed else (what.inner, what.columns)
-    if b.shape != ((what.batch, *shape) if what.batched else shape):
+    shape = shape_of_b(what)
+    if b.shape != shape:
         raise InvariantError("B is of another shape", want=shape, got=b.shape)
-    matrix = b.reshape(-1, *shape)
+    matrix = b.reshape(-1, *shape[-2:])
     matrix = matrix.transpose(0, 2, 1) if what.transposed else matrix
     return padded(np.pad(matrix, ((0, 0), (0, -what.inner % 4), (0, 0))), DTYPES[what.number])
 

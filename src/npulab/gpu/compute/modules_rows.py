@@ -6,7 +6,7 @@ computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ def softmax(what: Softmax) -> Layer:
     top = s.spread(row.joined(most.get(), lambda a, b: s.builtin("FMax", a, b)), 4)
     whole = s.spread(row.total(lambda i: s.builtin("Exp", scaled(i) - top)), 4)
     row.stored(1, lambda i: s.builtin("Exp", scaled(i) - top) / whole)
-    return Layer((row.module(5.0),), what.number)
+    return row.layer(5.0)
 
 
 def layer_norm(what: LayerNorm, gamma: NDArray[Any] | None = None, beta: NDArray[Any] | None = None) -> Layer:
@@ -78,7 +78,7 @@ def layer_norm(what: LayerNorm, gamma: NDArray[Any] | None = None, beta: NDArray
         return s.fma(value, s.load(1, i), s.load(2, i)) if constants else value
 
     row.stored(3 if constants else 1, normal)
-    return Layer((row.module(8.0),), what.number, constants)
+    return row.layer(8.0, constants)
 
 
 class _Row:
@@ -131,8 +131,9 @@ class _Row:
         with s.when(self.there), self.each() as i:
             store(s, what.number, buffer, self.start + i, kept(s, of(i), i, what.columns))
 
-    def module(self, operations: float) -> Module:
+    def layer(self, operations: float, constants: Mapping[str, NDArray[Any]] | None = None) -> Layer:
         """operations: of an element."""
-        rows = self.what.rows
-        return Module(self.s.assemble(), (min(rows, GROUPS), -(-rows // GROUPS)), self.roles,
-                      operations * rows * self.what.columns, 3 * -(-self.width // THREADS), 4 * THREADS)
+        rows, columns = self.what.rows, self.what.columns
+        module = Module(self.s.assemble(), (min(rows, GROUPS), -(-rows // GROUPS)), self.roles,
+                        operations * rows * columns, 3 * -(-self.width // THREADS), 4 * THREADS)
+        return Layer((module,), dict.fromkeys(("input", "output"), (rows, columns)), self.what.number, constants or {})

@@ -70,6 +70,13 @@ def ending(what: Product | Convolution, residual: str = "input1", scale: float =
     return finish
 
 
+def shapes_of(what: Convolution) -> dict[str, tuple[int, ...]]:
+    """Of the tensors, by roles."""
+    out: tuple[int, ...] = (what.batch, *what.out, what.filters)
+    return {"input": (what.batch, what.height, what.width, what.channels), "output": out} | (
+        {"input1": out} if what.residual else {})
+
+
 def roles_of(what: Product | Convolution, given: Mapping[str, Type], bias: bool, residual: str = "input1"
              ) -> dict[str, Type]:
     """`given`, and what an ending reads and writes."""

@@ -19,7 +19,7 @@ from npulab.gpu.compute import modules_products, tiles
 from npulab.gpu.compute.convolution import checked
 from npulab.gpu.compute.modules import Layer, Module
 from npulab.gpu.compute.modules_numbers import FOUR, STORED, counted, floats, fours, kept, load, padded, store
-from npulab.gpu.compute.modules_tiles import GROUP, ending, roles_of
+from npulab.gpu.compute.modules_tiles import GROUP, ending, roles_of, shapes_of
 from npulab.gpu.compute.problems import Convolution, Product
 from npulab.gpu.compute.winograd import matrices
 from npulab.gpu.spirv_builder import Shader, Value
@@ -50,7 +50,7 @@ def convolution(what: Convolution, weights: NDArray[Any], bias: NDArray[Any] | N
     scratch = {"patches": 16 * points * patches * fours(what.channels),
                "products": 16 * points * patches * fours(what.filters)}
     return Layer((_to_patches(what, size, grid), replace(product, buffers=("patches", "weights", "products")),
-                  _from_products(what, size, grid, bias is not None)), what.number, constants, scratch)
+                  _from_products(what, size, grid, bias is not None)), shapes_of(what), what.number, constants, scratch)
 
 
 def _to_patches(what: Convolution, m: int, grid: tuple[int, int]) -> Module:
