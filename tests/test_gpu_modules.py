@@ -268,6 +268,15 @@ def test_rows_that_are_not_there_are_not_read(bench):
     assert np.isfinite(found[0]).all()
 
 
+def test_a_module_is_compiled_once(bench):
+    layer, tensors = product(Product(1, 3, 5, 7), random(5, 7)), {"input": random(1, 3, 5)}
+    first, _ = run(bench, layer, tensors)
+    made = bench._whole.cache_info().misses
+    again, _ = run(bench, layer, tensors)
+    assert bench._whole.cache_info().misses == made
+    np.testing.assert_array_equal(first, again)
+
+
 def test_a_sum_that_the_driver_would_cut_short(bench, monkeypatch):
     monkeypatch.setattr(bench, "turns_max", 16)
     with pytest.raises(UnsupportedError, match="ends loops after 16 turns") as e:

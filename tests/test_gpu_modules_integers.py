@@ -142,3 +142,8 @@ def test_what_integers_have_not():
             convolution(other, *arguments)
     with pytest.raises(InvariantError, match="the weights are of another shape"):
         convolution(replace(what, channels=3), *arguments)
+    w, bias, zero_in, multipliers, shifts, zero_out = arguments
+    for m, n in ((multipliers[1:], shifts), (-multipliers, shifts), (multipliers, shifts - 30),
+                 (multipliers, shifts + 40)):
+        with pytest.raises(InvariantError, match="are one for each filter"):
+            convolution(what, w, bias, zero_in, m, n, zero_out)

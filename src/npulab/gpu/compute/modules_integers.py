@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from npulab.errors import UnsupportedError
+from npulab.errors import InvariantError, UnsupportedError
 from npulab.gpu.compute import modules_convolution
 from npulab.gpu.compute.convolution import checked
 from npulab.gpu.compute.modules import Layer
@@ -39,13 +39,17 @@ def convolution(what: Convolution, weights: NDArray[Any], bias: NDArray[Any] | N
     """weights: int8 OHWI [filters, *kernel, channels // groups], zero point 0; bias: int32 [filters].
     multipliers (0 or 2**30..2**31 - 1), shifts (-31..30): of each filter. Activations are in low and high.
 
-    Raises: InvariantError for arrays of other shapes; UnsupportedError for a residual, another number or activation,
-    and where 32 bits do not count all elements.
+    Raises: InvariantError for arrays of other shapes or numbers out of these ranges; UnsupportedError for a residual,
+    another number or activation, and where 32 bits do not count all elements.
     """
     if what.number != "int8" or what.residual or what.activation != "none":
         raise UnsupportedError("integer shaders add no residual, and have activations in the limits of their outputs",
                                got=f"{what.number}, {what.activation}{', a residual' if what.residual else ''}")
     checked(what, weights, bias)
+    for name, values, least, most in (("multipliers", multipliers, 0, (1 << 31) - 1), ("shifts", shifts, -31, 30)):
+        if len(values) != what.filters or min(values) < least or max(values) > most:
+            raise InvariantError(f"{name} are one for each filter", want=f"{what.filters} of {least}..{most}",
+                                 got=f"{len(values)} of {min(values, default=0)}..{max(values, default=0)}")
     start = np.zeros(what.filters, np.int64) if bias is None else np.asarray(bias, np.int64)
     own = modules_convolution.is_depthwise(what) or modules_convolution.is_gathered(what)
     # what the zero point adds to sums: of each tap where some may be outside, of all
@@ -56,16 +60,17 @@ def convolution(what: Convolution, weights: NDArray[Any], bias: NDArray[Any] | N
         roles["corrections"], constants["corrections"] = WHOLE, padded(-taps, np.int32)
     elif not own:
         start = start - taps.sum(0)
-    for role, values in (("start", start), ("multipliers", multipliers), ("shifts", shifts)):
-        roles[role], constants[role] = WHOLE, padded(np.asarray(values, np.int64), np.int32)  # int32 wraps, as there
-    roles["output"] = STORED["int8"]
+    table = padded(np.array([start, multipliers, shifts], np.int64), np.int32)  # int32 wraps, as there
+    # one buffer: devices need bind no more than four, and many bind eight
+    constants["rescale"] = np.ascontiguousarray(table.reshape(3, -1, 4).transpose(1, 0, 2))
+    roles |= {"rescale": WHOLE, "output": STORED["int8"]}
     module = modules_convolution.module(what, roles, _ending(zero_out, low, high), zero_in)
     return Layer((module,), shapes_of(what), "int8", constants)
 
 
 def _ending(zero_out: int, low: int, high: int) -> Finish:
     def finish(s: Shader, buffers: Mapping[str, int], value: Value, column: Value, at: Value) -> Value:
-        start, multiplier, shift = (s.load(buffers[r], column) for r in ("start", "multipliers", "shifts"))
+        start, multiplier, shift = (s.load(buffers["rescale"], column * 3 + i) for i in range(3))
         value = requantized(s, value + start, multiplier, shift) + zero_out
         return s.builtin("SMin", s.builtin("SMax", value, s.like(low, value)), s.like(high, value))
 
