@@ -593,11 +593,10 @@ def test_integer_groups_are_refused():
                              None, 0, [0] * 4, [0] * 4, 0)
 
 
-@turns("name", INTEGERS, "gpu")
-def test_integers_are_litert_byte_for_byte(device, traits, name):
-    """Scales of each channel; LiteRT's reference kernels are the witness."""
-    pytest.importorskip("ai_edge_litert")
-    what, rng = replace(INTEGERS[name], batch=1), np.random.default_rng(7)
+def litert_of(what: Convolution):
+    """What LiteRT's reference kernels compute, with scales of each channel: (what with LiteRT's pads, the arguments of
+    integers.convolution but for the traits, x, y)."""
+    rng = np.random.default_rng(7)
     if any(what.pads) and what.kernel != (3, 3):
         what = replace(what, pads=(0, 0, 0, 0))  # TFLite pads less often
     depth = what.groups > 1
@@ -622,7 +621,13 @@ def test_integers_are_litert_byte_for_byte(device, traits, name):
         top, left, bottom, right = same_pads((what.height, what.width), what.kernel, what.strides, what.dilations)
         what = replace(what, pads=(top, left, bottom, right))
     factors = [requantize.quantized_multiplier(float(scale_in) * float(s) / float(scale_out)) for s in scales]
-    lowered = integers.convolution(what, traits, w, bias, zero_in, *zip(*factors, strict=True), zero_out)
-    found = computed(device, lowered, [x], want.shape, "int8")
+    return what, (w, bias, zero_in, *zip(*factors, strict=True), zero_out), x, want
+
+
+@turns("name", INTEGERS, "gpu")
+def test_integers_are_litert_byte_for_byte(device, traits, name):
+    pytest.importorskip("ai_edge_litert")
+    what, (w, *rest), x, want = litert_of(replace(INTEGERS[name], batch=1))
+    found = computed(device, integers.convolution(what, traits, w, *rest), [x], want.shape, "int8")
     assert len(np.unique(want)) > 20
     assert (found == want).all()

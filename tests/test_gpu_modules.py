@@ -1,28 +1,29 @@
-"""Kernels of networks as SPIR-V: products and convolutions against NumPy, on whole numbers, exactly."""
+"""Kernels of networks as SPIR-V: products and convolutions, on whole numbers exactly, else within what sums allow."""
 
 import math
 import shutil
+import struct
 import subprocess
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from npulab.errors import UnsupportedError
+from npulab.errors import InvariantError, UnsupportedError
 from npulab.gpu import vulkan
-from npulab.gpu.compute.modules import (
-    Convolution,
-    convolution,
-    depthwise,
-    matmul,
-    packed,
-    packed_depthwise,
-    packed_weights,
-    run,
-)
+from npulab.gpu.compute import checks
+from npulab.gpu.compute.modules import run
+from npulab.gpu.compute.modules_convolution import convolution
 from npulab.gpu.compute.modules_endings import ENDINGS
+from npulab.gpu.compute.modules_numbers import DTYPES
+from npulab.gpu.compute.modules_products import product
+from npulab.gpu.compute.problems import Convolution, Product
 
-EXACT = ("none", "relu", "relu6")
-ULP = 2.0**-23
+ULP, HALF = 2.0**-23, 2.0**-10
+"""Of float32 and float16: what rounding either way may be off."""
 
 
 @pytest.fixture(scope="module")
@@ -33,70 +34,147 @@ def bench():
     return vulkan.open_device(0)
 
 
-def whole(shape, seed):
-    return np.random.default_rng(seed).integers(-4, 5, shape).astype(np.float32)
+def whole(*shape, seed=0, kind=np.float32):
+    return np.random.default_rng([seed, *shape]).integers(-4, 5, shape).astype(kind)
 
 
-def ended(x, activation):
-    return x if activation == "none" else np.clip(x, 0, 6 if activation == "relu6" else None)
+def random(*shape, seed=0, kind=np.float32):
+    return np.random.default_rng([seed, *shape]).uniform(-1, 1, shape).astype(kind)
 
 
-def convolved(x, weights, bias, c):
-    """Tap by tap: x (H, W, I), weights (O, H, W, I)."""
-    high, wide = c.size
-    out = np.broadcast_to(bias, (high, wide, c.outputs)).astype(np.float64)
-    for oy in range(high):
-        for ox in range(wide):
-            for ky in range(c.kernel[0]):
-                for kx in range(c.kernel[1]):
-                    y = oy * c.stride[0] + ky * c.dilation[0] - c.pad[0]
-                    z = ox * c.stride[1] + kx * c.dilation[1] - c.pad[1]
-                    if 0 <= y < c.height and 0 <= z < c.width:
-                        out[oy, ox] += weights[:, ky, kx] @ x[y, z]
-    return out
+def right(found, want, bound, number="float32"):
+    """checks' bound takes it that halves are rounded to the nearest; Vulkan lets drivers round either way."""
+    assert found.shape == want.shape
+    assert found.dtype == DTYPES[number]
+    if number == "float16":
+        bound = bound + HALF / 2 * (np.abs(want) + bound) + 2.0**-25
+    assert (np.abs(found - want) <= bound).all(), float((np.abs(found - want) / bound).max())
+    unpadded(found)
+
+
+def unpadded(found):
+    """What shaders write behind the last column is 0."""
+    columns = found.shape[-1]
+    assert not found.base.reshape(-1, -(-columns // 4) * 4)[:, columns:].any()
+
+
+def multiplied(bench, what, constant=True, bias=True, make=random, layer=product):
+    """(found, wanted, bound)"""
+    kind = DTYPES[what.number]
+    a = make(what.batch, what.rows, what.inner, kind=kind)
+    b = make(*([what.batch] if what.batched else []),
+             *((what.columns, what.inner) if what.transposed else (what.inner, what.columns)), seed=1, kind=kind)
+    c = make(what.columns, seed=2) if bias else None
+    outputs = what.batch, what.rows, what.columns
+    residual = make(*outputs, seed=3, kind=kind) if what.residual else None
+    others = [x for x in (None if constant else b, residual) if x is not None]
+    found, seconds = run(bench, layer(what, b if constant else None, c),
+                         {"input": a} | {f"input{i}": x for i, x in enumerate(others, 1)})
+    assert seconds >= 0
+    return found, *checks.product(what, a, b, c, residual)
+
+
+def convolved(bench, what, bias=True, make=random, layer=convolution, choice=None, **more):
+    """(found, wanted, bound)"""
+    kind = DTYPES[what.number]
+    x = make(what.batch, what.height, what.width, what.channels, kind=kind)
+    weights = make(what.filters, *what.kernel, what.channels // what.groups, seed=1, kind=kind)
+    b = make(what.filters, seed=2) if bias else None
+    outputs = what.batch, *what.out, what.filters
+    residual = make(*outputs, seed=3, kind=kind) if what.residual else None
+    found, _ = run(bench, layer(what, weights, b, **more),
+                   {"input": x} | ({"input1": residual} if what.residual else {}))
+    return found, *checks.convolution(what, x, weights, b, residual, choice)
 
 
 @pytest.mark.parametrize(("rows", "columns", "inner"), [(1, 1, 1), (64, 64, 64), (33, 7, 19), (5, 130, 1), (3, 4, 513)])
-@pytest.mark.parametrize("activation", EXACT)
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
 def test_a_matrix_product_is_exact_on_whole_numbers(bench, rows, columns, inner, activation):
-    a, b, bias = whole((rows, inner), 1), whole((inner, columns), 2), whole((1, columns), 3)
-    found, seconds = run(bench, matmul(rows, columns, inner, activation),
-                         {"input": a, "weights": packed(b), "bias": packed(bias)}, (rows, columns))
-    np.testing.assert_array_equal(found, ended(a @ b + bias, activation))
-    assert seconds >= 0
+    found, want, _ = multiplied(bench, Product(1, rows, inner, columns, activation=activation), make=whole)
+    np.testing.assert_array_equal(found, want)
+    unpadded(found)
 
 
-@pytest.mark.parametrize("c", [
-    Convolution(6, 5, 3, 8, (3, 3), pad=(1, 1), size=(6, 5)),
-    Convolution(9, 9, 5, 6, (3, 3), (2, 2), pad=(0, 1), size=(4, 5)),
-    Convolution(7, 8, 4, 4, (1, 1), size=(7, 8)),
-    Convolution(8, 8, 2, 3, (1, 1), (2, 3), size=(4, 3)),
-    Convolution(11, 10, 2, 5, (3, 2), dilation=(2, 3), pad=(2, 0), size=(11, 7)),
-    Convolution(1, 1, 1, 1, (5, 5), pad=(2, 2), size=(1, 1)),
-], ids=lambda c: f"{c.kernel[0]}x{c.kernel[1]}/{c.stride[0]}")
-@pytest.mark.parametrize("activation", EXACT)
-def test_a_convolution_is_exact_on_whole_numbers(bench, c, activation):
-    x, weights = whole((c.height, c.width, c.channels), 1), whole((c.outputs, *c.kernel, c.channels), 2)
-    bias = whole((1, c.outputs), 3)
-    found, _ = run(bench, convolution(c, activation), {"input": x, "weights": packed_weights(weights),
-                                                       "bias": packed(bias)}, (*c.size, c.outputs))
-    np.testing.assert_array_equal(found, ended(convolved(x, weights, bias[0], c), activation))
+@pytest.mark.parametrize("constant", [True, False])
+@pytest.mark.parametrize("number", ["float32", "float16"])
+@pytest.mark.parametrize("what", [
+    Product(1, 33, 17, 40), Product(2, 5, 64, 48, scale=0.5), Product(1, 1, 101, 10, transposed=True),
+    Product(3, 8, 16, 24, batched=True, transposed=True, scale=-2.0, residual=True, activation="hardswish"),
+    Product(2, 7, 3, 5, batched=True, residual=True, activation="leaky", slope=0.25),
+], ids=["odd", "a batch", "a row", "batched", "small"])
+def test_products_are_right(bench, what, number, constant):
+    what = replace(what, number=number)
+    for bias in (True, False):
+        right(*multiplied(bench, what, constant, bias), number)
 
 
-@pytest.mark.parametrize("c", [
-    Convolution(6, 5, 3, 3, (3, 3), pad=(1, 1), size=(6, 5)),
-    Convolution(9, 9, 37, 37, (3, 3), (2, 2), pad=(0, 1), size=(4, 5)),
-    Convolution(11, 10, 8, 8, (5, 2), dilation=(2, 3), pad=(4, 0), size=(11, 7)),
-    Convolution(1, 1, 1, 1, (5, 5), pad=(2, 2), size=(1, 1)),
-], ids=lambda c: f"{c.kernel[0]}x{c.kernel[1]}/{c.stride[0]}")
-@pytest.mark.parametrize("activation", EXACT)
-def test_a_depthwise_convolution_is_exact_on_whole_numbers(bench, c, activation):
-    x, weights = whole((c.height, c.width, c.channels), 1), whole((*c.kernel, c.channels), 2)
-    bias = whole((1, c.channels), 3)
-    each = np.einsum("hwc,oc->ohwc", weights, np.eye(c.channels))  # of all other channels: 0
-    given = {"input": packed(x.reshape(-1, c.channels)), "weights": packed_depthwise(weights), "bias": packed(bias)}
-    found, _ = run(bench, depthwise(c, activation), given, (*c.size, c.channels))
-    np.testing.assert_array_equal(found, ended(convolved(x, each, bias[0], c), activation))
+SHAPES = {
+    "three channels": Convolution(1, 9, 11, 3, 10, (3, 3), (2, 2), pads=(1, 1, 1, 1)),
+    "uneven pads": Convolution(1, 6, 7, 5, 18, (3, 3), pads=(0, 1, 2, 1), activation="relu"),
+    "a batch": Convolution(3, 5, 4, 8, 16, (3, 3), pads=(1, 1, 1, 1), residual=True, activation="hardswish"),
+    "dilated": Convolution(1, 9, 8, 4, 6, (3, 2), dilations=(2, 3), pads=(2, 2, 2, 2)),
+    "flat kernel": Convolution(2, 6, 6, 5, 7, (5, 1), (1, 3), pads=(2, 0, 1, 0), residual=True),
+    "one pixel": Convolution(1, 1, 1, 1, 1, (5, 5), pads=(2, 2, 2, 2)),
+    "strided points": Convolution(2, 7, 7, 9, 20, strides=(2, 2)),
+    "whole image": Convolution(1, 4, 4, 6, 96, (4, 4)),
+    "groups of fours": Convolution(2, 5, 6, 16, 24, (3, 3), pads=(1, 1, 1, 1), groups=2, activation="relu6"),
+    "groups": Convolution(2, 7, 5, 12, 8, (3, 3), pads=(1, 1, 1, 1), groups=4, residual=True, activation="relu6"),
+    "odd groups": Convolution(1, 4, 5, 6, 9, (2, 2), groups=3),
+    "depthwise": Convolution(2, 9, 9, 37, 37, (3, 3), (2, 1), pads=(0, 1, 1, 1), groups=37, residual=True),
+    "flat depthwise": Convolution(1, 11, 10, 8, 8, (5, 2), dilations=(2, 3), pads=(4, 0, 4, 0), groups=8),
+    "multiplier": Convolution(2, 6, 6, 5, 20, (3, 3), pads=(1, 1, 1, 1), groups=5),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_convolution_is_exact_on_whole_numbers(bench, shape):
+    found, want, _ = convolved(bench, replace(SHAPES[shape], activation="relu"), make=whole)
+    np.testing.assert_array_equal(found, want)
+    unpadded(found)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_halves_are_stored_and_floats_computed(bench, shape):
+    what = replace(SHAPES[shape], number="float16")
+    right(*convolved(bench, what, bias=shape != "a batch"), "float16")
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_convolution_is_right(bench, data):
+    def some(low, high):
+        return data.draw(st.integers(low, high))
+
+    groups, number = some(1, 3), data.draw(st.sampled_from(["float32", "float16"]))
+    kernel, strides, dilations = ((some(1, 4), some(1, 4)), (some(1, 3), some(1, 3)), (some(1, 2), some(1, 2)))
+    pads = tuple(some(0, k - 1) for k in (*kernel, *kernel))
+    height, width = ((k - 1) * d + some(1, 9) for k, d in zip(kernel, dilations, strict=True))
+    what = Convolution(some(1, 2), height, width, groups * some(1, 8), groups * some(1, 12), kernel, strides, dilations,
+                       pads, groups, data.draw(st.booleans()), number=number)
+    right(*convolved(bench, what), number)
+
+
+def test_halves_are_added_up_by_fours(bench):
+    """Four products, of halves that may be rounded either way and flushed where they are denormal."""
+    if "float16" not in bench.limits.elements:
+        pytest.skip("needs a device that computes on halves")
+    cases = [(multiplied, product, Product(2, 9, 50, 21, number="float16", activation="relu", residual=True), 50)]
+    for name, terms in (("uneven pads", 45), ("groups of fours", 72), ("strided points", 9)):
+        cases.append((convolved, convolution, replace(SHAPES[name], number="float16", activation="relu"), terms))
+    for computed, layer, what, terms in cases:
+        found, want, _ = computed(bench, what, layer=partial(layer, halves=True), make=whole)
+        assert np.abs(want).max() < 2048  # up to there halves hold whole numbers
+        np.testing.assert_array_equal(found, want)
+        found, want, bound = computed(bench, what, layer=partial(layer, halves=True))
+        assert (np.abs(found - want) > bound).any()  # it is halves that were added
+        right(found, want, bound + terms * (5 * HALF + 2.0**-14), "float16")
+
+
+def test_a_device_without_halves(bench, monkeypatch):
+    layer = product(Product(1, 1, 1, 1, number="float16"), whole(1, 1), halves=True)
+    monkeypatch.setattr(bench, "limits", replace(bench.limits, elements=frozenset({"float32"})))
+    with pytest.raises(UnsupportedError, match="does not compute on halves"):
+        run(bench, layer, {"input": whole(1, 1)})
 
 
 def sigmoid(x):
@@ -126,17 +204,16 @@ ACTIVATIONS = {  # kind: what it is, how far a shader may be off
 @pytest.mark.parametrize("activation", ENDINGS)
 def test_activations_are_as_near_as_vulkan_promises(bench, activation):
     x = np.concatenate((np.linspace(-12, 12, 4093), [0, 1e-30, -1e-30, 87, -87, 104, -104, 3e4, -3e4, 1e30, -1e30]))
-    x = x.astype(np.float32).reshape(1, -1, 4)
-    c = Convolution(1, x.shape[1], 4, 4, (1, 1), size=x.shape[:2])
-    found, _ = run(bench, depthwise(c, activation, 0.2),
-                   {"input": x, "weights": np.ones((1, 4)), "bias": np.zeros((1, 4))}, x.shape)
+    x = x.astype(np.float32).reshape(1, 1, -1, 4)
+    what = Convolution(1, 1, x.shape[2], 4, 4, groups=4, activation=activation, slope=0.2)
+    found, _ = run(bench, convolution(what, np.ones((4, 1, 1, 1))), {"input": x})
     exact, allowed = (f(x.astype(np.float64)) for f in ACTIVATIONS[activation])
     assert (np.abs(found - exact) <= allowed + 1e-30).all()
 
 
 def test_the_error_of_a_name_lists_the_activations_there_are():
     with pytest.raises(UnsupportedError, match="no shader with the activation softplus") as e:
-        matmul(1, 1, 1, "softplus")
+        product(Product(1, 1, 1, 1, activation="softplus"), np.zeros((1, 1)))
     assert e.value.facts["want"] == ", ".join(ENDINGS)
 
 
@@ -144,16 +221,23 @@ def test_real_numbers_are_as_near_as_float32_sums_are(bench):
     """A sum of n products is off by about n 2**-24 of their magnitudes at most (Higham, 2002, section 3.1)."""
     r = np.random.default_rng(0)
     a, b = r.standard_normal((40, 300)).astype(np.float32), r.standard_normal((300, 20)).astype(np.float32)
-    found, _ = run(bench, matmul(40, 20, 300), {"input": a, "weights": packed(b), "bias": np.zeros((1, 20))}, (40, 20))
+    found, _ = run(bench, product(Product(1, 40, 300, 20), b), {"input": a})
     exact = a.astype(np.float64) @ b.astype(np.float64)
     assert (np.abs(found - exact) <= 301 * 2.0**-24 * (np.abs(a).astype(np.float64) @ np.abs(b))).all()
 
 
-def valid(folder, modules):
-    """spirv-val's word."""
+def valid(folder, layers):
+    """spirv-val's word; and no module asks for more than every device has, or for halves."""
+    for layer in layers:
+        for module in layer.modules:
+            words = struct.unpack_from("<8I", module.words, 20)
+            assert words[:2] == (2 << 16 | 17, 1)  # Capability Shader
+            if module.halves:
+                assert words[2:4] == (2 << 16 | 17, 9)  # and Float16
+            assert words[4 if module.halves else 2] & 0xFFFF == 11  # ExtInstImport: there are no others
     if not shutil.which("spirv-val"):
         pytest.skip("needs spirv-val: apt install spirv-tools")
-    for i, module in enumerate(modules):
+    for i, module in enumerate(m for layer in layers for m in layer.modules):
         file = folder / f"{i}.spv"
         file.write_bytes(module.words)
         checked = subprocess.run(["spirv-val", "--target-env", "vulkan1.1", file], capture_output=True, text=True)
@@ -161,20 +245,69 @@ def valid(folder, modules):
 
 
 def test_modules_are_valid_for_vulkan(tmp_path):
-    c = Convolution(6, 5, 3, 3, size=(4, 3))
-    valid(tmp_path, [depthwise(c, kind) for kind in ENDINGS] + [matmul(33, 7, 19, "relu6"), convolution(c, "gelu")])
+    small = Convolution(1, 4, 3, 3, 3, groups=3)
+    valid(tmp_path, [convolution(replace(small, activation=kind), np.ones((3, 1, 1, 1))) for kind in ENDINGS])
+    for number in ("float32", "float16"):
+        layers = [convolution(replace(what, number=number), random(what.filters, *what.kernel, what.channels
+                                                                   // what.groups)) for what in SHAPES.values()]
+        for batched in (True, False):
+            what = Product(2, 3, 5, 7, batched=batched, transposed=True, residual=True, number=number)
+            layers += [product(what), product(replace(what, transposed=False)),
+                       product(what, random(*([2] if batched else []), 7, 5), random(7))]
+        valid(tmp_path, layers)
+    half = replace(what, transposed=False)
+    valid(tmp_path, [product(half, halves=True), convolution(replace(SHAPES["a batch"], number="float16"),
+                                                             random(16, 3, 3, 8), halves=True)])
+
+
+def test_rows_that_are_not_there_are_not_read(bench):
+    """Of B's last four rows: what follows it does not matter."""
+    a, b = random(2, 3, 5), random(2, 5, 7)
+    b[1] = np.inf
+    found, _ = run(bench, product(Product(2, 3, 5, 7, batched=True)), {"input": a, "input1": b})
+    assert np.isfinite(found[0]).all()
+
+
+def test_a_module_is_compiled_once(bench):
+    layer, tensors = product(Product(1, 3, 5, 7), random(5, 7)), {"input": random(1, 3, 5)}
+    first, _ = run(bench, layer, tensors)
+    made = bench._whole.cache_info().misses
+    again, _ = run(bench, layer, tensors)
+    assert bench._whole.cache_info().misses == made
+    np.testing.assert_array_equal(first, again)
 
 
 def test_a_sum_that_the_driver_would_cut_short(bench, monkeypatch):
-    monkeypatch.setattr(bench, "turns_max", 64)
-    a = whole((1, 65), 1)
-    with pytest.raises(UnsupportedError, match="ends loops after 64 turns") as e:
-        run(bench, matmul(1, 4, 65), {"input": a, "weights": whole((65, 4), 2), "bias": whole((1, 4), 3)}, (1, 4))
-    assert e.value.facts["want"] == "65"
+    monkeypatch.setattr(bench, "turns_max", 16)
+    with pytest.raises(UnsupportedError, match="ends loops after 16 turns") as e:
+        run(bench, product(Product(1, 1, 65, 4), whole(65, 4)), {"input": whole(1, 65)})
+    assert e.value.facts["want"] == "17"
 
 
 def test_what_shaders_have_not():
-    with pytest.raises(UnsupportedError, match="one channel of each"):
-        depthwise(Convolution(4, 4, 2, 4, size=(2, 2)))
     with pytest.raises(UnsupportedError, match="count in 32 bits"):
-        matmul(1 << 20, 1 << 12, 4)
+        product(Product(1, 1 << 20, 4, 1 << 12))
+    with pytest.raises(UnsupportedError, match="the shader of products computes on floats"):
+        product(Product(1, 1, 1, 1, number="int8"))
+    with pytest.raises(UnsupportedError, match="only what is stored as halves"):
+        product(Product(1, 1, 1, 1), halves=True)
+    with pytest.raises(UnsupportedError, match="adds nothing up as halves"):
+        convolution(replace(SHAPES["depthwise"], number="float16"), whole(37, 3, 3, 1), halves=True)
+    with pytest.raises(UnsupportedError, match="the shader of convolutions computes on floats"):
+        convolution(Convolution(1, 1, 1, 1, 1, number="int8"), whole(1, 1, 1, 1))
+
+
+def test_arrays_of_other_shapes():
+    with pytest.raises(InvariantError, match="B is of another shape"):
+        product(Product(1, 2, 3, 4), whole(4, 3))
+    with pytest.raises(InvariantError, match="the bias is of another shape"):
+        product(Product(1, 2, 3, 4), whole(3, 4), whole(3))
+    with pytest.raises(InvariantError, match="the weights are of another shape"):
+        convolution(Convolution(1, 2, 2, 3, 4), whole(3, 1, 1, 4))
+
+
+@pytest.mark.parametrize("tensors", [{}, {"input": whole(6)}, {"input": whole(1, 1, 3)}, {"input": whole(3, 2)}])
+def test_tensors_of_other_shapes(bench, tensors):
+    with pytest.raises(InvariantError, match="the tensor 'input' is of another shape") as e:
+        run(bench, product(Product(1, 2, 3, 4), whole(3, 4)), tensors)
+    assert e.value.facts["want"] == "(1, 2, 3)"

@@ -8,7 +8,7 @@
     s.store(0, s.global_id, x.get())
     words = s.assemble()
 
-Values are uint, float, half (16 bits) or bool, alone or in vectors of 2 to 4. Control flow is structured.
+Values are uint, int, float, half (16 bits) or bool, alone or in vectors of 2 to 4. Control flow is structured.
 Buffers are set 0, bindings 0, 1, ...; the arguments are a uniform block in the binding after them, four bytes each.
 Nothing is folded, reordered or left out, but for types and constants, which are declared once.
 
@@ -20,89 +20,14 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
 
+from npulab.gpu.spirv_values import Kind, Type, Value, Variable
 from npulab.gpu.spirv_words import ARITHMETIC, BUILTINS, CLASSES, DECORATIONS, GLSL, MAGIC, VERSION, text, word
 
-Kind = Literal["bool", "uint", "float", "half"]
-BYTES = {"uint": 4, "float": 4, "half": 2}
-
-
-@dataclass(frozen=True, slots=True)
-class Type:
-    kind: Kind
-    lanes: int = 1
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return BYTES[self.kind] * self.lanes
-
+__all__ = ["Kind", "Shader", "Type", "Value", "Variable"]
 
 CONSTANT = Type("uint", 4)
 """Of constant memory: arrays in uniform blocks have a stride of 16 bytes at least (Vulkan 1.1, 14.5.4)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Value:
-    """Something computed: a result id with its type. Numbers beside it are taken as constants of that type."""
-
-    shader: Shader
-    id: int
-    type: Type
-
-    def __add__(self, other: Value | float) -> Value:
-        return self.shader.binary("+", self, other)
-
-    def __sub__(self, other: Value | float) -> Value:
-        return self.shader.binary("-", self, other)
-
-    def __mul__(self, other: Value | float) -> Value:
-        return self.shader.binary("*", self, other)
-
-    def __truediv__(self, other: Value | float) -> Value:
-        return self.shader.binary("/", self, other)
-
-    def __floordiv__(self, other: Value | int) -> Value:
-        return self.shader.typed("UDiv", self.type, self, self.shader.like(other, self))
-
-    def __mod__(self, other: Value | int) -> Value:
-        return self.shader.typed("UMod", self.type, self, self.shader.like(other, self))
-
-    def __and__(self, other: Value | int) -> Value:
-        return self.shader.typed("BitwiseAnd", self.type, self, self.shader.like(other, self))
-
-    def __rshift__(self, other: Value | int) -> Value:
-        return self.shader.typed("ShiftRightLogical", self.type, self, self.shader.like(other, self))
-
-    def __ge__(self, other: Value | int) -> Value:
-        return self.shader.compare("UGreaterThanEqual", self, other)
-
-    def __lt__(self, other: Value | int) -> Value:
-        return self.shader.compare("ULessThan", self, other)
-
-    def same(self, other: Value | int) -> Value:
-        return self.shader.compare("IEqual", self, other)
-
-    def differs(self, other: Value | int) -> Value:
-        return self.shader.compare("INotEqual", self, other)
-
-
-@dataclass(frozen=True, slots=True)
-class Variable:
-    """Of one thread."""
-
-    shader: Shader
-    id: int
-    type: Type
-
-    def get(self) -> Value:
-        return self.shader.typed("Load", self.type, self.id)
-
-    def set(self, value: Value) -> None:
-        assert value.type == self.type
-        self.shader.do("Store", self.id, value.id)
 
 
 class Shader:
@@ -147,7 +72,7 @@ class Shader:
     def constant(self, value: float, kind: Kind = "uint", lanes: int = 1) -> Value:
         """The same number in each lane."""
         one = Type(kind)
-        if kind == "uint":
+        if kind in ("uint", "int"):
             word = int(value) & 0xFFFFFFFF
         else:
             word = int.from_bytes(struct.pack("<e" if kind == "half" else "<f", value).ljust(4, b"\0"), "little")
@@ -168,15 +93,18 @@ class Shader:
         return value if lanes == 1 else self.typed("CompositeConstruct", Type(value.type.kind, lanes), *[value] * lanes)
 
     def binary(self, sign: str, a: Value, b: Value | float) -> Value:
-        return self.typed(ARITHMETIC[sign][a.type.kind != "uint"], a.type, a, self.like(b, a))
+        return self.typed(ARITHMETIC[sign][a.type.kind not in ("uint", "int")], a.type, a, self.like(b, a))
 
     def compare(self, opcode: str, a: Value, b: Value | int) -> Value:
-        return self.typed(opcode, Type("bool"), a, self.like(b, a))
+        return self.typed(opcode, Type("bool", a.type.lanes), a, self.like(b, a))
 
     def both(self, a: Value, b: Value) -> Value:
         return self.typed("LogicalAnd", Type("bool"), a, b)
 
     def select(self, condition: Value, yes: Value | float, no: Value) -> Value:
+        """Lane by lane; one condition may stand for all lanes."""
+        if condition.type.lanes != no.type.lanes:
+            condition = self.spread(condition, no.type.lanes)
         return self.typed("Select", no.type, condition, self.like(yes, no), no)
 
     def fma(self, a: Value, b: Value, c: Value) -> Value:
@@ -206,6 +134,18 @@ class Shader:
             return value
         opcode = "ConvertUToF" if value.type.kind == "uint" else "FConvert"
         return self.typed(opcode, Type(kind, value.type.lanes), value)
+
+    def bits(self, value: Value, kind: Kind) -> Value:
+        """The same bits as another kind of as many."""
+        return value if value.type.kind == kind else self.typed("Bitcast", Type(kind, value.type.lanes), value)
+
+    def unpacked(self, value: Value) -> Value:
+        """Two floats of the halves in a uint, the lower one first. Needs no capability."""
+        return self.typed("ExtInst", Type("float", 2), self._glsl, GLSL["UnpackHalf2x16"], value)
+
+    def packed(self, value: Value) -> Value:
+        """Two floats as halves in a uint."""
+        return self.typed("ExtInst", Type("uint"), self._glsl, GLSL["PackHalf2x16"], value)
 
     # memory
 
@@ -302,6 +242,11 @@ class Shader:
 
     # the module
 
+    @property
+    def has_halves(self) -> bool:
+        """Whether it asks for the capability Float16."""
+        return 9 in self._capabilities
+
     def assemble(self) -> bytes:
         """The module, little-endian."""
         out: list[int] = []
@@ -338,7 +283,8 @@ class Shader:
         if t.kind == "half":
             self._capabilities[9] = None  # Float16
         return {"bool": lambda: self._once("TypeBool"), "uint": lambda: self._once("TypeInt", 32, 0),
-                "float": lambda: self._once("TypeFloat", 32), "half": lambda: self._once("TypeFloat", 16)}[t.kind]()
+                "int": lambda: self._once("TypeInt", 32, 1), "float": lambda: self._once("TypeFloat", 32),
+                "half": lambda: self._once("TypeFloat", 16)}[t.kind]()
 
     def _once(self, opcode: str, *operands: int, result: int = 0, stride: int = 0) -> int:
         """A type or constant, declared at its first use. stride: of an array, bytes."""

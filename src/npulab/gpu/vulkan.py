@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -128,6 +128,7 @@ class Vulkan(More):
                                                                    required_limits=dict(given)))
         self._kernel = lru_cache(maxsize=64)(self._compiled)
         self._pipeline = lru_cache(maxsize=64)(self._made)
+        self._whole = lru_cache(maxsize=64)(partial(self._pipeline_of, name="main"))
         self._arguments = self._do(lambda: self.device.create_buffer(
             size=ARGUMENTS, usage=wgpu.BufferUsage.UNIFORM | wgpu.BufferUsage.COPY_DST))
         if self.clocked:
@@ -178,8 +179,9 @@ class Vulkan(More):
         return Timing(tuple(found[1:]), {"bytes": float(size)}, "" if (back == host).all() else "bytes were lost")
 
     def compute(self, words: bytes, groups: Sequence[int], buffers: Sequence[Any]) -> float:
-        """Seconds of one run of a module with the entry point main, buffers in the order of their bindings."""
-        return self._timed(self._call(self._pipeline_of(words, "main"), groups, buffers))
+        """Seconds of one run of a module with the entry point main, buffers in the order of their bindings. Of its
+        first run a driver may make a compilation."""
+        return self._timed(self._call(self._whole(words), groups, buffers))
 
     # how they are done
 

@@ -9,11 +9,12 @@ Source: Dao et al., FlashAttention (2022), algorithm 1; Milakov and Gimelshein (
 
 from __future__ import annotations
 
-from npulab.errors import CapacityError, UnsupportedError
+from npulab.errors import CapacityError
 from npulab.gpu.compute.attention import operations
-from npulab.gpu.compute.modules import FOUR, Module
+from npulab.gpu.compute.modules import Layer, Module
+from npulab.gpu.compute.modules_numbers import FOUR, STORED, counted, floats, fours, load, store
 from npulab.gpu.compute.problems import Attention
-from npulab.gpu.spirv_builder import Shader, Type, Value, Variable
+from npulab.gpu.spirv_builder import Shader, Value, Variable
 
 LANES, ROWS = 4, 16
 """Threads of a group: LANES share a query, ROWS times `rows` queries are a tile."""
@@ -26,34 +27,31 @@ LOW = -1e30
 """Below all scores: nothing was seen."""
 
 
-def attention(what: Attention, local_bytes: int = LOCAL) -> Module:
+def attention(what: Attention, local_bytes: int = LOCAL) -> Layer:
     """output = softmax(input input1^T * scale) input2; causal: query q sees keys 0 to q. Numbers are finite, scores
-    above -1e30.
+    above -1e30. float32 is computed.
 
-    Shapes:  as of `Attention`, nothing is padded. `local_bytes` is what a work group may take of local memory.
-    Raises:  UnsupportedError unless float32, and where 32 bits do not count all elements; CapacityError where no tile
-             fits local memory.
+    Shapes:  as of `Attention`. `local_bytes` is what a work group may take of local memory.
+    Raises:  UnsupportedError for int8, and where 32 bits do not count all elements; CapacityError where no tile fits
+             local memory.
     """
-    if what.number != "float32":
-        raise UnsupportedError("the shader of attention computes on float32", got=what.number)
-    largest = what.batch * max(what.queries, what.keys) * max(what.depth, what.width)
-    if min(what.batch, what.queries, what.keys, what.depth, what.width) < 1 or largest >= 1 << 31:
-        raise UnsupportedError("shaders count in 32 bits", got=f"{largest} elements")
+    floats(what.number, "attention")
+    counted(what.batch, what.queries, what.keys, what.depth, what.width,
+            what.batch * max(what.queries, what.keys) * (max(what.depth, what.width) + 3))
     for rows, keys in TILES:
         if _local(what, rows, keys) <= local_bytes:
-            return _Flash(what, rows, keys).module()
+            q, k, v = ((what.batch, *x) for x in ((what.queries, what.depth), (what.keys, what.depth),
+                                                  (what.keys, what.width)))
+            shapes = {"input": q, "input1": k, "input2": v, "output": (what.batch, what.queries, what.width)}
+            return Layer((_Flash(what, rows, keys).module(),), shapes, what.number)
     raise CapacityError("no tile of attention fits local memory", got=f"{local_bytes} bytes",
                         want=f"{_local(what, *TILES[-1])} for vectors of {what.depth} and {what.width}")
 
 
 def _local(what: Attention, rows: int, keys: int) -> int:
     """Bytes: queries; keys, then values in their place; exponentials; the largest score of each thread."""
-    depth, width = _fours(what.depth) + 1, _fours(what.width)
+    depth, width = fours(what.depth) + 1, fours(what.width)
     return 16 * (ROWS * rows * depth + keys * max(depth, width)) + 4 * (ROWS * rows * (keys + LANES))
-
-
-def _fours(count: int) -> int:
-    return -(-count // 4)
 
 
 class _Flash:
@@ -62,9 +60,8 @@ class _Flash:
 
     def __init__(self, what: Attention, rows: int, keys: int) -> None:
         self.what, self.rows, self.keys = what, rows, keys
-        self.depth, self.width = _fours(what.depth), _fours(what.width)
-        self.kinds = [FOUR if n % 4 == 0 else Type("float") for n in (what.depth, what.depth, what.width, what.width)]
-        s = self.s = Shader((LANES, ROWS), self.kinds, ())
+        self.depth, self.width = fours(what.depth), fours(what.width)
+        s = self.s = Shader((LANES, ROWS), [STORED[what.number]] * 4, ())
         self.stride, self.tall = self.depth + 1, ROWS * rows
         self.queries = s.shared(FOUR, self.tall * self.stride)
         self.tile = s.shared(FOUR, keys * max(self.stride, self.width))
@@ -105,24 +102,15 @@ class _Flash:
                                                                     for n in (self.depth, self.width))
         groups = -(-what.queries // self.tall), what.batch
         return Module(s.assemble(), groups, ("input", "input1", "input2", "output"), operations(what),
-                      loads + tiles * (1 + self.depth + keys // 4), 1, _local(what, rows, keys))
+                      loads + tiles * (1 + self.depth + keys // 4), _local(what, rows, keys))
 
     def _bring(self, buffer: int, count: int, columns: int, start: Value, high: int, to: int, stride: int) -> None:
-        """Rows from `start` on to local memory, as vectors of four; what is beyond the matrix is read as the last row
-        and, of columns, as 0."""
-        s, wide = self.s, _fours(columns)
+        """Rows from `start` on to local memory, as floats; what is beyond the matrix is read as the last row."""
+        s, wide = self.s, fours(columns)
         with s.loop(high * wide, THREADS, self.linear) as i:
             row, column = i // wide, i % wide
             from_ = s.group_y * count + s.builtin("UMin", start + row, s.constant(count - 1))
-            if self.kinds[buffer] == FOUR:
-                value = s.load(buffer, from_ * wide + column)
-            else:
-                each = []
-                for n in range(4):
-                    x = s.load(buffer, from_ * columns + s.builtin("UMin", column * 4 + n, s.constant(columns - 1)))
-                    each.append(s.select(column * 4 + n < columns, x, s.constant(0.0, "float")))
-                value = s.vector(*each)
-            s.shared_store(to, row * stride + column, value)
+            s.shared_store(to, row * stride + column, load(s, self.what.number, buffer, from_ * wide + column))
 
     def _mine(self) -> list[Value]:
         """Places of a thread's keys in the tile."""
@@ -197,9 +185,4 @@ class _Flash:
             for n, x in enumerate(row):
                 column, value = self.lane + LANES * n, x.get() / s.spread(whole, 4)
                 with s.when(s.both(query < what.queries, column < self.width)):
-                    if self.kinds[3] == FOUR:
-                        s.store(3, at * self.width + column, value)
-                    else:
-                        for i in range(4):
-                            with s.when(column * 4 + i < what.width):
-                                s.store(3, at * what.width + column * 4 + i, s.lane(value, i))
+                    store(s, what.number, 3, at * self.width + column, value)  # of padding: 0, as V's is

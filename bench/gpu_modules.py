@@ -1,0 +1,77 @@
+"""How fast the kernels over Vulkan are on a device, one by one.
+
+    python bench/gpu_modules.py [DEVICE]
+
+10^9 operations a second of the plain kernel, whatever the algorithm (a multiply-add is two), by the device's clock, the
+best of RUNS after the first, which compiles. Results are not looked at: the tests do that.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+
+from npulab.gpu import vulkan
+from npulab.gpu.compute import (
+    modules_attention,
+    modules_convolution,
+    modules_integers,
+    modules_products,
+    modules_rows,
+    modules_winograd,
+)
+from npulab.gpu.compute.modules import Layer, run
+from npulab.gpu.compute.problems import Attention, Convolution, Product, Softmax
+from npulab.gpu.compute.types import Number
+
+RUNS = 8
+NUMBERS: tuple[Number, ...] = ("float32", "float16")
+
+
+def layers(halves: bool) -> Iterator[tuple[str, str, Layer, float]]:
+    """(kernel, numbers, layer, operations)"""
+    r = np.random.default_rng(0)
+    weights = r.standard_normal((64, 3, 3, 64))
+    for number in NUMBERS:
+        what = Product(1, 256, 256, 256, number=number)
+        b = r.standard_normal((256, 256))
+        yield "product 256 256 256", number, modules_products.product(what, b), what.operations
+        if number == "float16" and halves:
+            yield ("product 256 256 256", "float16, added as halves", modules_products.product(what, b, halves=True),
+                   what.operations)
+        conv = Convolution(1, 56, 56, 64, 64, (3, 3), pads=(1, 1, 1, 1), number=number)
+        yield "3x3 56x56 64-64", number, modules_convolution.convolution(conv, weights), conv.operations
+        for m in (2, 4):
+            layer = modules_winograd.convolution(conv, weights, size=m)
+            yield f"3x3 56x56 64-64, F({m}x{m})", number, layer, conv.operations
+        each = Convolution(1, 56, 56, 64, 64, (3, 3), pads=(1, 1, 1, 1), groups=64, number=number)
+        yield "3x3 56x56 64 depthwise", number, modules_convolution.convolution(each, weights[..., :1]), each.operations
+        heads = modules_attention.attention(Attention(8, 256, 256, 64, 64, 0.125, number=number))
+        yield "attention 8 heads 256 by 64", number, heads, heads.operations
+        rows = modules_rows.softmax(Softmax(1024, 1000, number=number))
+        yield "softmax 1024 by 1000", number, rows, rows.operations
+    bytes_ = r.integers(-127, 128, (64, 3, 3, 64)).astype(np.int8)
+    conv = Convolution(1, 56, 56, 64, 64, (3, 3), pads=(1, 1, 1, 1), number="int8")
+    rest = (None, 3, [1 << 30] * 64, [-8] * 64, 0)
+    yield "3x3 56x56 64-64", "int8", modules_integers.convolution(conv, bytes_, *rest), conv.operations
+    square = r.integers(-127, 128, (256, 256)).astype(np.int8)
+    layer = modules_integers.product(1, 256, 256, 256, square, None, 3, [1 << 30] * 256, [-8] * 256, 0)
+    yield "product 256 256 256", "int8", layer, 2.0 * 256**3
+
+
+def main() -> None:
+    device = vulkan.open_device(int(sys.argv[1]) if len(sys.argv) > 1 else 0)
+    print(device.identity.name, device.identity.driver, device.identity.platform, sep="; ")
+    print("\n| kernel | numbers | Gop/s |\n|---|---|---|")
+    r = np.random.default_rng(1)
+    for kernel, numbers, layer, operations in layers("float16" in device.limits.elements):
+        tensors = {role: r.integers(-100, 101, shape) if layer.number == "int8" else r.standard_normal(shape)
+                   for role, shape in layer.shapes.items() if role != "output"}
+        seconds = min([run(device, layer, tensors)[1] for _ in range(RUNS + 1)][1:])
+        print(f"| {kernel} | {numbers} | {operations / seconds / 1e9:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""int8 products and convolutions as SPIR-V, byte for byte: the oracles are those of the OpenCL kernels."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from npulab.errors import InvariantError, UnsupportedError
+from npulab.gpu.compute import checks
+from npulab.gpu.compute.modules import run
+from npulab.gpu.compute.modules_integers import convolution, doubled_high, product, requantized
+from npulab.gpu.compute.modules_numbers import WHOLE
+from npulab.gpu.compute.problems import Convolution
+from npulab.gpu.spirv_builder import Shader
+from npulab.reference import requantize
+from test_gpu_attention import INTEGERS, integers_of, litert_of
+from test_gpu_modules import bench, unpadded, valid  # noqa: F401 - a fixture
+
+GROUPS = {
+    "groups of fours": Convolution(2, 5, 6, 16, 24, (3, 3), pads=(1, 0, 1, 1), groups=2, number="int8"),
+    "odd groups": Convolution(1, 6, 7, 9, 6, (2, 3), (2, 1), pads=(1, 1, 0, 1), groups=3, number="int8"),
+    "groups, no pads": Convolution(1, 6, 7, 10, 15, (2, 3), groups=5, number="int8"),
+}
+
+
+def drawn(what, seed=0, shifts=None, big=False):
+    """(x, the arguments of convolution)"""
+    r = np.random.default_rng(seed)
+    x = r.integers(-128, 128, (what.batch, what.height, what.width, what.channels)).astype(np.int8)
+    w = r.integers(-127, 128, (what.filters, *what.kernel, what.channels // what.groups)).astype(np.int8)
+    bias = r.integers(-2**31 if big else -9999, 2**31 if big else 9999, what.filters)
+    shifts = shifts if shifts is not None else r.integers(-9, -4, what.filters)
+    return x, (w, bias, int(r.integers(-128, 128)), r.integers(2**30, 2**31, what.filters), shifts,
+               int(r.integers(-40, 40)))
+
+
+def check(bench, what, x, given_, low=-128, high=127, want=None):  # noqa: F811
+    if want is None:
+        want = integers_of(what, x, *given_, low, high)
+    found, _ = run(bench, convolution(what, *given_, low, high), {"input": x})
+    assert found.dtype == np.int8
+    np.testing.assert_array_equal(found, want)
+    unpadded(found)
+    return found
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integers_are_the_reference_byte_for_byte(bench, name):  # noqa: F811
+    assert len(np.unique(check(bench, INTEGERS[name], *drawn(INTEGERS[name])))) > 20
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integers_are_litert_byte_for_byte(bench, name):  # noqa: F811
+    pytest.importorskip("ai_edge_litert")
+    what, arguments, x, want = litert_of(replace(INTEGERS[name], batch=1))
+    assert len(np.unique(check(bench, what, x, arguments, want=want))) > 20
+
+
+def grouped_of(what, x, w, bias, zero_in, multipliers, shifts, zero_out):
+    """float64 holds these sums exactly."""
+    sums, _ = checks.convolution(replace(what, number="float32"), x.astype(np.int64) - zero_in, w, bias)
+    sums = requantize.multiply(sums.astype(np.int64), np.array(multipliers), np.array(shifts))
+    return np.clip(sums + zero_out, -128, 127).astype(np.int8)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_groups_of_integers(bench, name):  # noqa: F811
+    what = GROUPS[name]
+    x, arguments = drawn(what, 3)
+    check(bench, what, x, arguments, want=grouped_of(what, x, *arguments))
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_integers(bench, data):  # noqa: F811
+    def some(low, high):
+        return data.draw(st.integers(low, high))
+
+    groups = some(1, 3)
+    kernel, strides, dilations = ((some(1, 3), some(1, 4)), (some(1, 3), some(1, 3)), (some(1, 2), some(1, 2)))
+    pads = tuple(some(0, k - 1) for k in (*kernel, *kernel))
+    height, width = ((k - 1) * d + some(1, 9) for k, d in zip(kernel, dilations, strict=True))
+    what = Convolution(some(1, 2), height, width, groups * some(1, 8), groups * some(1, 12), kernel, strides, dilations,
+                       pads, groups, number="int8")
+    x, (w, bias, _, *rest) = drawn(what, some(0, 99))
+    arguments = (w, bias, data.draw(st.sampled_from([0, -128, 127, 3])), *rest)
+    check(bench, what, x, arguments, want=grouped_of(what, x, *arguments))
+
+
+def test_integers_are_clamped(bench):  # noqa: F811
+    found = check(bench, INTEGERS["3x3"], *drawn(INTEGERS["3x3"]), low=-10, high=30)
+    assert (found.min(), found.max()) == (-10, 30)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_sums_of_all_sizes_are_rounded_right(bench, seed):  # noqa: F811
+    """Every shift there is, sums of up to 32 bits that wrap."""
+    what = Convolution(1, 1, 40, 1, 62, number="int8")
+    check(bench, what, *drawn(what, seed, np.arange(-31, 31), big=True))
+
+
+def test_rounding_of_sums_at_the_edges(bench):  # noqa: F811
+    """32-bit results, not those that are left of them in a byte: the smallest and largest sums, ties, all shifts."""
+    edges = [-2**31, -2**31 + 1, -2**30 - 1, -2**30, -3, -2, -1, 0, 1, 2, 3, 2**30 - 1, 2**30, 2**31 - 1]
+    r = np.random.default_rng(0)
+    sums = np.concatenate([edges, r.integers(-2**31, 2**31, 98), r.integers(-100, 100, 48)]).astype(np.int32)
+    multipliers = np.array([0, 2**30, 2**30 + 1, 3 * 2**29, 2**31 - 1, *r.integers(2**30, 2**31, 5)], np.int32)
+    sums, multipliers, shifts = (x.astype(np.int32).ravel() for x in np.broadcast_arrays(
+        sums[:, None, None], multipliers[:, None], np.arange(-31, 31)))
+    for made, want in ((lambda s, *x: requantized(s, *x), requantize.multiply(sums, multipliers, shifts)),
+                       (lambda s, x, m, _: doubled_high(s, x, m),
+                        requantize.high_mul(sums.astype(np.int64), multipliers.astype(np.int64)))):
+        s = Shader(64, (WHOLE,) * 4, ())
+        with s.when(s.global_id < len(sums) // 4):
+            s.store(3, s.global_id, made(s, *(s.load(i, s.global_id) for i in range(3))))
+        buffers = [bench._buffer(x) for x in (sums, multipliers, shifts, np.zeros_like(sums))]
+        bench.compute(s.assemble(), (-(-len(sums) // 256),), buffers)
+        np.testing.assert_array_equal(bench._read(buffers[3], len(sums), np.int32), want)
+
+
+def test_integer_products(bench):  # noqa: F811
+    r = np.random.default_rng(5)
+    x, w = r.integers(-128, 128, (2, 7, 37)).astype(np.int8), r.integers(-127, 128, (21, 37)).astype(np.int8)
+    m, shifts = [2**30 + 12345] * 21, [-7] * 21
+    found, _ = run(bench, product(2, 7, 37, 21, w, None, 3, m, shifts, -1), {"input": x})
+    sums = (x.astype(np.int64) - 3) @ w.T.astype(np.int64)
+    want = np.clip(requantize.multiply(sums, np.array(m), np.array(shifts)) - 1, -128, 127)
+    np.testing.assert_array_equal(found, want)
+
+
+def test_modules_of_integers_are_valid_for_vulkan(tmp_path):
+    valid(tmp_path, [convolution(what, *drawn(what)[1]) for what in (*INTEGERS.values(), *GROUPS.values())])
+
+
+def test_what_integers_have_not():
+    what = INTEGERS["1x1"]
+    arguments = drawn(what)[1]
+    for other in (replace(what, residual=True), replace(what, activation="relu"), replace(what, number="float32")):
+        with pytest.raises(UnsupportedError, match="integer shaders add no residual"):
+            convolution(other, *arguments)
+    with pytest.raises(InvariantError, match="the weights are of another shape"):
+        convolution(replace(what, channels=3), *arguments)
+    w, bias, zero_in, multipliers, shifts, zero_out = arguments
+    for m, n in ((multipliers[1:], shifts), (-multipliers, shifts), (multipliers, shifts - 30),
+                 (multipliers, shifts + 40)):
+        with pytest.raises(InvariantError, match="are one for each filter"):
+            convolution(what, w, bias, zero_in, m, n, zero_out)
