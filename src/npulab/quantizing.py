@@ -23,9 +23,11 @@ from npulab.quantization.gram import Reference, reference
 from npulab.quantization.job import Budget, Job, Measured, Options, Tell
 from npulab.quantization.limits import obey
 from npulab.quantization.network import Layer, Network, Point, network
-from npulab.quantization.observe import Statistics, give_back, observe, runner
+from npulab.quantization.observe import Statistics, observe
+from npulab.quantization.parts import each
 from npulab.quantization.recipes import AUTO, Recipe, parse_recipe
 from npulab.quantization.sampling import taken
+from npulab.quantization.session import give_back
 from npulab.quantization.types import Feeds, Rules, Samples
 from npulab.reference.execute import prepare
 from npulab.targets.facts.quantization import entry_of, names
@@ -150,7 +152,7 @@ def quantize(graph: Graph, samples: Samples | None, rules: Rules, options: Optio
         made, data, orders = converted.graph, bytes(converted.graph.source), converted.inputs | converted.outputs
         notes += converted.notes
     else:
-        data = bytes(made.source)
+        data = made.source
     exact = simulated(net, made, orders, job.reference(), job.check)
     if resume is not None:
         resume.unlink(missing_ok=True)
@@ -197,10 +199,8 @@ def simulated(net: Network, made: Graph, orders: dict[str, tuple[int, ...]], ref
         converted = from_onnx(made)
         made, orders = converted.graph, converted.inputs | converted.outputs
         ends = {v.name: v for v in (made.values[i] for i in (*made.inputs, *made.outputs))}
-    run = runner(reference, names)
-    wanted = [run(feeds) for feeds in samples]
-    del run, reference  # before the exact arithmetic takes its own room
-    give_back()
+    wanted = list(each(reference, names, samples, list))
+    give_back()  # before the exact arithmetic takes its own room
     machine = prepare(made, net.rules.arithmetic)
     for feeds, floats in zip(samples, wanted, strict=True):
         stored = {}

@@ -15,8 +15,9 @@ from npulab.quantization.configurations import Trial
 from npulab.quantization.emit import integer_model
 from npulab.quantization.mixed import Budget, parse_seconds, parse_size, search
 from npulab.quantization.network import Network
-from npulab.quantization.observe import Progress, Statistics
+from npulab.quantization.observe import Statistics
 from npulab.quantization.sensitivity import ends
+from npulab.quantization.session import Progress
 from npulab.quantization.types import Samples
 from npulab.targets.target import all_targets
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from npulab.quantization.emit import integer_model
 from npulab.quantization.network import Network
-from npulab.quantization.observe import each
+from npulab.quantization.parts import each
 from npulab.quantization.types import Array, Samples
 
 RIVALS = 32

@@ -9,8 +9,9 @@ import numpy as np
 from npulab.ir.ops import OnnxOp
 from npulab.quantization.emit import float_model
 from npulab.quantization.network import Layer, Network, Point, clamp_of
-from npulab.quantization.observe import Progress, Statistics, observe
+from npulab.quantization.observe import Statistics, observe
 from npulab.quantization.ranges import NEEDS_HISTOGRAM, fixed, method, params_of, weight_params
+from npulab.quantization.session import Progress
 from npulab.quantization.types import Params, Samples, Scheme
 
 Known = dict[tuple[str, int, str, Scheme], Params]

@@ -10,7 +10,7 @@ from npulab.quantization.calibrate import choose_activations, roomy
 from npulab.quantization.compare import FirstSamples, noises
 from npulab.quantization.emit import float_model, integer_model
 from npulab.quantization.network import MOVES, Layer, Network, Point
-from npulab.quantization.observe import Progress, Statistics
+from npulab.quantization.observe import Statistics
 from npulab.quantization.ranges import weight_params
 from npulab.quantization.sensitivity import (
     SAMPLES,
@@ -21,6 +21,7 @@ from npulab.quantization.sensitivity import (
     tensor_schemes,
     weight_schemes,
 )
+from npulab.quantization.session import Progress
 from npulab.quantization.types import Params, Samples, Scheme
 
 FLOAT = 32

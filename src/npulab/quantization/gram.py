@@ -21,7 +21,7 @@ from npulab.errors import ModelError, UsageError
 from npulab.ir.ops import OnnxOp
 from npulab.quantization.emit import float_model, integer_model
 from npulab.quantization.network import Layer, Network
-from npulab.quantization.observe import Progress, in_order, runner
+from npulab.quantization.session import Progress, in_order, runner
 from npulab.quantization.types import F32, Array, Params, Samples
 
 ROWS = 16384

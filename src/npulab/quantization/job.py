@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from npulab.errors import UsageError
-from npulab.exporters.onnx import to_onnx
+from npulab.exporters.onnx import to_view
 from npulab.program.files import write_atomically
+from npulab.program.pages import Buffer
 from npulab.quantization import datafree, precision, state
 from npulab.quantization.calibrate import Known, choose_activations, choose_weights, statistics
 from npulab.quantization.compare import SILENCE, noise
@@ -27,10 +28,12 @@ from npulab.quantization.emit import integer_model
 from npulab.quantization.gram import Reference, reference
 from npulab.quantization.joints import part_mixed, parted
 from npulab.quantization.network import Network
-from npulab.quantization.observe import Progress, Statistics, each
+from npulab.quantization.observe import Statistics
+from npulab.quantization.parts import each
 from npulab.quantization.ranges import METHODS, NEEDS_HISTOGRAM
 from npulab.quantization.recipes import AUTO, STEPS, Context, Recipe, Step
 from npulab.quantization.sampling import held, some, taken
+from npulab.quantization.session import Progress
 from npulab.quantization.trained import Kept
 from npulab.quantization.types import Array, Samples
 
@@ -107,7 +110,7 @@ class Job:
         self.net, self.options, self.tell, self.made_up = net, options, tell, made_up
         self.recipe = replace(recipe, steps=()) if recipe.name == AUTO.name else recipe
         self.begin = time.monotonic()
-        self.reference: Callable[[], bytes] = partial(to_onnx, net.graph, shapes=False)
+        self.reference: Callable[[], Buffer] = partial(to_view, net.graph, shapes=False)
         self.outputs = [net.name(v) for v in net.graph.outputs]
         self.every = samples
         count = len(samples)
