@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from npulab.ir.ops import OnnxOp
+from npulab.program.pages import let_go
 from npulab.quantization.emit import float_model
 from npulab.quantization.network import Layer, Network, Point, clamp_of
 from npulab.quantization.observe import Statistics, observe
@@ -88,6 +89,7 @@ def choose_weights(net: Network, clip: str = "min-max", known: Known | None = No
         key = "weights", layer.node, clip, layer.scheme
         if key not in known:
             known[key] = weight_params(layer.rows(), layer.scheme, layer.axis, clip)
+            let_go(layer.weight)
         layer.params = roomy(net, layer, known[key])
 
 

@@ -27,12 +27,16 @@ if TYPE_CHECKING:
 
 PART = 4 << 20
 """Bytes of a part's weights and of the tensors that leave it, from which on it ends where it can."""
+STEP = 24 << 20
+"""Bytes that nodes of a step make of a sample, from which on it ends where it can."""
 DISK = 128 << 20
 """Bytes of all samples' tensors between two parts."""
 TURN = 512
 """Samples that go through all parts together."""
-BLOCKED = ("AveragePool", "GlobalAveragePool")
-"""Operators that sum in another order where ONNX Runtime has made what they read in its own layout: never first."""
+BLOCKED = frozenset(("Add", "Sum", "Mul", "BatchNormalization", "Relu", "Clip", "Sigmoid", "Tanh", "LeakyRelu",
+                     "HardSigmoid", "HardSwish", "AveragePool", "GlobalAveragePool"))
+"""Operators that ONNX Runtime fuses with what makes their inputs, or that sum in another order where these have its own
+layout: no cut lies in front of them, for their results would have other last bits."""
 T = TypeVar("T")
 
 
@@ -68,39 +72,44 @@ def apart(model: Buffer | Thin, names: Sequence[str], samples: Samples, work: Ca
     return _run(_parts(made, names, len(samples), groups=groups), samples, work, progress)
 
 
-def _run(parts: Sequence[Part], samples: Samples, work: Callable[[Mapping[str, Array]], T], progress: Progress | None
-         ) -> Iterator[tuple[int, T]]:
+def _run(parts: Sequence[Sequence[Part]], samples: Samples, work: Callable[[Mapping[str, Array]], T],
+         progress: Progress | None) -> Iterator[tuple[int, T]]:
     if not len(samples):
         raise UsageError("there are no samples to calibrate with", got=samples.origin)
     total, source = len(samples), iter(samples)
     for first in range(0, total, TURN) if len(parts) > 1 else (0,):
         turn = min(TURN, total - first) if len(parts) > 1 else total
         feeds: Iterable[Feeds] = islice(source, turn)
-        for at, part in enumerate(parts):
+        for at, steps in enumerate(parts):
             between = _Between()
-            wanted = part.asked or at == len(parts) - 1
-            for i, (found, kept) in enumerate(_through(part, feeds, work if wanted else lambda _: None)):
+            for i, (found, kept) in enumerate(_through(steps, feeds, work)):
                 if kept:
                     between.put(kept)
-                if wanted:
-                    yield first + i, found  # type: ignore[misc]
+                for one in found:
+                    yield first + i, one
                 if progress:
                     progress(first + (at * turn + i + 1) // len(parts), total)
             feeds = between.all()
 
 
-def _through(part: Part, samples: Iterable[Feeds], work: Callable[[Mapping[str, Array]], T]
-             ) -> Iterator[tuple[T, dict[str, Array]]]:
+def _through(steps: Sequence[Part], samples: Iterable[Feeds], work: Callable[[Mapping[str, Array]], T]
+             ) -> Iterator[tuple[list[T], Feeds]]:
     """Each sample's results, and what parts behind read."""
-    names = list(dict.fromkeys([*part.asked, *part.kept]))
-    run = runner(part.model, names)
-    asked, kept = set(part.asked), set(part.kept)
-
-    def job(feeds: Feeds) -> tuple[T, dict[str, Array]]:
-        found = dict(zip(names, run(feeds), strict=True))
-        return work({n: a for n, a in found.items() if n in asked}), {n: a for n, a in found.items() if n in kept}
-
+    ready = []
     count = workers()
+    for step in steps:
+        names = list(dict.fromkeys([*step.asked, *step.kept]))
+        ready.append((names, step, runner(step.model, names)))
+
+    def job(feeds: Feeds) -> tuple[list[T], Feeds]:
+        results = []
+        for names, step, run in ready:
+            found = dict(zip(names, run(feeds), strict=True))
+            feeds = {name: found[name] for name in step.kept}
+            if step.asked or not step.kept:
+                results.append(work({name: found[name] for name in step.asked}))
+        return results, feeds
+
     with ThreadPoolExecutor(count) as pool:
         yield from in_order(pool, job, samples, count)
 
@@ -186,10 +195,10 @@ def reads_of(node: onnx.NodeProto) -> Iterator[str]:
 
 
 def _parts(model: Thin, names: Sequence[str], count: int, together: bool = False,
-           groups: Sequence[Sequence[str]] = ()) -> list[Part]:
-    """The model in parts, for so many samples. `together`: all `names` are asked of the last part; `groups` of names:
-    each of one part."""
-    whole = [Part(model, asked=list(names))]
+           groups: Sequence[Sequence[str]] = ()) -> list[list[Part]]:
+    """The model in parts of steps, for so many samples. `together`: all `names` are asked of the last step; `groups` of
+    names: each of one step."""
+    whole = [[Part(model, asked=list(names))]]
     if together and sum(size for size, _ in model.contents.values()) < PART:
         return whole
     types = _types(model)
@@ -198,17 +207,25 @@ def _parts(model: Thin, names: Sequence[str], count: int, together: bool = False
     end = len(walk.nodes)
     if together:
         walk.last.update((name, end) for name in names if name in walk.born)
-    ends = _ends(walk, sizes, set() if together else set(names), DISK // max(1, min(count, TURN)),
-                 [tuple(walk.born[name] for name in group) for group in groups])
-    if not ends:
+    places = [tuple(walk.born[name] for name in group) for group in groups]
+    own = set() if together else set(names)
+    leaving = [sum(walk.fixed.get(name, 0) for name in n.input) + sum(sizes.get(o, 0) for o in n.output if o in own)
+               for n in walk.nodes]
+    made = [sum(sizes.get(o, 0) for o in n.output) for n in walk.nodes]
+    ends = _cuts(walk, sizes, places, leaving, PART, DISK // max(1, min(count, TURN)))
+    steps = _cuts(walk, sizes, places, made, STEP, sum(made))
+    if not ends and not steps:
         return whole
-    parts = []
-    for first, behind in zip((0, *ends), (*ends, end), strict=True):
+    parts: list[list[Part]] = [[]]
+    cuts = sorted({*ends, *steps})
+    for first, behind in zip((0, *cuts), (*cuts, end), strict=True):
+        if first in ends:
+            parts.append([])
         kept = [name for name, born in walk.born.items() if born < behind <= walk.last.get(name, -1)]
         here = range(first, behind)
         asked = [name for name in names if (behind == end if together else max(0, walk.born.get(name, 0)) in here)]
-        part = _part(model, walk, first, behind, {*asked, *kept}, types)
-        parts.append(Part(part, asked, kept if behind < end else []))
+        piece = _part(model, walk, first, behind, {*asked, *kept}, types)
+        parts[-1].append(Part(piece, asked, kept if behind < end else []))
     return parts
 
 
@@ -234,33 +251,32 @@ def _types(model: Thin) -> dict[str, tuple[onnx.TypeProto, int]]:
     return found
 
 
-def _ends(walk: _Walk, sizes: Mapping[str, int], asked: set[str], limit: int, groups: Sequence[Sequence[int]]
-          ) -> list[int]:
-    """The nodes that parts behind the first begin with: where at most `limit` bytes of a sample's tensors, all of known
-    size, lie between."""
+def _cuts(walk: _Walk, sizes: Mapping[str, int], groups: Sequence[Sequence[int]], costs: Sequence[int], most: int,
+          limit: int) -> list[int]:
+    """The nodes that pieces behind the first begin with, so that the nodes of each cost `most`, where that can be: where
+    the least of a sample's tensors lies between, `limit` bytes at most, all of known size."""
     leaves: dict[int, list[str]] = {}
     for name, at in walk.last.items():
         leaves.setdefault(at, []).append(name)
     blocked = {name: i for i, n in enumerate(walk.nodes) if n.op_type in BLOCKED for name in n.input}
     inside = {i for group in groups for i in range(min(group), max(group))}
     alive = {name for name, born in walk.born.items() if born < 0 and name in walk.last}
-    ends: list[int] = []
+    found: list[int] = []
     cost, best = 0, (0, 0, 0)  # the place behind the node with the least between, that, and the cost until there
     for i, n in enumerate(walk.nodes):
-        own = sum(walk.fixed.get(name, 0) for name in n.input) + sum(sizes.get(o, 0) for o in n.output if o in asked)
-        if cost + own > PART and best[0]:
-            ends.append(best[0])
+        if cost + costs[i] > most and best[0]:
+            found.append(best[0])
             cost, best = cost - best[2], (0, 0, 0)
-        cost += own
+        cost += costs[i]
         alive.update(name for name in n.output if walk.last.get(name, -1) > i)
         alive.difference_update(leaves.get(i, ()))
-        if cost < PART // 2 or i in inside or i + 1 == len(walk.nodes):
+        if cost < most // 2 or i in inside or i + 1 == len(walk.nodes):
             continue
         known = all(name in sizes and blocked.get(name, -1) <= i for name in alive)
         between = sum(sizes.get(name, 0) for name in alive)
         if known and between <= limit and (not best[0] or between <= best[1]):
             best = i + 1, between, cost
-    return ends
+    return found
 
 
 def _part(model: Thin, walk: _Walk, first: int, behind: int, wanted: set[str],

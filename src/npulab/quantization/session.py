@@ -102,9 +102,7 @@ def runner(model: Buffer | Thin, names: Sequence[str], threads: int = 1, plain: 
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
     options.enable_mem_pattern = False
-    import os as _o
-    if _o.environ.get("ARENA")=="0": options.enable_cpu_mem_arena = False
-    if _o.environ.get("PRIO")=="1": options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    options.enable_cpu_mem_arena = False  # it keeps twice of what a sample takes, each session for itself
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # else data become int8 by the way
     if plain:
@@ -120,6 +118,7 @@ def runner(model: Buffer | Thin, names: Sequence[str], threads: int = 1, plain: 
 
     opened = _opened(made, session)
     del made, graph
+    give_back()  # what opening it took
 
     def run(feeds: Feeds) -> list[Array]:
         try:
