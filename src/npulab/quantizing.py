@@ -16,6 +16,7 @@ from npulab.dialects import from_onnx, from_tflite
 from npulab.errors import InvariantError, UsageError
 from npulab.importers.onnx import read_onnx
 from npulab.ir import Graph
+from npulab.program.pages import Buffer
 from npulab.quantization import datafree, precision, trained
 from npulab.quantization.compare import SILENCE, FirstSamples, Noise, by_tensor, noise
 from npulab.quantization.emit import float_model, integer_model
@@ -53,8 +54,8 @@ class Quantized:
 
     graph: Graph
     data: bytes
-    qdq: bytes
-    reference: Callable[[], bytes]
+    qdq: Buffer
+    reference: Callable[[], Buffer]
     network: Network
     aim: Reference
     rules: Rules
@@ -152,7 +153,7 @@ def quantize(graph: Graph, samples: Samples | None, rules: Rules, options: Optio
         made, data, orders = converted.graph, bytes(converted.graph.source), converted.inputs | converted.outputs
         notes += converted.notes
     else:
-        data = made.source
+        data = bytes(made.source)
     exact = simulated(net, made, orders, job.reference(), job.check)
     if resume is not None:
         resume.unlink(missing_ok=True)
@@ -184,7 +185,7 @@ def _budget(options: Options, net: Network, tell: Tell | None) -> Budget | None:
     return keep
 
 
-def simulated(net: Network, made: Graph, orders: dict[str, tuple[int, ...]], reference: bytes, samples: Samples
+def simulated(net: Network, made: Graph, orders: dict[str, tuple[int, ...]], reference: Buffer, samples: Samples
               ) -> dict[str, Noise] | None:
     """Noise of the outputs of the finished file, in the exact integer arithmetic of its target, against the float
     network. `orders`: of inputs and outputs whose axes lie otherwise in the file, new axis i is old axis order[i].
@@ -213,6 +214,7 @@ def simulated(net: Network, made: Graph, orders: dict[str, tuple[int, ...]], ref
             y, p = found[name], params.get(name)
             y = y.transpose(np.argsort(orders[name])) if name in orders else y
             total[name] += noise(want, p.real(y) if p is not None and ends[name].dtype.value != "float32" else y)
+        give_back()
     return total
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from npulab.errors import UsageError
+from npulab.program.pages import Buffer
 from npulab.quantization.calibrate import choose_activations, roomy
 from npulab.quantization.compare import FirstSamples, noises
 from npulab.quantization.emit import float_model, integer_model
@@ -136,7 +137,7 @@ class Trial:
     seen: Mapping[int, Statistics]
     how: str = "min-max"
     clip: str = "min-max"
-    reference: bytes = b""
+    reference: Buffer = b""
     progress: Progress | None = None
     params: dict[tuple[int, Scheme], Params] = field(default_factory=dict)
     tried: dict[Configuration, float] = field(default_factory=dict)

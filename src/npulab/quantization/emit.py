@@ -219,9 +219,9 @@ class _Writer:
         from onnx import helper
 
         def made() -> memoryview:
-            found = memoryview(packed_bits(codes_of(), p.scheme.bits) if small else codes_of().reshape(-1).view(np.uint8))
+            found = codes_of()
             let_go(real)
-            return found
+            return memoryview(packed_bits(found, p.scheme.bits) if small else found.reshape(-1).view(np.uint8))
 
         def codes_of() -> Array:
             return p.codes(real) if codes is None else codes
@@ -248,7 +248,8 @@ class _Writer:
             node.input[1] = self._constant(f"{layer.name}_weight", layer.weight)
         else:
             scale, zero = self._parameters(f"{layer.name}_weight", layer.params)
-            node.input[1] = self._dequantized(f"{layer.name}_weight", layer.weight, layer.codes, layer.params, scale, zero)
+            node.input[1] = self._dequantized(f"{layer.name}_weight", layer.weight, layer.codes, layer.params, scale,
+                                              zero)
         if layer.bias is not None and layer.added < 0:
             name = self._bias(layer)
             if len(node.input) > 2:

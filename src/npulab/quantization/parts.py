@@ -31,6 +31,8 @@ STEP = 24 << 20
 """Bytes that nodes of a step make of a sample, from which on it ends where it can."""
 DISK = 128 << 20
 """Bytes of all samples' tensors between two parts."""
+FEW = 4
+"""Samples that go one after the other: so few do not take long."""
 TURN = 512
 """Samples that go through all parts together."""
 BLOCKED = frozenset(("Add", "Sum", "Mul", "BatchNormalization", "Relu", "Clip", "Sigmoid", "Tanh", "LeakyRelu",
@@ -77,12 +79,13 @@ def _run(parts: Sequence[Sequence[Part]], samples: Samples, work: Callable[[Mapp
     if not len(samples):
         raise UsageError("there are no samples to calibrate with", got=samples.origin)
     total, source = len(samples), iter(samples)
+    count = workers() if total > FEW else 1
     for first in range(0, total, TURN) if len(parts) > 1 else (0,):
         turn = min(TURN, total - first) if len(parts) > 1 else total
         feeds: Iterable[Feeds] = islice(source, turn)
         for at, steps in enumerate(parts):
             between = _Between()
-            for i, (found, kept) in enumerate(_through(steps, feeds, work)):
+            for i, (found, kept) in enumerate(_through(steps, feeds, work, count)):
                 if kept:
                     between.put(kept)
                 for one in found:
@@ -92,11 +95,10 @@ def _run(parts: Sequence[Sequence[Part]], samples: Samples, work: Callable[[Mapp
             feeds = between.all()
 
 
-def _through(steps: Sequence[Part], samples: Iterable[Feeds], work: Callable[[Mapping[str, Array]], T]
+def _through(steps: Sequence[Part], samples: Iterable[Feeds], work: Callable[[Mapping[str, Array]], T], count: int
              ) -> Iterator[tuple[list[T], Feeds]]:
-    """Each sample's results, and what parts behind read."""
+    """Each sample's results, and what parts behind read, `count` samples side by side."""
     ready = []
-    count = workers()
     for step in steps:
         names = list(dict.fromkeys([*step.asked, *step.kept]))
         ready.append((names, step, runner(step.model, names)))
@@ -253,8 +255,8 @@ def _types(model: Thin) -> dict[str, tuple[onnx.TypeProto, int]]:
 
 def _cuts(walk: _Walk, sizes: Mapping[str, int], groups: Sequence[Sequence[int]], costs: Sequence[int], most: int,
           limit: int) -> list[int]:
-    """The nodes that pieces behind the first begin with, so that the nodes of each cost `most`, where that can be: where
-    the least of a sample's tensors lies between, `limit` bytes at most, all of known size."""
+    """The nodes that pieces behind the first begin with, so that those of each cost `most`, where that can be: where
+    least of a sample's tensors lies between, `limit` bytes at most, all of known size."""
     leaves: dict[int, list[str]] = {}
     for name, at in walk.last.items():
         leaves.setdefault(at, []).append(name)
