@@ -54,7 +54,7 @@ def to_thin(graph: Graph, shapes: bool = True, without: Collection[int] = ()) ->
         if v.index in without:
             continue
         if v.constant is not None and len(v.constant) >= LARGE and v.dtype is not DType.STRING:
-            made.later(v.name, v.shape, CODES[v.dtype], len(v.constant), partial(memoryview, v.constant))
+            made.later(v.name, v.shape, CODES[v.dtype], len(v.constant), partial(_same, v.constant))
         else:
             _put_tensor(proto.graph.initializer.add(), v)
     proto.graph.input.extend(_info(graph, v) for v in graph.header.declared if v not in without)
@@ -63,6 +63,10 @@ def to_thin(graph: Graph, shapes: bool = True, without: Collection[int] = ()) ->
     proto.graph.value_info.extend(_info(graph, v.index) for v in graph.values
                                   if shapes and v.index not in border and not v.is_constant and v.has_shape)
     return made
+
+
+def _same(content: memoryview) -> memoryview:
+    return content
 
 
 def reread(graph: Graph) -> Graph:

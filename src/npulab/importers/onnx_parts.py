@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from npulab.program.pages import Buffer, put_away
+from npulab.program.pages import Buffer, content_of, put_away
 
 if TYPE_CHECKING:
     import onnx
@@ -58,7 +59,7 @@ class Thin:
             self.proto.graph.initializer.append(numpy_helper.from_array(array, name))
             return
         self.later(name, array.shape, int(helper.np_dtype_to_tensor_dtype(array.dtype)), array.nbytes,
-                   lambda: memoryview(array.reshape(-1).view(np.uint8)))
+                   lambda: content_of(array))
 
     def packed(self, name: str, shape: tuple[int, ...], dtype: int, content: bytes) -> None:
         """One of elements that NumPy has no type for."""
@@ -118,8 +119,12 @@ def thin(data: Buffer) -> Thin:
         found, large = Thin(onnx.ModelProto.FromString(data)), {}
     view = memoryview(data)
     for i, place in large.items():
-        found.contents[found.proto.graph.initializer[i].name] = place.stop - place.start, lambda at=place: view[at]
+        found.contents[found.proto.graph.initializer[i].name] = place.stop - place.start, partial(_part, view, place)
     return found
+
+
+def _part(view: memoryview, place: slice) -> memoryview:
+    return view[place]
 
 
 def left_out(data: Buffer) -> tuple[bytes, dict[int, slice], dict[int, slice]]:

@@ -52,7 +52,7 @@ def arrays_away(arrays: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
 
     def pieces() -> Iterator[Buffer]:
         for a in arrays:
-            yield memoryview(np.ascontiguousarray(a).reshape(-1).view(np.uint8))
+            yield content_of(a)
             let_go(a)
             yield bytes(-a.nbytes % ALIGNED)
 
@@ -61,6 +61,11 @@ def arrays_away(arrays: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
         found.append(np.frombuffer(kept[at : at + a.nbytes], a.dtype).reshape(a.shape))
         at += -(-a.nbytes // ALIGNED) * ALIGNED
     return found
+
+
+def content_of(array: NDArray[Any]) -> memoryview:
+    """An array's bytes, not copied where it is contiguous."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def no_room(e: OSError, size: int) -> Exception:

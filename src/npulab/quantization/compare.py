@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from npulab.program.pages import Buffer, no_room
+from npulab.program.pages import Buffer, content_of, no_room
 from npulab.quantization.emit import float_model, shown_model
 from npulab.quantization.network import Network
 from npulab.quantization.parts import apart
@@ -107,7 +107,7 @@ def noises(reference: Buffer, other: Buffer, pairs: Mapping[str, str], samples: 
 
 def _write(file: BinaryIO, x: Array) -> None:
     try:
-        file.write(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
+        file.write(content_of(x))
     except OSError as e:
         raise no_room(e, x.nbytes) from e
 

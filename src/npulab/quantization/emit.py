@@ -10,7 +10,7 @@ from npulab.errors import UnsupportedError
 from npulab.exporters.onnx import to_thin, to_view
 from npulab.importers.onnx_parts import LARGE, Thin
 from npulab.ir.types import packed as packed_bits
-from npulab.program.pages import Buffer, let_go
+from npulab.program.pages import Buffer, content_of, let_go
 from npulab.quantization.network import Layer, Network
 from npulab.quantization.ranges import params_of
 from npulab.quantization.types import Array, Params
@@ -221,7 +221,7 @@ class _Writer:
         def made() -> memoryview:
             found = codes_of()
             let_go(real)
-            return memoryview(packed_bits(found, p.scheme.bits) if small else found.reshape(-1).view(np.uint8))
+            return memoryview(packed_bits(found, p.scheme.bits)) if small else content_of(found)
 
         def codes_of() -> Array:
             return p.codes(real) if codes is None else codes

@@ -208,9 +208,9 @@ def observe(model: Buffer, names: Sequence[str], samples: Samples, histograms: b
             if name not in large:
                 seen[name] = _Seen.whole(arrays[name], most, name in by_channel)
                 continue
-            low, high, total, *some = (arrays[a] for a in outputs[name])
-            low, high, total = (float(x.reshape(-1)[0]) for x in (low, high, total))
-            seen[name] = _Seen(large[name], low if np.isfinite(total) else total, high, some[0] if most else None)
+            *extremes, some = (*(arrays[a] for a in outputs[name]), None)[:4]
+            low, high, total = (float(x.reshape(-1)[0]) for x in extremes if x is not None)
+            seen[name] = _Seen(large[name], low if np.isfinite(total) else total, high, some)
         return seen
 
     groups = [outputs[n] for n in names if n in large]

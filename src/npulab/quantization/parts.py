@@ -18,7 +18,7 @@ import numpy as np
 
 from npulab.errors import InvariantError, UsageError
 from npulab.importers.onnx_parts import Thin, thin
-from npulab.program.pages import Buffer, no_room
+from npulab.program.pages import Buffer, content_of, no_room
 from npulab.quantization.session import Progress, in_order, runner, workers
 from npulab.quantization.types import Array, Feeds, Samples
 
@@ -137,7 +137,7 @@ class _Between:
             self.file = tempfile.TemporaryFile()  # noqa: SIM115 - it is read later
         try:
             for a in arrays.values():
-                self.file.write(np.ascontiguousarray(a).reshape(-1).view(np.uint8))
+                self.file.write(content_of(a))
         except OSError as e:
             raise no_room(e, self.count * sum(a.nbytes for a in arrays.values())) from e
 
