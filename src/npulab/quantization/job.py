@@ -20,7 +20,7 @@ import numpy as np
 from npulab.errors import UsageError
 from npulab.exporters.onnx import to_view
 from npulab.program.files import write_atomically
-from npulab.program.pages import Buffer
+from npulab.program.pages import LARGE, Buffer, let_go
 from npulab.quantization import datafree, precision, state
 from npulab.quantization.calibrate import Known, choose_activations, choose_weights, statistics
 from npulab.quantization.compare import SILENCE, noise
@@ -139,9 +139,9 @@ class Job:
                 break
             stages.append(self._trial(name) if self.searches else self._stage(name))
             if resume is not None:
-                write_atomically(resume, state.saved(self.net, {
-                    "key": key, "stages": [asdict(s) for s in stages], "recipe": asdict(self.recipe)},
-                    self.aim.biases if self.aim else None))
+                about = {"key": key, "stages": [asdict(s) for s in stages], "recipe": asdict(self.recipe)}
+                write_atomically(resume, partial(state.save, net=self.net, about=about,
+                                                 aim=self.aim.biases if self.aim else None))
         return stages
 
     def _plan(self) -> list[str]:
@@ -289,7 +289,10 @@ class Job:
 
     def _key(self) -> str:
         """What the outcome depends on: the model, the options, the samples (number, origin and some of them)."""
-        h = hashlib.sha256(self.reference())
+        h, model = hashlib.sha256(), memoryview(self.reference())
+        for i in range(0, len(model), LARGE):
+            h.update(model[i : i + LARGE])
+            let_go(model[i : i + LARGE])
         h.update(repr((self.options, self.net.rules, len(self.every), self.every.origin)).encode())
         for feeds in self.check:
             for name in sorted(feeds):
