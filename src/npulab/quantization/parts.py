@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
@@ -80,19 +81,20 @@ def _run(parts: Sequence[Sequence[Part]], samples: Samples, work: Callable[[Mapp
         raise UsageError("there are no samples to calibrate with", got=samples.origin)
     total, source = len(samples), iter(samples)
     count = workers() if total > FEW else 1
-    for first in range(0, total, TURN) if len(parts) > 1 else (0,):
-        turn = min(TURN, total - first) if len(parts) > 1 else total
-        feeds: Iterable[Feeds] = islice(source, turn)
-        for at, steps in enumerate(parts):
-            between = _Between()
-            for i, (found, kept) in enumerate(_through(steps, feeds, work, count)):
-                if kept:
-                    between.put(kept)
-                for one in found:
-                    yield first + i, one
-                if progress:
-                    progress(first + (at * turn + i + 1) // len(parts), total)
-            feeds = between.all()
+    with ExitStack() as opened:
+        for first in range(0, total, TURN) if len(parts) > 1 else (0,):
+            turn = min(TURN, total - first) if len(parts) > 1 else total
+            feeds: Iterable[Feeds] = islice(source, turn)
+            for at, steps in enumerate(parts):
+                between = opened.enter_context(closing(_Between()))
+                for i, (found, kept) in enumerate(_through(steps, feeds, work, count)):
+                    if kept:
+                        between.put(kept)
+                    for one in found:
+                        yield first + i, one
+                    if progress:
+                        progress(first + (at * turn + i + 1) // len(parts), total)
+                feeds = between.all()
 
 
 def _through(steps: Sequence[Part], samples: Iterable[Feeds], work: Callable[[Mapping[str, Array]], T], count: int
@@ -140,6 +142,10 @@ class _Between:
                 self.file.write(content_of(a))
         except OSError as e:
             raise no_room(e, self.count * sum(a.nbytes for a in arrays.values())) from e
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
 
     def all(self) -> Iterator[Feeds]:
         """The samples again, once."""
