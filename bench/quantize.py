@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 import npulab
 from npulab.dialects import from_tflite
 from npulab.quantization.job import Options
-from npulab.quantization.observe import each
+from npulab.quantization.parts import each
 from npulab.quantization.types import ListedSamples, Samples, Scheme
 from npulab.quantizing import Quantized, Turned, quantize
 from npulab.runtime.datasets import input_tensors, open_samples

@@ -26,9 +26,10 @@ from npulab.quantization.emit import bias_params, float_model, integer_model
 from npulab.quantization.job import Options
 from npulab.quantization.joints import part_mixed
 from npulab.quantization.network import network
-from npulab.quantization.observe import HALF, Statistics, _Seen, count_bins, halved, observe, runner, width_for
+from npulab.quantization.observe import HALF, Statistics, _Seen, count_bins, halved, observe, width_for
 from npulab.quantization.ranges import METHODS, mse, params_of, percentile, weight_params
 from npulab.quantization.recipes import RECIPES, parse_recipe
+from npulab.quantization.session import runner
 from npulab.quantization.types import ListedSamples, Params, Scheme
 from npulab.quantizing import quantize
 from npulab.targets.facts.quantization import names, rules_of

@@ -12,7 +12,7 @@ from npulab.quantization.distil import blocks, distil
 from npulab.quantization.emit import float_model, integer_model
 from npulab.quantization.gram import reference
 from npulab.quantization.network import network
-from npulab.quantization.observe import runner
+from npulab.quantization.session import runner
 from npulab.quantization.types import ListedSamples, Rules, Scheme
 from npulab.samples import networks
 from npulab.zoo.builder import Net

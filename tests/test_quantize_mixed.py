@@ -30,7 +30,6 @@ from npulab.quantization.configurations import (
 from npulab.quantization.emit import float_model, integer_model
 from npulab.quantization.mixed import Budget, by_time, parse_seconds, parse_size, search
 from npulab.quantization.network import network
-from npulab.quantization.observe import runner
 from npulab.quantization.sensitivity import (
     decibels,
     ends,
@@ -41,6 +40,7 @@ from npulab.quantization.sensitivity import (
     relative,
     sensitivities,
 )
+from npulab.quantization.session import runner
 from npulab.quantization.types import ListedSamples, Rules, Scheme
 from npulab.quantization.wide import search_wide
 from npulab.quantizing_budget import Asked, keep, latency

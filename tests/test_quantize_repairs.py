@@ -18,7 +18,7 @@ from npulab.quantization.emit import float_model, integer_model
 from npulab.quantization.equalize import MARGIN, equalize, spread
 from npulab.quantization.moments import ceilings_met, clipped_normal, input_moments, results_seen
 from npulab.quantization.network import network
-from npulab.quantization.observe import runner
+from npulab.quantization.session import runner
 from npulab.quantization.smooth import smooth
 from npulab.quantization.types import ListedSamples, Rules, Scheme
 

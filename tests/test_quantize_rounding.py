@@ -15,8 +15,8 @@ from npulab.quantization.calibrate import calibrate, statistics
 from npulab.quantization.emit import float_model, integer_model
 from npulab.quantization.gram import Moments, Patches, grouped, moments, reference, upto
 from npulab.quantization.network import network
-from npulab.quantization.observe import runner
 from npulab.quantization.rounding import Grid, Problem, adaround, descent, nearest, relaxed, sequential, staged
+from npulab.quantization.session import runner
 from npulab.quantization.types import ListedSamples, Rules, Scheme
 from npulab.zoo.builder import Net
 from quantized import samples, small

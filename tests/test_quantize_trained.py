@@ -21,7 +21,7 @@ from npulab.quantization import trained
 from npulab.quantization.emit import integer_model
 from npulab.quantization.job import Options
 from npulab.quantization.network import network
-from npulab.quantization.observe import runner
+from npulab.quantization.session import runner
 from npulab.quantization.types import ListedSamples, Params, Scheme
 from npulab.targets.facts.quantization import rules_of
 from quantized import samples, small

@@ -13,8 +13,9 @@ from npulab.ir import Graph
 from npulab.quantization.agreement import agreement, expected_agreement, noise_power
 from npulab.quantization.calibrate import statistics
 from npulab.quantization.compare import FirstSamples
-from npulab.quantization.observe import Progress, each
+from npulab.quantization.parts import each
 from npulab.quantization.sensitivity import ends, rank_correlation, sensitivities
+from npulab.quantization.session import Progress
 from npulab.quantizing import Quantized
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from npulab.dialects import from_onnx, from_tflite
 from npulab.errors import InvariantError, UsageError
 from npulab.importers.onnx import read_onnx
 from npulab.ir import Graph
+from npulab.program.pages import Buffer
 from npulab.quantization import datafree, precision, trained
 from npulab.quantization.compare import SILENCE, FirstSamples, Noise, by_tensor, noise
 from npulab.quantization.emit import float_model, integer_model
@@ -23,9 +24,11 @@ from npulab.quantization.gram import Reference, reference
 from npulab.quantization.job import Budget, Job, Measured, Options, Tell
 from npulab.quantization.limits import obey
 from npulab.quantization.network import Layer, Network, Point, network
-from npulab.quantization.observe import Statistics, give_back, observe, runner
+from npulab.quantization.observe import Statistics, observe
+from npulab.quantization.parts import each
 from npulab.quantization.recipes import AUTO, Recipe, parse_recipe
 from npulab.quantization.sampling import taken
+from npulab.quantization.session import give_back
 from npulab.quantization.types import Feeds, Rules, Samples
 from npulab.reference.execute import prepare
 from npulab.targets.facts.quantization import entry_of, names
@@ -51,8 +54,8 @@ class Quantized:
 
     graph: Graph
     data: bytes
-    qdq: bytes
-    reference: Callable[[], bytes]
+    qdq: Buffer
+    reference: Callable[[], Buffer]
     network: Network
     aim: Reference
     rules: Rules
@@ -182,7 +185,7 @@ def _budget(options: Options, net: Network, tell: Tell | None) -> Budget | None:
     return keep
 
 
-def simulated(net: Network, made: Graph, orders: dict[str, tuple[int, ...]], reference: bytes, samples: Samples
+def simulated(net: Network, made: Graph, orders: dict[str, tuple[int, ...]], reference: Buffer, samples: Samples
               ) -> dict[str, Noise] | None:
     """Noise of the outputs of the finished file, in the exact integer arithmetic of its target, against the float
     network. `orders`: of inputs and outputs whose axes lie otherwise in the file, new axis i is old axis order[i].
@@ -197,10 +200,8 @@ def simulated(net: Network, made: Graph, orders: dict[str, tuple[int, ...]], ref
         converted = from_onnx(made)
         made, orders = converted.graph, converted.inputs | converted.outputs
         ends = {v.name: v for v in (made.values[i] for i in (*made.inputs, *made.outputs))}
-    run = runner(reference, names)
-    wanted = [run(feeds) for feeds in samples]
-    del run, reference  # before the exact arithmetic takes its own room
-    give_back()
+    wanted = list(each(reference, names, samples, list))
+    give_back()  # before the exact arithmetic takes its own room
     machine = prepare(made, net.rules.arithmetic)
     for feeds, floats in zip(samples, wanted, strict=True):
         stored = {}
@@ -213,6 +214,7 @@ def simulated(net: Network, made: Graph, orders: dict[str, tuple[int, ...]], ref
             y, p = found[name], params.get(name)
             y = y.transpose(np.argsort(orders[name])) if name in orders else y
             total[name] += noise(want, p.real(y) if p is not None and ends[name].dtype.value != "float32" else y)
+        give_back()
     return total
 
 

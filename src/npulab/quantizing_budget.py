@@ -10,13 +10,15 @@ from npulab import api
 from npulab.dialects import from_onnx
 from npulab.errors import CapacityError, UnsupportedError, UsageError
 from npulab.importers.onnx import read_onnx
+from npulab.program.pages import Buffer
 from npulab.quantization.agreement import agreeing
 from npulab.quantization.configurations import Trial
 from npulab.quantization.emit import integer_model
 from npulab.quantization.mixed import Budget, parse_seconds, parse_size, search
 from npulab.quantization.network import Network
-from npulab.quantization.observe import Progress, Statistics
+from npulab.quantization.observe import Statistics
 from npulab.quantization.sensitivity import ends
+from npulab.quantization.session import Progress
 from npulab.quantization.types import Samples
 from npulab.targets.target import all_targets
 
@@ -41,7 +43,7 @@ class Asked:
 
 
 def keep(net: Network, samples: Samples, seen: Mapping[int, Statistics], asked: Asked, how: str = "min-max",
-         clip: str = "min-max", reference: bytes = b"", progress: Progress | None = None) -> list[str]:
+         clip: str = "min-max", reference: Buffer = b"", progress: Progress | None = None) -> list[str]:
     """Give the network the widths that keep the budget best, with params by these methods; lines on what was chosen.
 
     net        its schemes are the start: layers in floats and tensors of 16 bits stay such.

@@ -8,8 +8,7 @@ import numpy as np
 
 from npulab.dialects import qoperators
 from npulab.dialects.quantities import is_op
-from npulab.exporters.onnx import to_onnx
-from npulab.importers.onnx import read_onnx
+from npulab.exporters.onnx import reread
 from npulab.ir import Graph, Node
 from npulab.passes import batch_norm, branches, constants, gelu, identities, pads
 from npulab.passes.rewrite import Rewrite
@@ -64,5 +63,5 @@ def prepared(graph: Graph) -> Graph:
                 graph, changed = rewrite.graph(), True
         if not changed:
             break
-        graph = read_onnx(to_onnx(graph, shapes=False), graph.name)
+        graph = reread(graph)
     return graph

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from npulab.errors import CapacityError, UnsupportedError
-from npulab.importers.onnx import _DTYPES, SIZE_MAX
+from npulab.importers.onnx import _DTYPES, SIZE_MAX, graph_of
+from npulab.importers.onnx_parts import LARGE, Thin
 from npulab.ir import DType, Graph, Node, Value
 from npulab.ir.ops import Embedded, OnnxOp
 
@@ -25,12 +27,17 @@ def to_onnx(graph: Graph, shapes: bool = True) -> bytes:
 
     Raises: UnsupportedError if the graph did not come from an ONNX file; CapacityError from 2 GiB on.
     """
-    out: bytes = to_proto(graph, shapes).SerializeToString(deterministic=True)
-    return out
+    return bytes(to_thin(graph, shapes))
 
 
-def to_proto(graph: Graph, shapes: bool = True, without: Collection[int] = ()) -> onnx.ModelProto:
-    """The same as a message, but for the constants `without`, which something else is to take the place of."""
+def to_view(graph: Graph, shapes: bool = True) -> memoryview:
+    """The same bytes, in a file without a name if they are many."""
+    return to_thin(graph, shapes).file()
+
+
+def to_thin(graph: Graph, shapes: bool = True, without: Collection[int] = ()) -> Thin:
+    """The same as a message whose large constants are the graph's own, but for the constants `without`, which something
+    else is to take the place of."""
     import onnx
 
     if graph.header is None:
@@ -42,15 +49,35 @@ def to_proto(graph: Graph, shapes: bool = True, without: Collection[int] = ()) -
         raise CapacityError(f"'{graph.name}' does not fit one ONNX file", want="less than 2 GiB of weights")
     proto.graph.name = proto.graph.name or graph.name
     proto.graph.node.extend(_node(graph, n) for n in graph.nodes)
+    made = Thin(proto)
     for v in constants:
-        if v.index not in without:
+        if v.index in without:
+            continue
+        if v.constant is not None and len(v.constant) >= LARGE and v.dtype is not DType.STRING:
+            made.later(v.name, v.shape, CODES[v.dtype], len(v.constant), partial(_same, v.constant))
+        else:
             _put_tensor(proto.graph.initializer.add(), v)
     proto.graph.input.extend(_info(graph, v) for v in graph.header.declared if v not in without)
     proto.graph.output.extend(_info(graph, v) for v in graph.outputs)
     border = {*graph.header.declared, *graph.outputs}
     proto.graph.value_info.extend(_info(graph, v.index) for v in graph.values
                                   if shapes and v.index not in border and not v.is_constant and v.has_shape)
-    return proto
+    return made
+
+
+def _same(content: memoryview) -> memoryview:
+    return content
+
+
+def reread(graph: Graph) -> Graph:
+    """The graph as reading what `to_onnx` writes would give it: shapes inferred anew. Its constants stay where they
+    are, and its source and digest are those of the file that it came from.
+
+    Raises: as `to_onnx`; ModelError if shapes do not fit.
+    """
+    made = to_thin(graph, shapes=False)
+    large = {name: memoryview(make()) for name, (_, make) in made.contents.items()}
+    return graph_of(made.proto, graph.name, large, graph.source, graph.digest)
 
 
 def _node(graph: Graph, node: Node) -> onnx.NodeProto:

@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from npulab.errors import ModelError, UsageError
+from npulab.importers.onnx_parts import DamagedError, left_out
 from npulab.importers.tflite import ELEMENTS_MAX, shown
 from npulab.ir import DType, Graph, Node, Value
 from npulab.ir.graph import Header
 from npulab.ir.ops import Embedded, OnnxOp
+from npulab.program.pages import let_go
 
 if TYPE_CHECKING:
     import onnx
@@ -33,12 +35,8 @@ NODES_MAX = 1_000_000
 RANK_MAX = 32
 SMALL = 1024
 """Elements of constants that shape inference gets to see: shapes and axes, not weights."""
-LARGE = 2**14
-"""Bytes of a constant from which it is looked for in the file."""
-NEAR = 2**20
-"""Bytes in which it is looked for."""
-MISSES_MAX = 64
-"""Constants that may lie elsewhere, until none is looked for any more."""
+CHUNK = 2**20
+"""Bytes of a file that are hashed at a time."""
 OUTSIDE_MAX = 2**33
 """Bytes of weights outside the file, each use counted: they are hashed, and copied where a model is written."""
 NAME_MAX = 2**16
@@ -69,8 +67,16 @@ def read_onnx(data: bytes | memoryview, name: str, folder: Path | None = None,
 
     Raises: ModelError for whatever is wrong with the file; UsageError for a name in `dims` that it does not have.
     """
-    whole = bytes(data)
-    proto = parse(whole, name)
+    source = memoryview(data).cast("B").toreadonly()
+    proto, large = _parsed(source, name)
+    return graph_of(proto, name, large, source, None, folder, dims)
+
+
+def graph_of(proto: onnx.ModelProto, name: str, large: Mapping[str, memoryview], source: memoryview,
+             digest: str | None, folder: Path | None = None, dims: Mapping[str, int] | None = None) -> Graph:
+    """The graph of a message, which is used up. `large`: the content of constants that have none in the message.
+    `source`: the file that the graph is of, `digest` of it; None: to be computed. The rest as `read_onnx`.
+    """
     graph = proto.graph
     if len(graph.node) > NODES_MAX:
         raise ModelError(f"'{name}' has too many nodes", got=len(graph.node), want=f"at most {NODES_MAX}")
@@ -90,7 +96,7 @@ def read_onnx(data: bytes | memoryview, name: str, folder: Path | None = None,
         else:
             nodes.append(n)
     types = _types(proto, nodes, constants, name)
-    values = _Values(name, _Places(whole, data))
+    values = _Values(name, large)
     declared = []
     for i in graph.input:
         declared.append(values.index(i.name))
@@ -111,13 +117,28 @@ def read_onnx(data: bytes | memoryview, name: str, folder: Path | None = None,
         values.typed(o.name, types.get(o.name, o))
     inputs = tuple(values.index(i.name) for i in graph.input if i.name not in constants)
     found = Graph(
-        name, tuple(values.all()), made, inputs, outputs, memoryview(data).cast("B").toreadonly(),
-        outside.digest(data), "onnx",
+        name, tuple(values.all()), made, inputs, outputs, source, digest or outside.digest(source), "onnx",
         header=Header(tuple((o.domain, o.version) for o in proto.opset_import), _shell(proto), tuple(declared),
                       values.infos),
     )
     found.verify()
     return found
+
+
+def _parsed(data: memoryview, name: str) -> tuple[onnx.ModelProto, dict[str, memoryview]]:
+    """The file as a message without large constants, and these by name, as views of the file."""
+    try:
+        light, initializers, nodes = left_out(data) if len(data) <= SIZE_MAX else (b"", {}, {})
+    except DamagedError:
+        return parse(data, name), {}
+    if not initializers and not nodes:
+        return parse(data, name), {}
+    proto = parse(light, name)
+    graph = proto.graph
+    if any(_constant(graph.node[i]) is None for i in nodes):
+        return parse(data, name), {}
+    return proto, {**{graph.initializer[i].name: data[at] for i, at in initializers.items()},
+                   **{graph.node[i].output[0]: data[at] for i, at in nodes.items()}}
 
 
 def parse(data: bytes | memoryview, name: str) -> onnx.ModelProto:
@@ -132,7 +153,7 @@ def parse(data: bytes | memoryview, name: str) -> onnx.ModelProto:
         raise ModelError(f"'{name}' is too large for an ONNX file", got=f"{len(data)} bytes", want="less than 2 GiB",
                          try_="store the weights outside the file")
     try:
-        proto: onnx.ModelProto = onnx.ModelProto.FromString(bytes(data))
+        proto: onnx.ModelProto = onnx.ModelProto.FromString(data)
     except (DecodeError, ValueError, RecursionError) as e:
         raise ModelError(f"'{name}' is not an ONNX model, or damaged", got=str(e)[:200],
                          try_="get the file again") from None
@@ -278,9 +299,9 @@ def _elements(t: onnx.TensorProto) -> int:
 class _Values:
     """Values by name, in order of appearance."""
 
-    def __init__(self, model: str, places: _Places | None = None) -> None:
+    def __init__(self, model: str, large: Mapping[str, memoryview] | None = None) -> None:
         self.model = model
-        self.places = places or _Places(b"", b"")
+        self.large = large or {}
         self.infos: dict[int, bytes] = {}
         self._index: dict[str, int] = {}
         self._values: dict[int, Value] = {}
@@ -325,7 +346,7 @@ class _Values:
             dtype = _dtype(tensor.data_type, name)
             _check_shape(tensor.dims, name)
             self._values[i] = Value(i, name, tuple(tensor.dims), dtype, constant=_content(tensor, name, dtype, outside,
-                                                                                              self.places))
+                                                                                              self.large.get(name)))
 
 
 def _dtype(code: int, name: str) -> DType:
@@ -346,8 +367,9 @@ def _check_shape(shape: Iterable[int], name: str) -> None:
                          want=f"at most {RANK_MAX} and {ELEMENTS_MAX}")
 
 
-def _content(t: onnx.TensorProto, name: str, dtype: DType, outside: _Outside, places: _Places) -> memoryview:
-    """A constant's bytes: little-endian, elements of 4 bits two a byte, of 2 four."""
+def _content(t: onnx.TensorProto, name: str, dtype: DType, outside: _Outside, large: memoryview | None) -> memoryview:
+    """A constant's bytes: little-endian, elements of 4 bits two a byte, of 2 four. `large`: those that are not in the
+    message."""
     from onnx import TensorProto, numpy_helper
 
     bits = {DType.INT4: 4, DType.UINT4: 4, DType.INT2: 2, DType.BFLOAT16: 16}.get(dtype)
@@ -355,8 +377,10 @@ def _content(t: onnx.TensorProto, name: str, dtype: DType, outside: _Outside, pl
         (_elements(t) * bits + 7) // 8 if bits else _elements(t) * dtype.numpy.itemsize)  # type: ignore[union-attr]
     if t.data_location == TensorProto.EXTERNAL:
         found = outside.content(t, name, size)
+    elif large is not None:
+        found = large
     elif t.HasField("raw_data"):
-        found = places.of(t.raw_data)
+        found = memoryview(t.raw_data)
     elif dtype is DType.STRING:
         return memoryview(b"\0".join(t.string_data))
     elif bits in (2, 4):
@@ -370,25 +394,6 @@ def _content(t: onnx.TensorProto, name: str, dtype: DType, outside: _Outside, pl
         raise ModelError(f"constant {shown(name)} has data of the wrong length", got=f"{len(found)} bytes",
                          want=f"{size} bytes for {dtype.value}{list(t.dims)}")
     return found
-
-
-class _Places:
-    """Where in the file the content of constants lies, so that there is no second copy of the weights in memory."""
-
-    def __init__(self, whole: bytes, data: bytes | memoryview) -> None:
-        self.whole, self.data = whole, memoryview(data).cast("B").toreadonly()
-        self.at = self.misses = 0
-
-    def of(self, content: bytes) -> memoryview:
-        """A view of the file if the content is found behind that of the constant before, else the content."""
-        if len(content) < LARGE or self.misses >= MISSES_MAX:
-            return memoryview(content)
-        found = self.whole.find(content, self.at, self.at + NEAR + len(content))
-        if found < 0:
-            self.misses += 1
-            return memoryview(content)
-        self.at = found + len(content)
-        return self.data[found : self.at]
 
 
 class _Outside:
@@ -445,13 +450,17 @@ class _Outside:
         except (OSError, ValueError) as e:
             raise ModelError(f"{shown(location)} cannot be read", got=getattr(e, "strerror", None) or e) from None
 
-    def digest(self, data: bytes | memoryview) -> str:
+    def digest(self, data: memoryview) -> str:
         """SHA-256 of the model and of what it uses of its weights' files, in order of use, each byte once."""
-        found = hashlib.sha256(data)
+        found = hashlib.sha256()
+        for at in range(0, len(data), CHUNK):
+            found.update(data[at : at + CHUNK])
+            let_go(data[at : at + CHUNK])
         for location, content in self._files.items():
             end = 0
             for first, last in sorted(self._used.get(location, ())):
                 found.update(content[max(first, end) : max(last, end)])
+                let_go(content[max(first, end) : max(last, end)])
                 end = max(last, end)
         return found.hexdigest()
 

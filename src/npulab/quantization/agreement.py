@@ -8,9 +8,10 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from npulab.program.pages import Buffer
 from npulab.quantization.emit import integer_model
 from npulab.quantization.network import Network
-from npulab.quantization.observe import each
+from npulab.quantization.parts import each
 from npulab.quantization.types import Array, Samples
 
 RIVALS = 32
@@ -45,10 +46,10 @@ def agreement(logits: Array, other: Array) -> float:
     return float(np.mean(np.argmax(logits, axis=1) == np.argmax(other, axis=1)))
 
 
-def agreeing(reference: bytes, name: str, samples: Samples) -> Callable[[Network], float]:
+def agreeing(reference: Buffer, name: str, samples: Samples) -> Callable[[Network], float]:
     """A score of networks that needs no labels: how often the tensor `name` is largest in the same place as in the
     float network's file."""
-    def answers(model: bytes) -> Array:
+    def answers(model: Buffer) -> Array:
         return np.array([int(np.argmax(x)) for x in each(model, [name], samples, lambda arrays: arrays[0])])
 
     true = answers(reference)

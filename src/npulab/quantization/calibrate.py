@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from npulab.ir.ops import OnnxOp
+from npulab.program.pages import let_go
 from npulab.quantization.emit import float_model
 from npulab.quantization.network import Layer, Network, Point, clamp_of
-from npulab.quantization.observe import Progress, Statistics, observe
+from npulab.quantization.observe import Statistics, observe
 from npulab.quantization.ranges import NEEDS_HISTOGRAM, fixed, method, params_of, weight_params
+from npulab.quantization.session import Progress
 from npulab.quantization.types import Params, Samples, Scheme
 
 Known = dict[tuple[str, int, str, Scheme], Params]
@@ -87,6 +89,7 @@ def choose_weights(net: Network, clip: str = "min-max", known: Known | None = No
         key = "weights", layer.node, clip, layer.scheme
         if key not in known:
             known[key] = weight_params(layer.rows(), layer.scheme, layer.axis, clip)
+            let_go(layer.weight)
         layer.params = roomy(net, layer, known[key])
 
 

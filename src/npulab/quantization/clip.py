@@ -16,9 +16,10 @@ import numpy as np
 
 from npulab.quantization.chains import Floats
 from npulab.quantization.network import Layer, Network, Point
-from npulab.quantization.observe import Progress, each
+from npulab.quantization.parts import each
 from npulab.quantization.probes import Probed
 from npulab.quantization.ranges import params_of
+from npulab.quantization.session import Progress
 from npulab.quantization.types import ListedSamples, Params, Samples
 
 SHARES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from npulab.program.pages import Buffer, content_of, no_room
 from npulab.quantization.emit import float_model, shown_model
 from npulab.quantization.network import Network
-from npulab.quantization.observe import Progress, in_order, runner
-from npulab.quantization.types import Array, Feeds, Samples
+from npulab.quantization.parts import apart
+from npulab.quantization.sampling import taken
+from npulab.quantization.types import Array, Samples
 
 CHUNK = 1 << 14
-HELD = 1 << 21
-"""Elements of tensors that are compared in one run."""
-WORKERS = 2
-"""Samples side by side."""
+HELD = 256 << 20
+"""Bytes of tensors that wait on disk to be compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,44 +79,40 @@ class FirstSamples:
         return islice(iter(self.samples), self.count)
 
 
-def in_parts(names: Iterable[str], sizes: Mapping[str, int]) -> list[list[str]]:
-    """The names in parts of HELD elements together at most, or of one."""
-    parts: list[list[str]] = [[]]
-    held = 0
-    for name in names:
-        if parts[-1] and held + sizes.get(name, 0) > HELD:
-            parts.append([])
-            held = 0
-        parts[-1].append(name)
-        held += sizes.get(name, 0)
-    return parts
-
-
-def noises(reference: bytes, other: bytes, pairs: Mapping[str, str], samples: Samples, progress: Progress | None = None,
+def noises(reference: Buffer, other: Buffer, pairs: Mapping[str, str], samples: Samples,
            sizes: Mapping[str, int] | None = None) -> dict[str, Noise]:
-    """Of tensors of one ONNX model against those of another, by name there -> name here. Tensors of a sample or two are
-    in memory, whatever the number of samples.
+    """Of tensors of one ONNX model against those of another, by name there -> name here. The first model's tensors are
+    on disk until the other's are there.
 
-    sizes  elements of tensors, where they are known: then no more of them are in memory than HELD together.
+    sizes  elements of tensors, where they are known: then of no more samples at once than HELD bytes hold.
     """
-    if sizes and len(parts := in_parts(pairs, sizes)) > 1:
-        by_part = [noises(reference, other, {name: pairs[name] for name in part}, samples) for part in parts]
-        return {name: n for part in by_part for name, n in part.items()}
-    left, right = runner(reference, list(pairs)), runner(other, list(pairs.values()))
+    count = max(1, HELD // max(1, 4 * sum((sizes or {}).get(name, 0) for name in pairs)))
     total = dict.fromkeys(pairs, SILENCE)
-
-    def job(feeds: Feeds) -> list[Noise]:
-        return [noise(x, y) for x, y in zip(left(feeds), right(feeds), strict=True)]
-
-    with ThreadPoolExecutor(WORKERS) as pool:
-        for found in in_order(pool, job, samples, WORKERS, progress):
-            for name, one in zip(pairs, found, strict=True):
-                total[name] += one
+    for first in range(0, len(samples), count):
+        some = samples if count >= len(samples) else taken(samples, range(len(samples))[first : first + count])
+        with tempfile.TemporaryFile() as file:
+            places: dict[tuple[int, str], tuple[int, Array]] = {}
+            for i, arrays in apart(reference, list(pairs), some, dict):
+                for name, x in arrays.items():
+                    places[i, name] = file.tell(), np.empty((0, *x.shape), x.dtype)
+                    _write(file, x)
+            for i, arrays in apart(other, list(pairs.values()), some, dict):
+                for name, own in pairs.items():
+                    if own in arrays:
+                        at, like = places[i, name]
+                        file.seek(at)
+                        total[name] += noise(np.fromfile(file, like.dtype, int(np.prod(like.shape[1:]))), arrays[own])
     return total
 
 
-def by_tensor(net: Network, samples: Samples, floats: bytes | None = None, progress: Progress | None = None
-              ) -> dict[str, Noise]:
+def _write(file: BinaryIO, x: Array) -> None:
+    try:
+        file.write(content_of(x))
+    except OSError as e:
+        raise no_room(e, x.nbytes) from e
+
+
+def by_tensor(net: Network, samples: Samples, floats: Buffer | None = None) -> dict[str, Noise]:
     """Of each point as later operators see it, and of the outputs, by name.
 
     floats  the float network's file; None: the network with the weights and biases as they are now.
@@ -125,4 +121,4 @@ def by_tensor(net: Network, samples: Samples, floats: bytes | None = None, progr
     points = [net.name(p.value) for p in net.quantized_points() if p.params]
     pairs = {name: shown[name] for name in points} | {name: name for name in map(net.name, net.graph.outputs)}
     sizes = {v.name: v.elements for v in net.graph.values}
-    return noises(floats or float_model(net), model, pairs, samples, progress, sizes)
+    return noises(floats or float_model(net), model, pairs, samples, sizes)

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from npulab.errors import UsageError
+from npulab.program.pages import Buffer
 from npulab.quantization.calibrate import choose_activations, roomy
 from npulab.quantization.compare import FirstSamples, noises
 from npulab.quantization.emit import float_model, integer_model
 from npulab.quantization.network import MOVES, Layer, Network, Point
-from npulab.quantization.observe import Progress, Statistics
+from npulab.quantization.observe import Statistics
 from npulab.quantization.ranges import weight_params
 from npulab.quantization.sensitivity import (
     SAMPLES,
@@ -21,6 +22,7 @@ from npulab.quantization.sensitivity import (
     tensor_schemes,
     weight_schemes,
 )
+from npulab.quantization.session import Progress
 from npulab.quantization.types import Params, Samples, Scheme
 
 FLOAT = 32
@@ -135,7 +137,7 @@ class Trial:
     seen: Mapping[int, Statistics]
     how: str = "min-max"
     clip: str = "min-max"
-    reference: bytes = b""
+    reference: Buffer = b""
     progress: Progress | None = None
     params: dict[tuple[int, Scheme], Params] = field(default_factory=dict)
     tried: dict[Configuration, float] = field(default_factory=dict)

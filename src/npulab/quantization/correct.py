@@ -17,8 +17,9 @@ from npulab.quantization.chains import Floats, by_input, channel_axis
 from npulab.quantization.emit import float_model
 from npulab.quantization.moments import input_moments, sums
 from npulab.quantization.network import Layer, Network
-from npulab.quantization.observe import Progress, each
+from npulab.quantization.parts import each
 from npulab.quantization.probes import Probed
+from npulab.quantization.session import Progress
 from npulab.quantization.stages import sequential
 from npulab.quantization.types import Array, Samples
 

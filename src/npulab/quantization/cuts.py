@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from npulab.quantization.emit import float_model
 from npulab.quantization.network import Layer, Network
-from npulab.quantization.observe import runner
+from npulab.quantization.session import runner
 from npulab.quantization.types import F32, Array, Feeds
 
 if TYPE_CHECKING:

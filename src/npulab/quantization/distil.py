@@ -20,8 +20,8 @@ from npulab.quantization.calibrate import roomy
 from npulab.quantization.emit import integer_model
 from npulab.quantization.gram import Reference, reference, upto
 from npulab.quantization.network import FUSING, Layer, Network, Point
-from npulab.quantization.observe import Progress, in_order, runner
 from npulab.quantization.ranges import weight_params
+from npulab.quantization.session import Progress, in_order, runner
 from npulab.quantization.torch_block import Block, Student
 from npulab.quantization.torch_ops import pytorch, supported
 from npulab.quantization.types import Array, Params, Samples

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from npulab.errors import UnsupportedError
-from npulab.exporters.onnx import to_onnx, to_proto
+from npulab.exporters.onnx import to_thin, to_view
+from npulab.importers.onnx_parts import LARGE, Thin
+from npulab.ir.types import packed as packed_bits
+from npulab.program.pages import Buffer, content_of, let_go
 from npulab.quantization.network import Layer, Network
 from npulab.quantization.ranges import params_of
 from npulab.quantization.types import Array, Params
@@ -20,24 +23,25 @@ PER_CHANNEL_OPSET = 13
 OPSETS = {16: 21, 4: 21, 2: 25}
 
 
-def float_model(net: Network, changed: bool = True) -> bytes:
+def float_model(net: Network, changed: bool = True) -> Buffer:
     """The ONNX file of the float network, with the layers' weights and biases as they are now."""
     if not changed:
-        return to_onnx(net.graph, shapes=False)
-    model = _proto(net)
+        return to_view(net.graph, shapes=False)
+    model = _thin(net)
     for layer in net.layers:
         _replace_weights(model, net, layer, layer.weight)
-    return bytes(model.SerializeToString(deterministic=True))
+    return model.file()
 
 
-def _proto(net: Network) -> onnx.ModelProto:
+def _thin(net: Network) -> Thin:
     """The network's file without the layers' weights. Constants that were inputs, too, as before ONNX's IR 4, are not
     any more: what becomes of them is no caller's to replace."""
-    model = to_proto(net.graph, shapes=False, without=own_weights(net))
+    model = to_thin(net.graph, shapes=False, without=own_weights(net))
     computed = {net.name(v) for v in net.graph.inputs}
-    inputs = [i for i in model.graph.input if i.name in computed]
-    del model.graph.input[:]
-    model.graph.input.extend(inputs)
+    graph = model.proto.graph
+    inputs = [i for i in graph.input if i.name in computed]
+    del graph.input[:]
+    graph.input.extend(inputs)
     return model
 
 
@@ -49,9 +53,9 @@ def own_weights(net: Network) -> set[int]:
                                     for n in net.readers(v))}
 
 
-def _replace_weights(model: onnx.ModelProto, net: Network, layer: Layer, weight: Array) -> None:
+def _replace_weights(model: Thin, net: Network, layer: Layer, weight: Array) -> None:
     """The layer's own initializers instead of those that it had, which others may read too."""
-    node = model.graph.node[layer.node]
+    node = model.proto.graph.node[layer.node]
     node.input[1] = _initializer(model, f"{layer.name}_weight", weight)
     if layer.bias is not None and layer.added < 0:
         name = _initializer(model, f"{layer.name}_bias", layer.bias)
@@ -60,7 +64,7 @@ def _replace_weights(model: onnx.ModelProto, net: Network, layer: Layer, weight:
         else:
             node.input.append(name)
     elif layer.bias is not None:
-        adder = model.graph.node[layer.added]
+        adder = model.proto.graph.node[layer.added]
         old = net.name(layer.bias_value)
         name = _initializer(model, f"{layer.name}_bias", layer.bias)
         for i, n in enumerate(adder.input):
@@ -68,13 +72,13 @@ def _replace_weights(model: onnx.ModelProto, net: Network, layer: Layer, weight:
                 adder.input[i] = name
 
 
-def _initializer(model: onnx.ModelProto, name: str, array: Array) -> str:
+def _initializer(model: Thin, name: str, array: Array) -> str:
     """A new constant; names of layers are their nodes' own, so that no other constant has this one."""
-    model.graph.initializer.append(_tensor(f"{name}_now", array))
+    model.constant(f"{name}_now", array)
     return f"{name}_now"
 
 
-def integer_model(net: Network, integer_ends: bool = False, packed: bool = False) -> bytes:
+def integer_model(net: Network, integer_ends: bool = False, packed: bool = False) -> Buffer:
     """The ONNX file with QuantizeLinear and DequantizeLinear around what is computed in integers.
 
     Biases of integer layers are 32-bit sums in the scale of the products. Opset 13, 21 where 16 or 4 bits need it.
@@ -84,7 +88,7 @@ def integer_model(net: Network, integer_ends: bool = False, packed: bool = False
     return _Writer(net, integer_ends, packed).model()
 
 
-def shown_model(net: Network) -> tuple[bytes, dict[str, str]]:
+def shown_model(net: Network) -> tuple[Buffer, dict[str, str]]:
     """The same, and under which name the model has each quantized tensor as its integers show it."""
     writer = _Writer(net, False, False)
     return writer.model(), writer.seen
@@ -94,7 +98,8 @@ class _Writer:
     def __init__(self, net: Network, integer_ends: bool, packed: bool) -> None:
         self.net = net
         self.integer_ends, self.packed = integer_ends, packed
-        self.proto = _proto(net)
+        self.thin = _thin(net)
+        self.proto = self.thin.proto
         self.nodes = list(self.proto.graph.node)
         del self.proto.graph.node[:]
         self.seen: dict[str, str] = {}  # a tensor's name -> the name of what its integers show
@@ -103,7 +108,7 @@ class _Writer:
         self.bits |= {layer.scheme.bits for layer in net.layers if layer.scheme and (packed or layer.scheme.bits == 16)}
         self.constants: dict[tuple[object, ...], tuple[str, str]] = {}
 
-    def model(self) -> bytes:
+    def model(self) -> Buffer:
         net, graph = self.net, self.net.graph
         outputs = {graph.values[v].name for v in graph.outputs}
         for v in graph.inputs:
@@ -134,7 +139,7 @@ class _Writer:
                     self._pair(v, made, name)
         self._tidy()
         self._opset()
-        return bytes(self.proto.SerializeToString(deterministic=True))
+        return self.thin.file()
 
     def _is_point(self, v: int) -> bool:
         return v >= 0 and v in self.net.of and self.net.of[v].params is not None and self.net.of[v].scheme is not None
@@ -200,15 +205,37 @@ class _Writer:
     def _constant(self, name: str, array: Array, p: Params | None = None) -> str:
         """A constant under a name of its own; its integers those of `p`, if told."""
         found = self._unused(name)
-        small = p is not None and self.packed
-        self.proto.graph.initializer.append(_tensor(found, array, p.scheme.bits if p and small else 0,
-                                                    p.scheme.dtype if p else ""))
+        if p is not None and self._is_packed(p):
+            self.thin.packed(found, array.shape, _onnx_type(p.scheme.dtype), packed_bits(array, p.scheme.bits))
+        else:
+            self.thin.constant(found, array)
         return found
 
-    def _dequantized(self, name: str, codes: Array, p: Params, scale: str, zero: str) -> str:
+    def _is_packed(self, p: Params) -> bool:
+        return self.packed and p.scheme.bits in (2, 4)
+
+    def _dequantized(self, name: str, real: Array, codes: Array | None, p: Params, scale: str, zero: str) -> str:
+        """`codes`: of the constant `real`; None: rounded to the nearest, once they are written."""
         from onnx import helper
 
-        kept = self._constant(f"{name}_quantized", codes, p)
+        def made() -> memoryview:
+            found = codes_of()
+            let_go(real)
+            return memoryview(packed_bits(found, p.scheme.bits)) if small else content_of(found)
+
+        def codes_of() -> Array:
+            return p.codes(real) if codes is None else codes
+
+        small = self._is_packed(p)
+        size = -(-real.size * p.scheme.bits // 8)
+        if size < LARGE:
+            kept = self._constant(f"{name}_quantized", codes_of(), p)
+            let_go(real)
+        else:
+            kept = self._unused(f"{name}_quantized")
+            dtype = helper.np_dtype_to_tensor_dtype(p.scheme.holder)
+            self.thin.later(kept, real.shape, _onnx_type(p.scheme.dtype) if small else int(dtype),
+                            size if small else real.size * p.scheme.holder.itemsize, made)
         out = self._unused(f"{name}_dequantized")
         node = helper.make_node("DequantizeLinear", [kept, scale, zero], [out], self._unused(f"{name}_DQ"))
         if p.axis is not None:
@@ -220,9 +247,9 @@ class _Writer:
         if layer.scheme is None or layer.params is None:
             node.input[1] = self._constant(f"{layer.name}_weight", layer.weight)
         else:
-            codes = layer.codes if layer.codes is not None else layer.params.codes(layer.weight)
             scale, zero = self._parameters(f"{layer.name}_weight", layer.params)
-            node.input[1] = self._dequantized(f"{layer.name}_weight", codes, layer.params, scale, zero)
+            node.input[1] = self._dequantized(f"{layer.name}_weight", layer.weight, layer.codes, layer.params, scale,
+                                              zero)
         if layer.bias is not None and layer.added < 0:
             name = self._bias(layer)
             if len(node.input) > 2:
@@ -265,7 +292,7 @@ class _Writer:
             p = self.net.operands[v] or params_of((float(array.min(initial=0)), float(array.max(initial=0))),
                                                   self.net.rules.activations[0])
             scale, zero = self._parameters(name, p)
-            self.seen[name] = self._dequantized(name, p.codes(array), p, scale, zero)
+            self.seen[name] = self._dequantized(name, array, None, p, scale, zero)
         return self.seen[name]
 
     def _tidy(self) -> None:
@@ -284,25 +311,10 @@ class _Writer:
         from onnx import version_converter
 
         try:
-            self.proto = version_converter.convert_version(self.proto, wanted)
+            self.thin.proto = version_converter.convert_version(self.proto, wanted)
         except Exception as e:  # the converter is C++
             raise UnsupportedError(f"'{self.net.graph.name}' is of opset {own.version} and cannot be written as of "
                                    f"{wanted}", got=str(e).strip()[:200]) from None
-
-
-def _tensor(name: str, array: Array, bits: int = 0, dtype: str = "") -> onnx.TensorProto:
-    """A constant; integers of less than 8 bits packed, the first in the low bits (ONNX)."""
-    import onnx
-    from onnx import numpy_helper
-
-    if bits not in (2, 4):
-        return numpy_helper.from_array(np.asarray(array, order="C"), name)
-    each = 8 // bits
-    codes = (array.ravel().astype(np.int16) & ((1 << bits) - 1)).astype(np.uint8)
-    padded = np.pad(codes, (0, -len(codes) % each)).reshape(-1, each)
-    packed = np.bitwise_or.reduce(padded << (np.arange(each, dtype=np.uint8) * bits), axis=1).astype(np.uint8)
-    return onnx.TensorProto(name=name, dims=array.shape, raw_data=packed.tobytes(),
-                            data_type=_onnx_type(dtype))
 
 
 def _onnx_type(dtype: str) -> int:

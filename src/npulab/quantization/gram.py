@@ -18,10 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npulab.errors import ModelError, UsageError
+from npulab.importers.onnx_parts import Thin, thin
 from npulab.ir.ops import OnnxOp
+from npulab.program.pages import Buffer
 from npulab.quantization.emit import float_model, integer_model
 from npulab.quantization.network import Layer, Network
-from npulab.quantization.observe import Progress, in_order, runner
+from npulab.quantization.session import Progress, in_order, runner
 from npulab.quantization.types import F32, Array, Params, Samples
 
 ROWS = 16384
@@ -54,7 +56,7 @@ class Reference:
         """Of the layers, in their order."""
         return [layer.bias for layer in self.net.layers]
 
-    def model(self) -> bytes:
+    def model(self) -> Buffer:
         """The ONNX file, written when it is asked for: it is as large as all weights."""
         return float_model(self.net)
 
@@ -244,7 +246,7 @@ def moments_bytes(layer: Layer, brief: bool = False) -> int:
     return int((1 if brief else 2) * g * k * k * (4 if k >= WIDE else 8))
 
 
-def _partly_rounded(net: Network) -> bytes:
+def _partly_rounded(net: Network) -> Buffer:
     """The integer network, layers without codes with their float weights."""
     kept = [(layer, layer.params) for layer in net.layers if layer.codes is None]
     for layer, _ in kept:
@@ -256,16 +258,17 @@ def _partly_rounded(net: Network) -> bytes:
             layer.params = params
 
 
-def upto(model: bytes, names: Sequence[str]) -> bytes:
+def upto(model: Buffer, names: Sequence[str]) -> Thin:
     """The model without what the tensors `names` do not need."""
     import onnx
 
-    proto = onnx.ModelProto.FromString(model)
+    made = thin(model)
+    proto = made.proto
     needed, kept = set(names), []
     for node in reversed(proto.graph.node):
         if needed.intersection(node.output):
             if any(a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for a in node.attribute):
-                return model  # its body may read anything
+                return made  # its body may read anything
             needed.update(node.input)
             kept.append(node)
     kept.reverse()
@@ -274,7 +277,7 @@ def upto(model: bytes, names: Sequence[str]) -> bytes:
     for part, items in ((proto.graph.node, kept), (proto.graph.output, shapes), (proto.graph.initializer, constants)):
         del part[:]
         part.extend(items)
-    return bytes(proto.SerializeToString())
+    return made
 
 
 class Patches:

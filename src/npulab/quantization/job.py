@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from npulab.errors import UsageError
-from npulab.exporters.onnx import to_onnx
+from npulab.exporters.onnx import to_view
 from npulab.program.files import write_atomically
+from npulab.program.pages import LARGE, Buffer, let_go
 from npulab.quantization import datafree, precision, state
 from npulab.quantization.calibrate import Known, choose_activations, choose_weights, statistics
 from npulab.quantization.compare import SILENCE, noise
@@ -27,10 +28,12 @@ from npulab.quantization.emit import integer_model
 from npulab.quantization.gram import Reference, reference
 from npulab.quantization.joints import part_mixed, parted
 from npulab.quantization.network import Network
-from npulab.quantization.observe import Progress, Statistics, each
+from npulab.quantization.observe import Statistics
+from npulab.quantization.parts import each
 from npulab.quantization.ranges import METHODS, NEEDS_HISTOGRAM
 from npulab.quantization.recipes import AUTO, STEPS, Context, Recipe, Step
 from npulab.quantization.sampling import held, some, taken
+from npulab.quantization.session import Progress
 from npulab.quantization.trained import Kept
 from npulab.quantization.types import Array, Samples
 
@@ -107,7 +110,7 @@ class Job:
         self.net, self.options, self.tell, self.made_up = net, options, tell, made_up
         self.recipe = replace(recipe, steps=()) if recipe.name == AUTO.name else recipe
         self.begin = time.monotonic()
-        self.reference: Callable[[], bytes] = partial(to_onnx, net.graph, shapes=False)
+        self.reference: Callable[[], Buffer] = partial(to_view, net.graph, shapes=False)
         self.outputs = [net.name(v) for v in net.graph.outputs]
         self.every = samples
         count = len(samples)
@@ -136,9 +139,9 @@ class Job:
                 break
             stages.append(self._trial(name) if self.searches else self._stage(name))
             if resume is not None:
-                write_atomically(resume, state.saved(self.net, {
-                    "key": key, "stages": [asdict(s) for s in stages], "recipe": asdict(self.recipe)},
-                    self.aim.biases if self.aim else None))
+                about = {"key": key, "stages": [asdict(s) for s in stages], "recipe": asdict(self.recipe)}
+                write_atomically(resume, partial(state.save, net=self.net, about=about,
+                                                 aim=self.aim.biases if self.aim else None))
         return stages
 
     def _plan(self) -> list[str]:
@@ -286,7 +289,10 @@ class Job:
 
     def _key(self) -> str:
         """What the outcome depends on: the model, the options, the samples (number, origin and some of them)."""
-        h = hashlib.sha256(self.reference())
+        h, model = hashlib.sha256(), memoryview(self.reference())
+        for i in range(0, len(model), LARGE):
+            h.update(model[i : i + LARGE])
+            let_go(model[i : i + LARGE])
         h.update(repr((self.options, self.net.rules, len(self.every), self.every.origin)).encode())
         for feeds in self.check:
             for name in sorted(feeds):

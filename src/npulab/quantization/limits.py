@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from npulab.program.pages import let_go
 from npulab.quantization.emit import bias_codes, bias_params
 from npulab.quantization.network import Layer, Network
 from npulab.quantization.types import Params
@@ -50,7 +51,10 @@ def _excess(net: Network, layer: Layer, data: Params) -> np.ndarray[tuple[int], 
     rules, p = net.rules, layer.params
     codes = layer.codes if layer.codes is not None else p.codes(layer.weight)
     zeros = p.zeros.reshape(p.along(codes.ndim))
-    total = np.abs(layer.rows(codes.astype(np.int64) - zeros)).sum(axis=1).astype(np.float64)
+    let_go(layer.weight)
+    rows, offsets = layer.rows(codes), layer.rows(np.broadcast_to(zeros, codes.shape))
+    total = np.array([np.abs(row.astype(np.int64) - offset).sum() for row, offset in zip(rows, offsets, strict=True)],
+                     np.float64)
     zero = int(data.zeros[0])
     sums = total * max(data.scheme.high - zero, zero - data.scheme.low)
     if layer.bias is not None:

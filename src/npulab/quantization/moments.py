@@ -14,8 +14,9 @@ from npulab.ir import Graph, Node
 from npulab.quantization.chains import POOLS, SHAPES, Floats, by_input, channel_axis
 from npulab.quantization.emit import float_model
 from npulab.quantization.network import Layer, Network, clamp_of
-from npulab.quantization.observe import Progress, each
+from npulab.quantization.parts import each
 from npulab.quantization.probes import Probed
+from npulab.quantization.session import Progress
 from npulab.quantization.types import Array, Samples
 
 Moments = tuple[Floats, Floats]

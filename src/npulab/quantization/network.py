@@ -19,6 +19,7 @@ from npulab.dialects.quantities import is_op
 from npulab.errors import ModelError, UnsupportedError
 from npulab.ir import DType, Graph, Node, Value
 from npulab.ir.ops import OnnxOp
+from npulab.program.pages import arrays_away, let_go
 from npulab.quantization.types import F32, Array, Params, Rules, Scheme
 
 Kind = Literal["conv", "transposed", "gemm", "matmul"]
@@ -199,7 +200,8 @@ def network(graph: Graph, rules: Rules) -> Network:
         raise UnsupportedError(f"'{dynamic[0]}' of '{graph.name}' has no fixed size", want="fixed sizes",
                                try_="--dim NAME=SIZE")
     layers, inner, clamps = _layers(ready)
-    for layer in layers:
+    for layer, weight in zip(layers, arrays_away([layer.weight for layer in layers]), strict=True):
+        layer.weight = weight
         own = rules.depthwise_weights if layer.is_depthwise and rules.depthwise_weights else rules.weights
         layer.scheme = own[0]
     net = Network(ready, rules, layers, [], {}, {})
@@ -232,7 +234,9 @@ def _constant(graph: Graph, value: int) -> F32 | None:
     if not v.is_constant or v.dtype is not DType.FLOAT32:
         return None
     array = np.asarray(v.array(), np.float32)
-    if not np.isfinite(array).all():
+    finite = bool(np.isfinite(array).all())
+    let_go(array)
+    if not finite:
         bad = int(np.count_nonzero(~np.isfinite(array)))
         raise ModelError(f"'{v.name}' of '{graph.name}' has weights that are no numbers",
                          got=f"{bad} of {array.size} are NaN or infinite", try_="the network before it diverged")
@@ -289,7 +293,7 @@ def _layer(graph: Graph, n: Node, op: OnnxOp) -> Layer | None:
     if bias is not None:
         bias = np.broadcast_to(bias.reshape(-1), (weight.shape[axis],)).copy()
     return Layer(n.index, n.name or f"{op.name}_{n.index}", kind, n.inputs[0], linear, linear, n.inputs[1], bias_value,
-                 np.require(weight, requirements=["C", "A"]), bias, axis, groups, (-np.inf, np.inf), added=added)
+                 weight, bias, axis, groups, (-np.inf, np.inf), added=added)
 
 
 def _addend(graph: Graph, out: int, channels: int) -> tuple[Node, int] | None:

@@ -6,22 +6,18 @@ the same statistics to the last bit, however many run side by side.
 
 from __future__ import annotations
 
-import ctypes
-import os
-import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from npulab.errors import ModelError, UnsupportedError, UsageError
-from npulab.quantization.types import F32, Array, Feeds, Samples
-
-if TYPE_CHECKING:
-    import onnx
+from npulab.errors import ModelError
+from npulab.importers.onnx_parts import Thin, thin
+from npulab.program.pages import Buffer
+from npulab.quantization.parts import apart
+from npulab.quantization.session import Progress
+from npulab.quantization.types import F32, Array, Samples
 
 HALF = 2048
 """Bins of a histogram on each side of zero."""
@@ -35,9 +31,6 @@ LEAST_WIDTH = 2.0**-100
 """Of a bin: its inverse is a float32, too."""
 MOVING = 0.01
 """Weight of a new sample in moving averages, as in TensorFlow's FakeQuant (decay 0.99); the first sets the start."""
-T = TypeVar("T")
-Progress = Callable[[int, int], None]
-"""Called with samples done and samples in all."""
 
 
 class Statistics:
@@ -190,7 +183,7 @@ def count_bins(x: F32, width: float) -> NDArray[np.int64]:
     return np.bincount(index.ravel(), minlength=2 * HALF)
 
 
-def observe(model: bytes, names: Sequence[str], samples: Samples, histograms: bool = False,
+def observe(model: Buffer, names: Sequence[str], samples: Samples, histograms: bool = False,
             channels: Sequence[str] = (), progress: Progress | None = None, sizes: Mapping[str, int] | None = None
             ) -> dict[str, Statistics]:
     """Statistics of the tensors `names` of an ONNX model over the samples. `channels`: of these, by channel too.
@@ -205,23 +198,24 @@ def observe(model: bytes, names: Sequence[str], samples: Samples, histograms: bo
     most = min(max(COUNTED // max(1, len(samples)), COUNTED_EACH[0]), COUNTED_EACH[1]) if histograms else 0
     large = {name: size for name, size in (sizes or {}).items() if size >= REDUCED and name in found
              and name not in by_channel}
-    model, outputs = _reduced(model, large, most)
+    reduced, outputs = _reduced(model, large, most)
     asked = [name for n in names for name in outputs.get(n, [n])]
+    owner = {name: n for n in names for name in outputs.get(n, [n])}
 
-    def look(arrays: Sequence[Array]) -> list[_Seen]:
-        left, seen = iter(arrays), []
-        for name in names:
+    def look(arrays: Mapping[str, Array]) -> dict[str, _Seen]:
+        seen: dict[str, _Seen] = {}
+        for name in dict.fromkeys(owner[a] for a in arrays):
             if name not in large:
-                seen.append(_Seen.whole(next(left), most, name in by_channel))
+                seen[name] = _Seen.whole(arrays[name], most, name in by_channel)
                 continue
-            low, high, total = (float(next(left).reshape(-1)[0]) for _ in range(3))
-            seen.append(_Seen(large[name], low if np.isfinite(total) else total, high, next(left) if most else None))
+            *extremes, some = (*(arrays[a] for a in outputs[name]), None)[:4]
+            low, high, total = (float(x.reshape(-1)[0]) for x in extremes if x is not None)
+            seen[name] = _Seen(large[name], low if np.isfinite(total) else total, high, some)
         return seen
 
-    looked = each(model, asked, samples, look, progress)
-    del model  # the session has the weights of its own
-    for number, seen in enumerate(looked):
-        for name, one in zip(names, seen, strict=True):
+    groups = [outputs[n] for n in names if n in large]
+    for number, seen in apart(reduced, asked, samples, look, progress, groups):
+        for name, one in seen.items():
             if not (np.isfinite(one.low) and np.isfinite(one.high)):
                 raise ModelError(f"'{name}' is not finite", got=f"sample {number + 1} of {samples.origin}",
                                  try_="look for NaN in the data, or for overflow in the network")
@@ -229,135 +223,28 @@ def observe(model: bytes, names: Sequence[str], samples: Samples, histograms: bo
     return found
 
 
-def _reduced(model: bytes, sizes: Mapping[str, int], most: int) -> tuple[bytes, dict[str, list[str]]]:
-    """The model with nodes for the extremes, the sum (which no NaN gets past) and `most` elements of tensors, and the
-    names of those by tensor. Appended to the bytes, for messages of protobuf are merged so: weights are not copied."""
-    from onnx import GraphProto, ModelProto, helper, numpy_helper
+def _reduced(model: Buffer, sizes: Mapping[str, int], most: int) -> tuple[Thin, dict[str, list[str]]]:
+    """The model with nodes for the extremes, the sum (which no NaN gets past) and `most` elements of tensors, each
+    behind what makes the tensor, and the names of those by tensor."""
+    from onnx import NodeProto, helper
 
-    more, outputs = GraphProto(), {}
+    made, outputs = thin(model), dict[str, list[str]]()
+    graph = made.proto.graph
     indices: dict[int, str] = {}
+    more: dict[str, list[NodeProto]] = {}
     for name, size in sizes.items():
         outputs[name] = [f"{name}_{what}_observed" for what in ("low", "high", "sum", "some")[: 4 if most else 3]]
-        for op, out in zip(("ReduceMin", "ReduceMax", "ReduceSum"), outputs[name], strict=False):
-            more.node.append(helper.make_node(op, [name], [out], out, keepdims=0))
+        own = more[name] = [helper.make_node(op, [name], [out], out, keepdims=0)
+                            for op, out in zip(("ReduceMin", "ReduceMax", "ReduceSum"), outputs[name], strict=False)]
         if most:
             if size not in indices:
                 indices[size] = f"{name}_indices_observed"
-                where = np.arange(0, size, distance(size, most), dtype=np.int64)
-                more.initializer.append(numpy_helper.from_array(where, indices[size]))
+                made.constant(indices[size], np.arange(0, size, distance(size, most), dtype=np.int64))
             flat = f"{name}_flat_observed"
-            more.node.append(helper.make_node("Flatten", [name], [flat], flat, axis=0))
-            more.node.append(helper.make_node("Gather", [flat, indices[size]], [outputs[name][3]], outputs[name][3],
-                                              axis=1))
-    return (model + ModelProto(graph=more).SerializeToString() if sizes else model), outputs
-
-
-def each(model: bytes, names: Sequence[str], samples: Samples, work: Callable[[Sequence[Array]], T],
-         progress: Progress | None = None) -> Iterator[T]:
-    """`work` on the tensors `names` of each sample, samples side by side, results in their order."""
-    if not len(samples):
-        raise UsageError("there are no samples to calibrate with", got=samples.origin)
-    run = runner(model, names)
-    del model
-    workers = max(1, min(8, os.cpu_count() or 1))
-
-    def job(feeds: Feeds) -> T:
-        return work(run(feeds))
-
-    with ThreadPoolExecutor(workers) as pool:
-        yield from in_order(pool, job, samples, workers, progress)
-
-
-def in_order(pool: ThreadPoolExecutor, job: Callable[[Feeds], T], samples: Samples, ahead: int,
-             progress: Progress | None = None) -> Iterator[T]:
-    """Results of `job`, in the samples' order, with at most `ahead` of them in memory."""
-    waiting: deque[Future[T]] = deque()
-    done, total = 0, len(samples)
-    source: Iterable[Feeds] = samples
-    try:
-        for feeds in source:
-            waiting.append(pool.submit(job, feeds))
-            if len(waiting) >= ahead:
-                yield waiting.popleft().result()
-                done += 1
-                if progress:
-                    progress(done, total)
-        while waiting:
-            yield waiting.popleft().result()
-            done += 1
-            if progress:
-                progress(done, total)
-    finally:
-        for f in waiting:
-            f.cancel()
-
-
-def _widen(proto: onnx.ModelProto) -> None:
-    """Constants of 2 bits as bytes: kernels that ONNX Runtime fuses out of DequantizeLinear take none such."""
-    from onnx import TensorProto, numpy_helper
-
-    bytes_of = {getattr(TensorProto, "INT2", -1): np.int8, getattr(TensorProto, "UINT2", -1): np.uint8}
-    for t in proto.graph.initializer:
-        if t.data_type in bytes_of:
-            t.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(t).astype(bytes_of[t.data_type]), t.name))
-
-
-def give_back() -> None:
-    """Memory that sessions had, to the system: glibc keeps what lies between other things, 100 MB of EfficientNet's."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
-
-
-def runner(model: bytes, names: Sequence[str], threads: int = 1, plain: bool = False
-           ) -> Callable[[Feeds], list[Array]]:
-    """A function from inputs to the tensors `names`, which may lie inside the model: ONNX Runtime, `threads` a run.
-
-    Layers between DequantizeLinear and QuantizeLinear are computed in floats: integer kernels would differ from CPU to
-    CPU. `plain`: no optimizations at all.
-
-    Raises: UsageError without ONNX Runtime; UnsupportedError if it does not run the model.
-    """
-    try:
-        import onnx
-        import onnxruntime as ort
-    except ImportError:
-        raise UsageError("quantizing runs networks in ONNX Runtime, which is not installed",
-                         try_="pip install 'npulab[onnx]'") from None
-    give_back()
-    proto = onnx.ModelProto.FromString(model)
-    del model
-    have = {o.name for o in proto.graph.output}
-    for name in dict.fromkeys(names):
-        if name not in have:
-            proto.graph.output.append(onnx.ValueInfoProto(name=name))
-    _widen(proto)
-    inputs = {i.name for i in proto.graph.input}
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    options.enable_mem_pattern = False
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # else data become int8 by the way
-    if plain:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    asked = [n for n in names if n not in inputs]
-    model = proto.SerializeToString()
-    del proto  # its weights, before the session has its own
-    try:
-        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"],
-                                       disabled_optimizers=["WeightBiasQuantization"])  # of layers in floats, unasked
-    except Exception as e:  # the runtime is C++: it raises what it likes
-        raise UnsupportedError("ONNX Runtime does not run the network", got=str(e).strip()[:300]) from None
-    del model
-
-    def run(feeds: Feeds) -> list[Array]:
-        try:
-            made = dict(zip(asked, session.run(asked, dict(feeds)) if asked else [], strict=True))
-        except Exception as e:
-            raise UnsupportedError("ONNX Runtime does not run the network on this sample",
-                                   got=str(e).strip()[:300]) from None
-        return [np.asarray(feeds[n]) if n in inputs else made[n] for n in names]
-
-    return run
+            own += [helper.make_node("Flatten", [name], [flat], flat, axis=0),
+                    helper.make_node("Gather", [flat, indices[size]], [outputs[name][3]], outputs[name][3], axis=1)]
+    nodes = [*(n for i in graph.input for n in more.get(i.name, ())),
+             *(m for n in graph.node for m in (n, *(x for o in n.output for x in more.get(o, ()))))]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return made, outputs

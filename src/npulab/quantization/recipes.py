@@ -9,8 +9,8 @@ from typing import Literal
 from npulab.errors import UsageError
 from npulab.quantization.gram import Reference, reference
 from npulab.quantization.network import Network
-from npulab.quantization.observe import Progress
 from npulab.quantization.ranges import METHODS
+from npulab.quantization.session import Progress
 from npulab.quantization.types import Samples
 
 Stage = Literal["before", "after"]

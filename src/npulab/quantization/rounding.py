@@ -27,9 +27,9 @@ from npulab.errors import UsageError
 from npulab.quantization.calibrate import roomy
 from npulab.quantization.gram import Moments, Reference, grouped, moments, moments_bytes, reference
 from npulab.quantization.network import Layer, Network
-from npulab.quantization.observe import Progress
 from npulab.quantization.ranges import LEAST_SCALE, params_of_channels
 from npulab.quantization.sampling import some
+from npulab.quantization.session import Progress
 from npulab.quantization.types import Array, Params, Samples, Scheme
 
 Floats = NDArray[Any]

@@ -6,6 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from npulab.program.pages import arrays_away
 from npulab.quantization.types import Feeds, ListedSamples, Samples
 
 
@@ -23,8 +26,10 @@ def some(samples: Samples, count: int) -> Samples:
 
 
 def held(samples: Samples) -> ListedSamples:
-    """In memory."""
-    return ListedSamples(list(samples), samples.origin)
+    """At hand: in memory, in a file if they are many bytes."""
+    listed = [{name: np.asarray(x) for name, x in feeds.items()} for feeds in samples]
+    away = iter(arrays_away([x for feeds in listed for x in feeds.values()]))
+    return ListedSamples([{name: next(away) for name in feeds} for feeds in listed], samples.origin)
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,8 +25,9 @@ from npulab.quantization.calibrate import choose_activations, roomy
 from npulab.quantization.compare import SILENCE, Noise, noise
 from npulab.quantization.cuts import Cuts
 from npulab.quantization.network import MOVES, Layer, Network, Point
-from npulab.quantization.observe import Progress, Statistics, in_order
+from npulab.quantization.observe import Statistics
 from npulab.quantization.ranges import weight_params
+from npulab.quantization.session import Progress, in_order
 from npulab.quantization.types import F32, Array, Feeds, ListedSamples, Params, Samples, Scheme
 
 Kind = Literal["weights", "tensor"]

@@ -29,7 +29,7 @@ from npulab.quantization.chains import (
 )
 from npulab.quantization.moments import Seen, seen
 from npulab.quantization.network import Layer, Network, Point
-from npulab.quantization.observe import Progress
+from npulab.quantization.session import Progress
 from npulab.quantization.types import F32, Samples
 
 ALPHA = 0.5

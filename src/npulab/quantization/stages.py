@@ -14,7 +14,7 @@ from npulab.errors import UsageError
 from npulab.quantization.chains import Floats, channel_axis
 from npulab.quantization.emit import bias_codes, bias_params, integer_model
 from npulab.quantization.network import Layer, Network
-from npulab.quantization.observe import Progress, in_order, runner
+from npulab.quantization.session import Progress, in_order, runner
 from npulab.quantization.types import Array, Feeds, ListedSamples, Samples
 
 Kept = dict[str, Array]

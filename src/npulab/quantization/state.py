@@ -7,14 +7,15 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 import numpy as np
 
 from npulab.errors import ModelError
-from npulab.exporters.onnx import to_onnx
+from npulab.exporters.onnx import to_view
 from npulab.importers.onnx import read_onnx
+from npulab.program.pages import arrays_away, let_go
 from npulab.quantization.network import Network, network
 from npulab.quantization.types import F32, Array, Params, Rules, Scheme
 
@@ -24,9 +25,16 @@ DAMAGED = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFil
 
 
 def saved(net: Network, about: dict[str, Any], aim: Sequence[F32 | None] | None = None) -> bytes:
+    """What `save` writes."""
+    out = io.BytesIO()
+    save(out, net, about, aim)
+    return out.getvalue()
+
+
+def save(out: BinaryIO, net: Network, about: dict[str, Any], aim: Sequence[F32 | None] | None = None) -> None:
     """The network's weights, codes and params, and `about`, which is plain data. `aim`: the layers' biases before they
     were corrected."""
-    arrays: dict[str, Array] = {"graph": np.frombuffer(to_onnx(net.graph), np.uint8)}
+    arrays: dict[str, Array] = {"graph": np.frombuffer(to_view(net.graph), np.uint8)}
     layers, points, operands = [], [], []
     for i, layer in enumerate(net.layers):
         arrays[f"layer{i}_weight"] = layer.weight
@@ -46,9 +54,9 @@ def saved(net: Network, about: dict[str, Any], aim: Sequence[F32 | None] | None 
     head = {"version": VERSION, "about": about, "layers": layers, "points": points, "operands": operands,
             "notes": net.notes, "name": net.graph.name, "aimed": aim is not None}
     arrays["head"] = np.frombuffer(msgspec.json.encode(head), np.uint8)
-    out = io.BytesIO()
     np.savez(out, **arrays)  # type: ignore[arg-type]
-    return out.getvalue()
+    for array in arrays.values():
+        let_go(array)
 
 
 def about(data: bytes) -> dict[str, Any] | None:
@@ -83,6 +91,8 @@ def restored(data: bytes, rules: Rules) -> Network:
                 layer.codes = arrays.get(f"layer{i}_codes")
                 layer.scheme = _scheme_of(one["scheme"])
                 layer.params = _params_of(arrays, f"layer{i}", one["params"])
+            for layer, weight in zip(net.layers, arrays_away([layer.weight for layer in net.layers]), strict=True):
+                layer.weight = weight
             points = {net.name(p.value): p for p in net.points}
             for i, one in enumerate(head["points"]):
                 p = points[one["name"]]

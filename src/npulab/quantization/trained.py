@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from npulab.ir import Graph, Node
+from npulab.program.pages import Buffer
 from npulab.quantization import refit
 from npulab.quantization.calibrate import roomy
 from npulab.quantization.emit import integer_model
@@ -275,7 +276,7 @@ def _maker(net: Network, value: int) -> Node | None:
 
 # beside the network
 
-def as_it_was(graph: Graph, trained: Trained) -> bytes:
+def as_it_was(graph: Graph, trained: Trained) -> Buffer:
     """The trained network as an ONNX file of pairs, floats coming and going, under the names of the float network."""
     net = network(graph, ANY)
     apply(net, trained)

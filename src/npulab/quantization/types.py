@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 F32 = NDArray[np.float32]
+BLOCK = 1 << 18
+"""Elements that are rounded at a time: double precision takes eight bytes of each."""
 Feeds = Mapping[str, Array]
 """An array for each input of a network, by name."""
 Arithmetic = Literal["tflite", "onnx", "multiplier16", "esp32s3", "esp32p4"]
@@ -89,8 +91,15 @@ class Params:
     def codes(self, real: Array) -> Array:
         """The integers that stand for `real`: rounded half to even as QuantizeLinear does, clamped."""
         shape = self.along(real.ndim)
-        steps = np.rint(real / self.scales.reshape(shape)) + self.zeros.reshape(shape)
-        return np.asarray(np.clip(steps, self.scheme.low, self.scheme.high), self.scheme.holder)
+        scales, zeros = self.scales.reshape(shape), self.zeros.reshape(shape)
+        codes = np.empty(real.shape, self.scheme.holder)
+        each = max(1, len(real) * BLOCK // max(1, real.size)) if real.ndim else 1
+        for i in range(0, len(real) if real.ndim else 1, each):
+            at = slice(i, i + each) if real.ndim else ...
+            own = at if self.axis == 0 else ...
+            steps = np.rint(real[at] / scales[own]) + zeros[own]
+            codes[at] = np.clip(steps, self.scheme.low, self.scheme.high)
+        return codes
 
     def real(self, codes: Array) -> F32:
         """What integers stand for."""

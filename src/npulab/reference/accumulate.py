@@ -164,6 +164,7 @@ def open_session(model: bytes, optimized: bool = True) -> Any:
     options = runtime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4
+    options.enable_cpu_mem_arena = False  # each of a network's many sessions would keep what it once had
     if not optimized:
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

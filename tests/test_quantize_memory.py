@@ -1,0 +1,171 @@
+"""Memory of a quantization: weights stay in files, a part of the network at a time; and files are put together again
+byte for byte."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import npulab
+from npulab.errors import ModelError
+from npulab.importers.onnx_parts import DamagedError, left_out, thin
+from npulab.program.pages import LARGE, arrays_away, let_go, put_away
+from npulab.quantization import parts
+from npulab.quantization.parts import each
+from npulab.quantization.session import runner
+from npulab.quantization.types import ListedSamples
+
+CHANNELS, LAYERS, SIZE = 256, 12, 8
+WEIGHTS = LAYERS * CHANNELS * CHANNELS * 9 * 4
+"""Bytes of the network's weights: 27 MiB."""
+
+
+def deep(layers: int = LAYERS, channels: int = CHANNELS, size: int = SIZE, residual: bool = True) -> onnx.ModelProto:
+    """Convolutions with their clamps, every other one around a residual sum."""
+    rng = np.random.default_rng(0)
+    nodes, constants, now = [], [], "x"
+    for i in range(layers):
+        w = rng.standard_normal((channels, channels, 3, 3), np.float32) / np.float32(3 * channels**0.5)
+        constants.append(numpy_helper.from_array(w, f"w{i}"))
+        nodes += [helper.make_node("Conv", [now, f"w{i}"], [f"c{i}"], f"conv{i}", pads=[1, 1, 1, 1]),
+                  helper.make_node("Relu", [f"c{i}"], [f"r{i}"], f"relu{i}")]
+        if residual and i % 2:
+            nodes.append(helper.make_node("Add", [f"r{i}", now], [f"a{i}"], f"add{i}"))
+        now = nodes[-1].output[0]
+    nodes.append(helper.make_node("GlobalAveragePool", [now], ["y"], "pool"))
+    graph = helper.make_graph(
+        nodes, "deep", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, channels, size, size])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, channels, 1, 1])], constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+
+
+RUN = """
+import json, sys
+import numpy as np
+import onnx, onnx.reference, onnx.shape_inference, onnxruntime
+import npulab, npulab.quantizing as q
+from npulab.quantization.job import Options
+from npulab.quantization.types import ListedSamples
+from npulab.targets.facts.quantization import rules_of
+def memory(): return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) << 10
+rng = np.random.default_rng(0)
+shape = json.loads(sys.argv[2])
+samples = ListedSamples([{"x": rng.standard_normal(shape, np.float32)} for _ in range(32)], "noise")
+before = memory()
+made = q.quantize(npulab.load(sys.argv[1]), samples, rules_of("generic-onnx"), Options(recipe="min-max"))
+print(json.dumps({"peak": memory() - before, "bytes": len(made.data)}))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is Linux's")
+def test_quantizing_takes_less_memory_than_three_times_the_weights(tmp_path):
+    """It was nine times when every stage held the whole network, and its file, and its session's copy of it."""
+    path = tmp_path / "deep.onnx"
+    onnx.save(deep(), path)
+    done = subprocess.run([sys.executable, "-c", RUN, str(path), json.dumps([1, CHANNELS, SIZE, SIZE])],
+                          capture_output=True, text=True, check=True)
+    said = json.loads(done.stdout)
+
+    assert said["bytes"] > WEIGHTS / 4
+    assert said["peak"] < 3 * WEIGHTS, f"{said['peak'] / WEIGHTS:.1f} times"
+
+
+def samples(count: int, size: int, channels: int = 64) -> ListedSamples:
+    rng = np.random.default_rng(1)
+    return ListedSamples([{"x": rng.standard_normal((1, channels, size, size), np.float32)} for _ in range(count)], "")
+
+
+@pytest.mark.parametrize("disk", [1 << 30, 200_000, 1000])
+def test_a_network_in_parts_gives_the_same_numbers_to_the_last_bit(monkeypatch, disk):
+    model = deep(8, 64, 16).SerializeToString()
+    some, names = samples(7, 16), ["r1", "a3", "a7", "y"]
+    whole = runner(model, names)
+    wanted = [whole(feeds) for feeds in some]
+    monkeypatch.setattr(parts, "PART", 300_000)
+    monkeypatch.setattr(parts, "STEP", 400_000)
+    monkeypatch.setattr(parts, "DISK", disk)
+    monkeypatch.setattr(parts, "TURN", 3)
+    pieces = parts._parts(thin(model), names, len(some))
+
+    assert len(pieces) > 1 if disk > 1000 else len(pieces) == 1  # less than a tensor: nothing may lie between
+    assert sum(map(len, pieces)) > 2
+    found = list(each(model, names, some, list))
+    assert len(found) == len(wanted)
+    for got, want in zip(found, wanted, strict=True):
+        for x, y in zip(got, want, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+def test_sums_and_clamps_stay_with_what_they_are_fused_to(monkeypatch):
+    monkeypatch.setattr(parts, "STEP", 1)
+    monkeypatch.setattr(parts, "PART", 1)
+    pieces = [step for part in parts._parts(thin(deep(8, 64, 16).SerializeToString()), ["y"], 1) for step in part]
+
+    assert len(pieces) > 3
+    for step in pieces:
+        first = step.model.proto.graph.node[0]
+        assert first.op_type == "Conv"
+
+
+def test_a_thin_model_is_written_as_protobuf_writes_the_whole_one():
+    proto = deep(2)
+    proto.doc_string, proto.graph.doc_string = "of the model", "of the graph"
+    helper.set_model_props(proto, {"key": "value"})
+    proto.graph.value_info.append(helper.make_tensor_value_info("c0", TensorProto.FLOAT, [1, CHANNELS, SIZE, SIZE]))
+    data = proto.SerializeToString(deterministic=True)
+    made = thin(data)
+
+    assert set(made.contents) == {"w0", "w1"}
+    assert len(made.proto.SerializeToString()) < 2000
+    assert bytes(made) == data
+    assert bytes(made.file()) == data
+    assert made.pieces()[0] == len(data)
+
+
+def test_constants_of_nodes_stay_in_the_file_too():
+    w = np.arange(8192, dtype=np.float32)
+    value = helper.make_node("Constant", [], ["w"], value=numpy_helper.from_array(w))
+    graph = helper.make_graph([value, helper.make_node("Add", ["x", "w"], ["y"])], "g",
+                              [helper.make_tensor_value_info("x", TensorProto.FLOAT, [8192])],
+                              [helper.make_tensor_value_info("y", TensorProto.FLOAT, [8192])])
+    data = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8).SerializeToString()
+    (constant,) = [v for v in npulab.load(data).values if v.is_constant]
+
+    np.testing.assert_array_equal(constant.array(), w)
+    assert len(left_out(data)[0]) < 200
+    assert constant.constant is not None
+    assert constant.constant.obj is data
+
+
+@pytest.mark.parametrize("cut", [1, 7, 100, 20_000])
+def test_damaged_files_are_said_to_be_damaged(cut):
+    data = deep(1, 64).SerializeToString()
+    with pytest.raises(ModelError, match="damaged"):
+        npulab.load(data[:-cut])
+    with pytest.raises(DamagedError):
+        left_out(data[:-cut])
+
+
+def test_arrays_that_are_put_away_are_the_same_and_can_be_let_go():
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal((3, 5), np.float32), rng.integers(0, 9, LARGE).astype(np.int8),
+              rng.standard_normal((4, 6), np.float32).T, np.zeros((0, 3)), np.array(1.5)]
+    kept = arrays_away(arrays)
+    for _ in range(2):
+        for x, y in zip(arrays, kept, strict=True):
+            np.testing.assert_array_equal(x, y)
+            assert x.shape == y.shape
+            assert x.dtype == y.dtype
+            assert y.flags.aligned
+            let_go(y)
+    let_go(b"nothing")
+    let_go(np.zeros(3))
+    view = put_away([b"a" * LARGE, b"b"], LARGE + 1)
+    let_go(view[5:9])
+    assert bytes(view[-3:]) == b"aab"
