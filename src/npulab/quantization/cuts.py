@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from npulab.quantization.emit import float_model
 from npulab.quantization.network import Layer, Network
+from npulab.quantization.parts import reads_of
 from npulab.quantization.session import runner
 from npulab.quantization.types import F32, Array, Feeds
 
@@ -31,7 +32,7 @@ class Cuts:
         self.born |= {i.name: -1 for i in self.proto.graph.input if i.name not in self.constants}
         self.read: dict[str, int] = {}  # a tensor -> the last operator that reads it
         for i, n in enumerate(self.nodes):
-            self.read.update((name, i) for name in _reads(n) if name in self.born)
+            self.read.update((name, i) for name in reads_of(n) if name in self.born)
         self.read |= {net.name(v): len(self.nodes) for v in (outputs or net.graph.outputs)}
         self.held = dict(self.read)  # the same, layers' data until their results are there
         for layer in net.layers:
@@ -101,7 +102,7 @@ class Cuts:
         for node in reversed(nodes):
             if needed.intersection(node.output):
                 kept.append(node)
-                needed.update(_reads(node))
+                needed.update(reads_of(node))
         graph = helper.make_graph(
             kept[::-1], "cut",
             [helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
@@ -109,12 +110,3 @@ class Cuts:
             [*(t for name, t in self.constants.items() if name in needed), *constants])
         model = helper.make_model(graph, opset_imports=self.proto.opset_import, ir_version=self.proto.ir_version)
         return bytes(model.SerializeToString())
-
-
-def _reads(node: onnx.NodeProto) -> Iterator[str]:
-    """Tensors that an operator reads, those inside of its branches too."""
-    yield from (name for name in node.input if name)
-    for a in node.attribute:
-        for inner in (*([a.g] if a.HasField("g") else []), *a.graphs):
-            for n in inner.node:
-                yield from _reads(n)
