@@ -92,17 +92,21 @@ def noises(reference: Buffer, other: Buffer, pairs: Mapping[str, str], samples: 
         some = samples if count >= len(samples) else taken(samples, range(len(samples))[first : first + count])
         with tempfile.TemporaryFile() as file:
             places: dict[tuple[int, str], tuple[int, Array]] = {}
-            for i, arrays in apart(reference, list(pairs), some, dict):
+            for i, arrays in apart(reference, list(pairs), some, _same):
                 for name, x in arrays.items():
                     places[i, name] = file.tell(), np.empty((0, *x.shape), x.dtype)
                     _write(file, x)
-            for i, arrays in apart(other, list(pairs.values()), some, dict):
+            for i, arrays in apart(other, list(pairs.values()), some, _same):
                 for name, own in pairs.items():
                     if own in arrays:
                         at, like = places[i, name]
                         file.seek(at)
                         total[name] += noise(np.fromfile(file, like.dtype, int(np.prod(like.shape[1:]))), arrays[own])
     return total
+
+
+def _same(_: int, arrays: Mapping[str, Array]) -> Mapping[str, Array]:
+    return arrays
 
 
 def _write(file: BinaryIO, x: Array) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +23,11 @@ from npulab.ir.ops import OnnxOp
 from npulab.program.pages import Buffer
 from npulab.quantization.emit import float_model, integer_model
 from npulab.quantization.network import Layer, Network
-from npulab.quantization.session import Progress, in_order, runner
-from npulab.quantization.types import F32, Array, Params, Samples
+from npulab.quantization.parts import apart
+from npulab.quantization.session import Progress, give_back, in_order, runner
+from npulab.quantization.types import F32, Array, Feeds, Params, Samples
 
+T = TypeVar("T")
 ROWS = 16384
 """Patches of a layer over all samples that are enough if they hold no more than ELEMENTS, else fewer, but at least
 PATCHES_A_WEIGHT times the weights of a channel."""
@@ -38,8 +40,13 @@ BRIEF_PATCHES_A_WEIGHT = 4
 FLUSH = 2048
 FLUSH_BYTES = 1 << 21
 """Patches that are multiplied at once: so many, or so many bytes."""
+F32_BYTES = 4
+SMALL_STEPS = 8
+"""Bits of integers whose distances from their zero point fit int16."""
 WIDE = 1024
 """Weights of a channel from which sums are kept in float32: float64 would double hundreds of megabytes."""
+ROWS_AT_ONCE = 128
+"""Of a matrix of sums."""
 
 
 @dataclass(eq=False)
@@ -78,12 +85,26 @@ def reference(net: Network) -> Reference:
     return Reference(replace(net, layers=[copy.copy(layer) for layer in net.layers]))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Share:
+    """What one sample brings to the Moments of a layer: its sums, and its patches, for products that are made of many
+    samples at once. These are kept in the steps of a scale where they are integers: half of what floats take.
+    """
+
+    sums: NDArray[np.float64]
+    float_sums: NDArray[np.float64]
+    cross: NDArray[Any] | None
+    power: NDArray[Any] | None
+    patches: tuple[Array, ...]
+
+
 @dataclass(eq=False)
 class Moments:
     """Sums over patches of one layer: x of the float network, q what the integer one reads. (groups, K) a patch.
 
     second  sum of q q^T, (groups, K, K).      cross  sum of x q^T.      sums, float_sums  of q and x, (groups, K).
     power   sums of y^2 over y = W x, (channels,).                       count  patches.      weight  W.
+    params  of what the integer layer reads; None: floats.
     brief   x is taken as each q_k by a factor of its own, and noise that goes along with nothing else: then the sums
             of x_k q_k are enough as `cross`, those of x_k x_k as `power`, (groups, K).
     """
@@ -95,28 +116,46 @@ class Moments:
     sums: NDArray[np.float64]
     float_sums: NDArray[np.float64]
     power: NDArray[np.float64]
+    params: Params | None = None
     brief: bool = False
     count: int = 0
-    waiting: list[tuple[F32, ...]] = field(default_factory=list)
+    waiting: list[tuple[Array, ...]] = field(default_factory=list)
 
-    def add(self, x: F32, q: F32) -> None:
-        """Patches (n, groups, K) of one sample."""
-        self.sums += q.sum(axis=0, dtype=np.float64)
-        self.float_sums += x.sum(axis=0, dtype=np.float64)
-        self.count += len(x)
-        if self.brief:
-            self.cross += np.einsum("ngk,ngk->gk", x, q)
-            self.power += np.einsum("ngk,ngk->gk", x, x)
-        self.waiting.append((q,) if self.brief else (q, x))
-        if sum(len(a[0]) for a in self.waiting) >= FLUSH or sum(a[0].nbytes for a in self.waiting) >= FLUSH_BYTES:
+    def share(self, x: F32, rows: F32) -> Share:
+        """Of one sample's patches (n, groups, K): x of the float network, `rows` of what the integer layer reads,
+        before its integers show it."""
+        kept: Array = rows
+        q = rows
+        if self.params is not None:
+            steps = self.params.steps(rows)
+            kept = steps.astype(np.int16) if self.params.scheme.bits <= SMALL_STEPS else steps
+            q = steps * self.params.scales
+        sums = q.sum(axis=0, dtype=np.float64), x.sum(axis=0, dtype=np.float64)
+        if not self.brief:
+            return Share(*sums, None, None, (kept, x))
+        return Share(*sums, np.einsum("ngk,ngk->gk", x, q), np.einsum("ngk,ngk->gk", x, x), (kept,))
+
+    def add(self, one: Share) -> None:
+        """One more sample, in the samples' order."""
+        self.sums += one.sums
+        self.float_sums += one.float_sums
+        self.count += len(one.patches[0])
+        if one.cross is not None and one.power is not None:
+            self.cross += one.cross
+            self.power += one.power
+        self.waiting.append(one.patches)
+        numbers = sum(a[0].size for a in self.waiting)
+        if sum(len(a[0]) for a in self.waiting) >= FLUSH or numbers * F32_BYTES >= FLUSH_BYTES:
             self.flush()
 
     def flush(self) -> None:
         if not self.waiting:
             return
-        q, *floats = (np.ascontiguousarray(np.concatenate(a).transpose(1, 0, 2))
+        q, *floats = (np.ascontiguousarray(np.concatenate(a).transpose(1, 0, 2), np.float32)
                       for a in zip(*self.waiting, strict=True))
         self.waiting.clear()
+        if self.params is not None:
+            q *= self.params.scales
         self.second += q.transpose(0, 2, 1) @ q
         for x in floats:
             self.cross += x.transpose(0, 2, 1) @ q
@@ -129,11 +168,11 @@ class Moments:
         second, cross, power = self.second / n, self.cross / n, self.power / n
         q, x = self.sums / n, self.float_sums / n
         if centred:
-            second -= (q[:, :, None] * q[:, None, :]).astype(second.dtype)
+            _less(second, q, q)
         if self.brief:
             cross, power = self._follows(second, cross - x * q * centred, power - x * x * centred)
         elif centred:
-            cross -= (x[:, :, None] * q[:, None, :]).astype(cross.dtype)
+            _less(cross, x, q)
             power -= self._means() ** 2
         return second, cross, np.maximum(power, 0.0)
 
@@ -156,6 +195,10 @@ class Moments:
         mean = np.trace(self.second, axis1=1, axis2=2) / (k * max(1, self.count))
         return np.asarray(mean * 1e-6 * k, np.float64)
 
+    def forget(self) -> None:
+        """The large sums, once covariances were made of them."""
+        self.second = self.cross = np.zeros((len(self.sums), 0, 0))
+
     def drift(self, rounded: Array) -> NDArray[np.float64]:
         """What to add to the bias, (channels,), so that the means stay with `rounded` weights (groups, R, K)."""
         n = max(1, self.count)
@@ -166,6 +209,14 @@ class Moments:
         """Of the float results without bias, (channels,)."""
         weight = grouped(self.layer, self.weight).astype(np.float64)
         return np.asarray(np.einsum("grk,gk->gr", weight, self.float_sums / max(1, self.count)).ravel())
+
+
+def _less(sums: NDArray[Any], x: NDArray[np.float64], q: NDArray[np.float64]) -> None:
+    """Subtracts x q^T, (groups, K) each, some rows at a time: in float64 all of them may be twice what they are taken
+    from."""
+    for i in range(0, x.shape[1], ROWS_AT_ONCE):
+        rows = slice(i, i + ROWS_AT_ONCE)
+        sums[:, rows] -= (x[:, rows, None] * q[:, None, :]).astype(sums.dtype)
 
 
 def grouped(layer: Layer, array: Array | None = None) -> Array:
@@ -188,56 +239,61 @@ def moments(net: Network, layers: Sequence[Layer], samples: Samples, aim: Refere
     if not len(samples):
         raise UsageError("there are no samples to round with", got=samples.origin)
     names = list(dict.fromkeys(net.name(layer.data) for layer in layers))
-    where = [names.index(net.name(layer.data)) for layer in layers]
-    float_run = runner(upto(aim.model(), names), names)
-    integer_run = runner(upto(_partly_rounded(net), names), names, plain=True) if rounded else None
-    shown: list[Params | None] = [net.of[layer.data].params if layer.data in net.of else None for layer in layers]
     takes = [Patches(net, layer, len(samples), brief) for layer in layers]
-    found = [_empty(layer, brief) for layer in layers]
+    found = [_empty(layer, net.of[layer.data].params if layer.data in net.of else None, brief) for layer in layers]
 
-    def job(numbered: Mapping[str, Any]) -> list[tuple[F32, F32]]:
-        number, feeds = numbered["number"], numbered["feeds"]
-        floats = float_run(feeds)
-        integers = integer_run(feeds) if integer_run else floats
+    def shares(number: int, floats: Mapping[str, Array], integers: Mapping[str, Array] | None = None
+               ) -> list[tuple[Moments, Share]]:
+        """Of the layers that read these tensors of a sample."""
         out = []
-        for take, i, params in zip(takes, where, shown, strict=True):
-            x, q = floats[i], integers[i]
+        for take, m in zip(takes, found, strict=True):
+            x = floats.get(name := net.name(m.layer.data))
+            if x is None:
+                continue
             if not np.isfinite(x).all():
-                raise ModelError(f"'{names[i]}' is not finite", got=f"sample {number + 1} of {samples.origin}",
+                raise ModelError(f"'{name}' is not finite", got=f"sample {number + 1} of {samples.origin}",
                                  try_="look for NaN in the data, or for overflow in the network")
             places = take.places(number)
-            rows = take.rows(q, places)
-            out.append((take.rows(x, places) if integer_run else rows, params.seen(rows) if params else rows))
+            patches = take.rows(x, places)
+            out.append((m, m.share(patches, patches if integers is None else take.rows(integers[name], places))))
         return out
 
     from threadpoolctl import threadpool_limits
 
-    with ThreadPoolExecutor(2) as pool, threadpool_limits(1, "blas"):  # one thread: the same sums to the last bit
-        for rows in in_order(pool, job, _Numbered(samples), 3, progress):
-            for m, (x, q) in zip(found, rows, strict=True):
-                m.add(x, q)
-        list(pool.map(Moments.flush, found))
+    model = upto(aim.model(), names)
+    with threadpool_limits(1, "blas"):  # one thread: the same sums to the last bit
+        for _, made in (_both(model, upto(_partly_rounded(net), names), names, samples, shares, progress) if rounded
+                        else apart(model, names, samples, shares, progress)):
+            for m, one in made:
+                m.add(one)
+        give_back()
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(Moments.flush, found))
     return found
 
 
-class _Numbered:
-    """Samples with their numbers."""
+def _both(model: Thin, other: Thin, names: Sequence[str], samples: Samples, work: Callable[..., T],
+          progress: Progress | None) -> Iterator[tuple[int, T]]:
+    """`work` on each sample's tensors in two networks, samples in order."""
+    runs = runner(model, names), runner(other, names, plain=True)
 
-    def __init__(self, samples: Samples) -> None:
-        self.samples, self.origin = samples, samples.origin
+    def job(sample: tuple[int, Feeds]) -> tuple[int, T]:
+        number, feeds = sample
+        return number, work(number, *(dict(zip(names, run(feeds), strict=True)) for run in runs))
 
-    def __len__(self) -> int:
-        return len(self.samples)
+    count = len(samples)
+    with ThreadPoolExecutor(2) as pool:
+        for done, found in enumerate(in_order(pool, job, enumerate(samples), 3), 1):
+            if progress:
+                progress(done, count)
+            yield found
 
-    def __iter__(self) -> Any:
-        return ({"number": i, "feeds": feeds} for i, feeds in enumerate(self.samples))
 
-
-def _empty(layer: Layer, brief: bool) -> Moments:
+def _empty(layer: Layer, params: Params | None, brief: bool) -> Moments:
     g, r, k = grouped(layer).shape
     dtype = np.float32 if k >= WIDE else np.float64
     return Moments(layer, layer.weight, np.zeros((g, k, k), dtype), np.zeros((g, k) if brief else (g, k, k), dtype),
-                   np.zeros((g, k)), np.zeros((g, k)), np.zeros((g, k) if brief else g * r), brief)
+                   np.zeros((g, k)), np.zeros((g, k)), np.zeros((g, k) if brief else g * r), params, brief)
 
 
 def moments_bytes(layer: Layer, brief: bool = False) -> int:

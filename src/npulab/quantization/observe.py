@@ -202,7 +202,7 @@ def observe(model: Buffer, names: Sequence[str], samples: Samples, histograms: b
     asked = [name for n in names for name in outputs.get(n, [n])]
     owner = {name: n for n in names for name in outputs.get(n, [n])}
 
-    def look(arrays: Mapping[str, Array]) -> dict[str, _Seen]:
+    def look(_: int, arrays: Mapping[str, Array]) -> dict[str, _Seen]:
         seen: dict[str, _Seen] = {}
         for name in dict.fromkeys(owner[a] for a in arrays):
             if name not in large:

@@ -41,6 +41,8 @@ BLOCKED = frozenset(("Add", "Sum", "Mul", "BatchNormalization", "Relu", "Clip", 
 """Operators that ONNX Runtime fuses with what makes their inputs, or that sum in another order where these have its own
 layout: no cut lies in front of them, for their results would have other last bits."""
 T = TypeVar("T")
+Work = Callable[[int, Mapping[str, Array]], T]
+"""Called with a sample's number, from 0 on, and some of its tensors by name; samples side by side."""
 
 
 @dataclass(eq=False)
@@ -58,25 +60,25 @@ def each(model: Buffer, names: Sequence[str], samples: Samples, work: Callable[[
     """`work` on the tensors `names` of each sample, samples side by side, results in their order."""
     parts = _parts(thin(model), names, len(samples), together=True)
 
-    def job(arrays: Mapping[str, Array]) -> T:
+    def job(_: int, arrays: Mapping[str, Array]) -> T:
         return work([arrays[name] for name in names])
 
     del model
     return (found for _, found in _run(parts, samples, job, progress))
 
 
-def apart(model: Buffer | Thin, names: Sequence[str], samples: Samples, work: Callable[[Mapping[str, Array]], T],
+def apart(model: Buffer | Thin, names: Sequence[str], samples: Samples, work: Work[T],
           progress: Progress | None = None, groups: Sequence[Sequence[str]] = ()) -> Iterator[tuple[int, T]]:
-    """`work` on some of the tensors `names` by name, in turns until all have been there, with the sample's number. Of
-    each tensor the samples come in their order. `groups`: tensors that are needed together.
+    """`work` on some of the tensors `names`, in turns until all have been there, with the sample's number. Of each
+    tensor the samples come in their order. `groups`: tensors that are needed together.
     """
     made = model if isinstance(model, Thin) else thin(model)
     del model
     return _run(_parts(made, names, len(samples), groups=groups), samples, work, progress)
 
 
-def _run(parts: Sequence[Sequence[Part]], samples: Samples, work: Callable[[Mapping[str, Array]], T],
-         progress: Progress | None) -> Iterator[tuple[int, T]]:
+def _run(parts: Sequence[Sequence[Part]], samples: Samples, work: Work[T], progress: Progress | None
+         ) -> Iterator[tuple[int, T]]:
     if not len(samples):
         raise UsageError("there are no samples to calibrate with", got=samples.origin)
     total, source = len(samples), iter(samples)
@@ -87,7 +89,7 @@ def _run(parts: Sequence[Sequence[Part]], samples: Samples, work: Callable[[Mapp
             feeds: Iterable[Feeds] = islice(source, turn)
             for at, steps in enumerate(parts):
                 between = opened.enter_context(closing(_Between()))
-                for i, (found, kept) in enumerate(_through(steps, feeds, work, count)):
+                for i, (found, kept) in enumerate(_through(steps, enumerate(feeds, first), work, count)):
                     if kept:
                         between.put(kept)
                     for one in found:
@@ -97,21 +99,21 @@ def _run(parts: Sequence[Sequence[Part]], samples: Samples, work: Callable[[Mapp
                 feeds = between.all()
 
 
-def _through(steps: Sequence[Part], samples: Iterable[Feeds], work: Callable[[Mapping[str, Array]], T], count: int
+def _through(steps: Sequence[Part], samples: Iterable[tuple[int, Feeds]], work: Work[T], count: int
              ) -> Iterator[tuple[list[T], Feeds]]:
-    """Each sample's results, and what parts behind read, `count` samples side by side."""
+    """Each numbered sample's results, and what parts behind read, `count` samples side by side."""
     ready = []
     for step in steps:
         names = list(dict.fromkeys([*step.asked, *step.kept]))
         ready.append((names, step, runner(step.model, names)))
 
-    def job(feeds: Feeds) -> tuple[list[T], Feeds]:
-        results = []
+    def job(sample: tuple[int, Feeds]) -> tuple[list[T], Feeds]:
+        (number, feeds), results = sample, []
         for names, step, run in ready:
             found = dict(zip(names, run(feeds), strict=True))
             feeds = {name: found[name] for name in step.kept}
             if step.asked or not step.kept:
-                results.append(work({name: found[name] for name in step.asked}))
+                results.append(work(number, {name: found[name] for name in step.asked}))
         return results, feeds
 
     with ThreadPoolExecutor(count) as pool:

@@ -138,9 +138,8 @@ def round_layer(net: Network, m: Moments, bias: Array | None, solver: Solver = "
     assert layer.params is not None
     assert layer.scheme is not None
     centred = layer.bias is not None or layer.kind != "matmul"
-    second, cross, power = m.covariances(centred)
-    weight = grouped(layer).astype(second.dtype)
-    problem = Problem.of(weight, second, cross, power, m.blur())
+    weight = grouped(layer).astype(m.second.dtype)
+    problem = _problem(m, weight, centred)
     old = _grid(layer, layer.params)
     before = problem.error(_seen(nearest(weight, old), old))
     codes, grid = _solve(net, layer, problem, weight, solver, scales)
@@ -150,8 +149,16 @@ def round_layer(net: Network, m: Moments, bias: Array | None, solver: Solver = "
     if centred:
         start = np.zeros(layer.channels) if bias is None else bias.astype(np.float64)
         layer.bias = (start + m.drift(grouped(layer, layer.seen))).astype(np.float32)
-    signal = max(float(power.sum()), 1e-30)
+    signal = max(float(problem.power.sum()), 1e-30)
     return (f"{layer.name}: noise {_db(float(before.sum()) / signal)} -> {_db(float(after.sum()) / signal)} dB")
+
+
+def _problem(m: Moments, weight: Floats, centred: bool) -> Problem:
+    """The layer's; its sums are gone then."""
+    blur = m.blur()
+    made = m.covariances(centred)
+    m.forget()
+    return Problem.of(weight, *made, blur)
 
 
 def _db(ratio: float) -> str:
@@ -164,8 +171,9 @@ class Problem:
     `target` is the float row that, reading what the integer network reads, comes nearest to the float results.
     """
 
-    def __init__(self, second: Floats, target: Floats, exact: Floats, cross: Floats, power: Floats) -> None:
-        self.second, self.target, self.exact, self.cross, self.power = second, target, exact, cross, power
+    def __init__(self, second: Floats, target: Floats, variances: Floats, cross: Floats, power: Floats) -> None:
+        """`second` with what is added to its diagonal, which was `variances`."""
+        self.second, self.target, self.variances, self.cross, self.power = second, target, variances, cross, power
 
     @classmethod
     def of(cls, weight: Floats, second: Floats, cross: Floats, power: Floats, blur: Floats | float = 0.0) -> Problem:
@@ -174,17 +182,20 @@ class Problem:
         k = second.shape[1]
         mean = np.trace(second, axis1=1, axis2=2) / k
         damp = np.maximum(DAMPING * mean, blur + 1e-9 * mean.max() + 1e-30)[:, None] * np.ones(k, second.dtype)
+        variances = np.diagonal(second, axis1=1, axis2=2).copy()
         damped = second.copy()
         damped[:, np.arange(k), np.arange(k)] += damp.astype(second.dtype)
         mixed = weight @ cross
         right = mixed + weight * damp[:, None, :].astype(second.dtype)
         target = np.linalg.solve(damped, right.transpose(0, 2, 1)).transpose(0, 2, 1)
-        return cls(damped, np.ascontiguousarray(target), second, mixed, power)
+        return cls(damped, np.ascontiguousarray(target), variances, mixed, power)
 
     def error(self, seen: Floats) -> NDArray[np.float64]:
         """Mean squared difference of the results, (channels,), of weights (groups, R, K)."""
         linear = np.einsum("grk,grk->gr", seen, self.cross, dtype=np.float64)
-        square = np.einsum("grk,grk->gr", seen @ self.exact, seen, dtype=np.float64)
+        exact, lanes = self.second.copy(), np.arange(seen.shape[2])
+        exact[:, lanes, lanes] = self.variances
+        square = np.einsum("grk,grk->gr", seen @ exact, seen, dtype=np.float64)
         return np.asarray(self.power - 2 * linear.ravel() + square.ravel())
 
     @cached_property
@@ -326,6 +337,7 @@ def sequential(problem: Problem, grids: Sequence[Grid]) -> Floats:
             wish = (target[:, i] - known / pivots[:, i : i + 1]) / scale
             codes[:, i] = np.clip(np.rint(wish) + zero, low, high)
             off[:, i] = (codes[:, i] - zero) * scale - target[:, i]
+    del target, off  # as large as the codes
     out = np.empty_like(codes)
     np.put_along_axis(out, order[:, :, None], codes, axis=1)
     return np.ascontiguousarray(out.reshape(groups, k, len(grids), rows).transpose(2, 0, 3, 1))

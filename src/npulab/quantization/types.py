@@ -108,15 +108,19 @@ class Params:
                           * self.scales.reshape(shape), np.float32)
 
     def seen(self, real: Array) -> F32:
-        """`real` as the integers show it: `real(codes(x))`, in place."""
+        """`real` as the integers show it: `real(codes(x))`."""
+        shown = self.steps(real)
+        shown *= self.scales.reshape(self.along(real.ndim))
+        return shown
+
+    def steps(self, real: Array) -> F32:
+        """How many scales from zero the integers show `real` at: `codes(x) - zeros`, as floats."""
         shape = self.along(real.ndim)
         scales, zeros = self.scales.reshape(shape), self.zeros.reshape(shape).astype(np.float32)
         steps = np.asarray(real / scales)
         np.rint(steps, out=steps)
         np.clip(steps, self.scheme.low - zeros, self.scheme.high - zeros, out=steps)
-        shown: F32 = steps.astype(np.float32, copy=False)
-        shown *= scales
-        return shown
+        return steps.astype(np.float32, copy=False)
 
 
 @dataclass(frozen=True, slots=True)
