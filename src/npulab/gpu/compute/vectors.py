@@ -200,9 +200,6 @@ def transposition(width: int) -> str:
     Four columns at a time: a vector is put together of 4 numbers of every fourth row, so that each four of lanes is
     transposed on its own.
     """
-    one = "" if width == 1 else "[i]"
-    first = "(float *)(to + c * many + n)", "(const float *)(from + c * many + n)"
-    into, out_of = (f"(({x}){one})" if one else f"*({x})" for x in first)
     by_fours, back_by_fours = _by_fours(width) if width >= 4 else ("", "")
     return f"""{_shuffles(width) if width >= 4 else ""}
 void gather(__global const T *from, int first, int rows, int columns, int many, float scale, V *to) {{
@@ -210,7 +207,7 @@ void gather(__global const T *from, int first, int rows, int columns, int many, 
         int row = first + n * {width};
         {by_fours}for (int c = 0; c < columns; c++)
             for (int i = 0; i < {width}; i++)
-                {into} = LOAD1(from + (size_t)min(row + i, rows - 1) * columns + c) * scale;
+                ((float *)(to + c * many + n))[i] = LOAD1(from + (size_t)min(row + i, rows - 1) * columns + c) * scale;
     }}
 }}
 void scatter(const V *from, int first, int rows, int columns, int many, __global T *to) {{
@@ -218,7 +215,7 @@ void scatter(const V *from, int first, int rows, int columns, int many, __global
         int row = first + n * {width};
         {back_by_fours}for (int c = 0; c < columns; c++)
             for (int i = 0; i < {width} && row + i < rows; i++)
-                STORE1({out_of}, to + (size_t)(row + i) * columns + c);
+                STORE1(((const float *)(from + c * many + n))[i], to + (size_t)(row + i) * columns + c);
     }}
 }}
 """
