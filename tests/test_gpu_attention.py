@@ -24,6 +24,7 @@ from npulab.gpu.compute import (
     softmax,
     vectors,
 )
+from npulab.gpu.compute.attention_cpu import STEP_MOST
 from npulab.gpu.compute.problems import Attention, Convolution, LayerNorm, Softmax
 from npulab.gpu.compute.types import Activation, Buffer, Kernel, Launch, Lowered, Traits
 from npulab.reference import requantize
@@ -357,6 +358,7 @@ ATTENTION = {
     "one of each": Attention(1, 1, 1, 1, 1, 1.0),
     "ragged": Attention(3, 37, 53, 24, 20, 0.2),
     "narrow": Attention(2, 5, 7, 3, 5, 0.5),
+    "two queries": Attention(2, 2, 9, 5, 6, 0.4),
     "odd heads": Attention(1, 33, 100, 33, 17, 0.17),
     "causal": Attention(2, 45, 45, 16, 16, 0.25, causal=True),
     "causal, more keys": Attention(1, 21, 64, 8, 8, 0.3, causal=True),
@@ -366,7 +368,7 @@ ATTENTION = {
 
 
 @pytest.mark.parametrize(("name", "kind"), [
-    *((n, "cpu") for n in ("one of each", "odd heads", "causal", "causal, more keys", "half")),
+    *((n, "cpu") for n in ("one of each", "two queries", "odd heads", "causal", "causal, more keys", "half")),
     *((n, "gpu") for n in ("ragged", "causal, fewer keys", "half"))])
 def test_attention(device, name, kind):
     check_attention(device, ATTENTION[name], attention.lower(ATTENTION[name], TRAITS[kind]))
@@ -381,8 +383,27 @@ def test_attention_with_few_registers(device):
     """Of 16 vector registers 12 are sums: half as many vectors of queries."""
     few = replace(CPU, vector=8, registers=128)
     lowered = attention.lower(ATTENTION["odd heads"], few)
-    assert lowered.launches[0].size == (3, 1)  # 33 queries: two tiles of 2 vectors of 8, and one
+    assert lowered.launches[0].size == (3 * STEP_MOST, 1)  # 33 queries: two tiles of 2 vectors of 8, and one
     check_attention(device, ATTENTION["odd heads"], lowered)
+
+
+@pytest.mark.parametrize(("batch", "queries", "groups"), [
+    (1, 64, 32), (2, 4096, 1024), (64, 1024, 1024), (8, 16384, 2048)])
+def test_cores_get_few_tiles_at_once(batch, queries, groups):
+    """PoCL deals out 64 of at most 1024 groups at once to one of 2 cores: those of some tiles are empty."""
+    size = attention.lower(Attention(batch, queries, 64, 16, 16, 0.25), CPU).launches[0].size
+    assert size[0] * size[1] == groups
+    assert size[0] % (queries // 64) == 0
+
+
+def test_attention_without_the_compilers_shuffles(device):
+    """A transposition is the same with vectors that are written out lane by lane."""
+    lowered = attention.lower(ATTENTION["ragged"], CPU)
+    launch, = lowered.launches
+    source = launch.kernel.source.replace("__has_builtin(__builtin_shufflevector)", "0")
+    assert source != launch.kernel.source
+    kernel = replace(launch.kernel, source=source)
+    check_attention(device, ATTENTION["ragged"], replace(lowered, launches=(replace(launch, kernel=kernel),)))
 
 
 @pytest.mark.parametrize("choice", [(2, 2, 3)])

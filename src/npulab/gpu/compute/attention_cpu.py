@@ -1,7 +1,8 @@
 """Attention on a CPU: a work item has a tile of queries, one in each lane, and goes through tiles of keys.
 
 Maxima, sums and exponentials never go across lanes. Elements of K and V are broadcast; only Q is transposed on the way
-in and the output on the way out. While a tile's scores are summed its values are fetched.
+in and the output on the way out. While a tile's scores are summed its values are fetched, and exponentials are taken of
+some keys' scores as soon as they are known: multiply-adds for the next go on beside.
 
 Scores are in units of log 2 (the factor is in Q with the scale) and less the query's `high`: the sums of a score begin
 at -high. `high` is the largest score of the first tile. It is looked for anew, and what was summed is scaled down, only
@@ -25,6 +26,8 @@ ROOM = 2 / 3
 """Of the first cache, for the scores of a tile and a line of each of its values: each part of the output reads them."""
 MOST = 4096.0
 """Of the sum of a tile's exponentials."""
+STEP_MOST = 32
+"""A group with nothing to do takes 4 ns, a tile of 64 queries by 197 keys 17 us."""
 
 
 def kernel(what: Attention, traits: Traits, choice: Mapping[str, int]
@@ -39,18 +42,28 @@ def kernel(what: Attention, traits: Traits, choice: Mapping[str, int]
     text = vectors.FETCH + vectors.preamble(what.number, w) + vectors.exponential2(w) + vectors.transposition(w)
     text += "".join(_Tile(what, w, n, sums, traits, choice.get("keys", 0)).text() for n in sorted({many, last or many}))
     end = f"else tile_{last}(q, k, v, o, {tiles * many * w}, queries, keys, scale);" if last else ""
+    groups = tiles + bool(last)
+    step = _step(groups * what.batch, traits.compute_units)
     source = text + f"""
 __kernel {vectors.attribute((1, 1))} void attention(__global const T *q, __global const T *k, __global const T *v,
                                                     __global T *o, int queries, int keys, float scale) {{
     size_t b = get_global_id(1);
-    int tile = get_global_id(0);
+    int tile = get_global_id(0) / {step};
+    if (get_global_id(0) % {step}) return;
     q += b * queries * {what.depth}; k += b * keys * {what.depth};
     v += b * keys * {what.width}; o += b * queries * {what.width};
     if (tile < {tiles}) tile_{many}(q, k, v, o, tile * {many * w}, queries, keys, scale);
     {end}
 }}
 """
-    return Kernel(source, "attention"), (tiles + bool(last), what.batch), (1, 1)
+    return Kernel(source, "attention"), (groups * step, what.batch), (1, 1)
+
+
+def _step(tiles: int, units: int) -> int:
+    """Groups for each tile, all but the first with nothing to do: so a core gets fewer tiles at once, and one that
+    other guests slow down keeps none waiting at the end. PoCL deals out 32 groups a core and core while at most 256 a
+    core and core are left (pthread_scheduler.c of 1.x to 3.1), or a core's share if that is less."""
+    return max(1, min(STEP_MOST, 256 * units**2 // tiles))
 
 
 class _Tile:
@@ -89,16 +102,15 @@ void tile_{many}(__global const T *q, __global const T *k, __global const T *v, 
     int most = {f"min(keys, max({rows}, first + {many * self.w}))" if what.causal else "keys"}, again = 1;
     for (int key = 0; key < most;) {{
         int count = min({keys}, most - key);
+        {" ".join(f"V more{n} = (V)(0.0f);" for n in ns)}
 {self.scores()}
         if (again) {{
 {self.highest()}
-        }}
-        {" ".join(f"V more{n} = (V)(0.0f);" for n in ns)}
-        for (int i = 0; i < count; i++) {{
-            {" ".join(f"V e{n} = exponential2(p[i * {many} + {n}]); p[i * {many} + {n}] = e{n}; more{n} += e{n};"
-                      for n in ns)}
-        }}
-        if (!again && ({" || ".join(self.any(f"more{n} > {MOST}f") for n in ns)})) {{
+            for (int i = 0; i < count; i++) {{
+                {" ".join(f"V e{n} = exponential2(p[i * {many} + {n}]); p[i * {many} + {n}] = e{n}; more{n} += e{n};"
+                          for n in ns)}
+            }}
+        }} else if ({" || ".join(self.any(f"more{n} > {MOST}f") for n in ns)}) {{
             again = 1;
             continue;
         }}
@@ -128,7 +140,10 @@ void tile_{many}(__global const T *q, __global const T *k, __global const T *v, 
         mask = "\n".join(f"                s{m}_{n} = key + at + {m} > seen{n} ? (V)(-INFINITY) : s{m}_{n};"
                          for m in ms for n in ns)
         masked = f"if (key + at + {rows - 1} > first) {{\n{mask}\n            }}" if self.what.causal else ""
-        ends = " ".join(f"to[{m * many + n}] = s{m}_{n};" for m in ms for n in ns)
+        kept = " ".join(f"to[{m * many + n}] = s{m}_{n};" for m in ms for n in ns)
+        raised = "\n".join("                " + " ".join(
+            f"V e{m}_{n} = exponential2(s{m}_{n}); to[{m * many + n}] = e{m}_{n};" for n in ns)
+            + f" if (at + {m} >= start) {{ " + " ".join(f"more{n} += e{m}_{n};" for n in ns) + " }" for m in ms)
         converted = f"""        for (int i = min(0, count - {rows}) * {depth}; i < count * {depth}; i++)
             kf[i] = LOAD1(k + (long)key * {depth} + i);
 """ if self.half else ""
@@ -143,7 +158,11 @@ void tile_{many}(__global const T *q, __global const T *k, __global const T *v, 
                 {step}
             }}
             {masked}
-            {ends}
+            if (again) {{
+                {kept}
+            }} else {{  // while the next scores are begun with
+{raised}
+            }}
         }}"""
 
     def highest(self) -> str:

@@ -72,10 +72,13 @@ def number_bytes(number: Number) -> int:
 
 
 def preamble(number: Number, width: int) -> str:
-    """T: what is stored. V: floats of `width`. LOAD(p), STORE(v, p): V there; LOAD1, STORE1: one number."""
+    """T: what is stored. V: floats of `width`. LOAD(p), STORE(v, p): V there; LOAD1, STORE1: one number;
+    LOAD4, STORE4: a float4."""
     number_bytes(number)
     n = "" if width == 1 else str(width)
     text = f"typedef float{n} V;\ntypedef int{n} I;\n"
+    half = "_half" if number == "float16" else ""
+    text += f"#define LOAD4(p) vload{half}4(0, p)\n#define STORE4(v, p) vstore{half}4(v, 0, p)\n"
     if number == "float16":
         return text + (f"typedef half T;\n#define LOAD(p) vload_half{n}(0, p)\n"
                        f"#define STORE(v, p) vstore_half{n}(v, 0, p)\n#define LOAD1(p) vload_half(0, p)\n"
@@ -169,71 +172,83 @@ float {name}(float x, __local float *room) {{
 """
 
 
+_PAIRS = {"LOW": "a0 b0 a1 b1", "HIGH": "a2 b2 a3 b3", "FIRST": "a0 a1 b0 b1", "LAST": "a2 a3 b2 b3"}
+"""Of every four lanes of a and b: shuffles that x86 has as instructions (UNPCKLPS, UNPCKHPS, SHUFPS)."""
+
+
+def _shuffles(width: int) -> str:
+    """`_PAIRS` as macros. By the compiler's own shuffle where there is one: LLVM 15 takes a vector that is written out
+    lane by lane to pieces, and what it puts together of them takes four times as long."""
+    own, plain = [], []
+    for name, of in _PAIRS.items():
+        lanes = [(x[0], q + int(x[1])) for q in range(0, width, 4) for x in of.split()]
+        own.append(f"#define {name}(a, b) __builtin_shufflevector(a, b, "
+                   f"{', '.join(str(i + width * (x == 'b')) for x, i in lanes)})")
+        plain.append(f"#define {name}(a, b) ((V)({', '.join(f'({x}).s{i:x}' for x, i in lanes)}))")
+    return """#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define SHUFFLES
+#endif
+#endif
+""" + "\n".join(["#ifdef SHUFFLES", *own, "#else", *plain, "#endif\n"])
+
+
 def transposition(width: int) -> str:
     """gather(from, first, rows, columns, many, scale, to): rows first.. of a matrix into lanes: to[c * many + n],
-    `many` vectors a column; rows beyond the last repeat it. scatter(from, first, rows, columns, many, to): back."""
-    if width == 1:
-        return """
-void gather(__global const T *from, int first, int rows, int columns, int many, float scale, V *to) {
-    for (int n = 0; n < many; n++)
-        for (int c = 0; c < columns; c++)
-            to[c * many + n] = LOAD1(from + (size_t)min(first + n, rows - 1) * columns + c) * scale;
-}
-void scatter(const V *from, int first, int rows, int columns, int many, __global T *to) {
-    for (int n = 0; n < many && first + n < rows; n++)
-        for (int c = 0; c < columns; c++) STORE1(from[c * many + n], to + (size_t)(first + n) * columns + c);
-}
-"""
-    w, half = width, width // 2
-    loads = "\n".join(f"            V a{i} = LOAD(from + (size_t)min(row + {i}, rows - 1) * columns + c) * scale;"
-                      for i in range(w))
-    reads = "\n".join(f"            V a{i} = from[(c + {i}) * many + n];" for i in range(w))
-    steps, names = [], [f"a{i}" for i in range(w)]
-    for step in range(w.bit_length() - 1):  # so many perfect shuffles of the rows transpose them
-        fresh = [f"{'bcde'[step]}{i}" for i in range(w)]
-        for i in range(half):
-            for j, base in enumerate((0, half)):
-                pairs = ", ".join(f"{names[i + side * half]}.s{base + k:x}" for k in range(half) for side in (0, 1))
-                steps.append(f"            V {fresh[2 * i + j]} = (V)({pairs});")
-        names = fresh
-    shuffled = "\n".join(steps)
-    writes = "\n".join(f"            to[(c + {i}) * many + n] = {x};" for i, x in enumerate(names))
-    stores = "\n".join(f"            if (row + {i} < rows) STORE({x}, to + (size_t)(row + {i}) * columns + c);"
-                       for i, x in enumerate(names))
-    at = f"int c = min(block, columns - {w});  // the last block overlaps the one before"
-    return f"""
+    `many` vectors a column; rows beyond the last repeat it. scatter(from, first, rows, columns, many, to): back.
+
+    Four columns at a time: a vector is put together of 4 numbers of every fourth row, so that each four of lanes is
+    transposed on its own.
+    """
+    by_fours, back_by_fours = _by_fours(width) if width >= 4 else ("", "")
+    return f"""{_shuffles(width) if width >= 4 else ""}
 void gather(__global const T *from, int first, int rows, int columns, int many, float scale, V *to) {{
     for (int n = 0; n < many; n++) {{
-        int row = first + n * {w};
-        if (columns < {w}) {{
-            for (int c = 0; c < columns; c++)
-                for (int i = 0; i < {w}; i++)
-                    ((float *)(to + c * many + n))[i] =
-                        LOAD1(from + (size_t)min(row + i, rows - 1) * columns + c) * scale;
-        }} else for (int block = 0; block < columns; block += {w}) {{
-            {at}
-{loads}
-{shuffled}
-{writes}
-        }}
+        int row = first + n * {width};
+        {by_fours}for (int c = 0; c < columns; c++)
+            for (int i = 0; i < {width}; i++)
+                ((float *)(to + c * many + n))[i] = LOAD1(from + (size_t)min(row + i, rows - 1) * columns + c) * scale;
     }}
 }}
 void scatter(const V *from, int first, int rows, int columns, int many, __global T *to) {{
     for (int n = 0; n < many; n++) {{
-        int row = first + n * {w};
-        if (columns < {w}) {{
-            for (int c = 0; c < columns; c++)
-                for (int i = 0; i < {w} && row + i < rows; i++)
-                    STORE1(((const float *)(from + c * many + n))[i], to + (size_t)(row + i) * columns + c);
-        }} else for (int block = 0; block < columns; block += {w}) {{
-            {at}
-{reads}
-{shuffled}
-{stores}
-        }}
+        int row = first + n * {width};
+        {back_by_fours}for (int c = 0; c < columns; c++)
+            for (int i = 0; i < {width} && row + i < rows; i++)
+                STORE1(((const float *)(from + c * many + n))[i], to + (size_t)(row + i) * columns + c);
     }}
 }}
 """
+
+
+def _by_fours(width: int) -> tuple[str, str]:
+    """What `gather` and `scatter` do with 4 columns and more."""
+    fours, each = range(0, width, 4), range(4)
+    steps = """                V b0 = LOW(a0, a1), b1 = HIGH(a0, a1), b2 = LOW(a2, a3), b3 = HIGH(a2, a3);
+                V c0 = FIRST(b0, b2), c1 = LAST(b0, b2), c2 = FIRST(b1, b3), c3 = LAST(b1, b3);"""
+    rows = "\n".join(f"            __global const T *r{i} = from + (size_t)min(row + {i}, rows - 1) * columns;"
+                     for i in range(width))
+    loads = "\n".join(f"                V a{i} = (V)({', '.join(f'LOAD4(r{q + i} + c)' for q in fours)}) * scale;"
+                      for i in each)
+    stores = "\n".join(f"                if (row + {q + i} < rows) STORE4(c{i}.s{q:x}{q + 1:x}{q + 2:x}{q + 3:x}, "
+                       f"r + (size_t){q + i} * columns + c);" for q in fours for i in each)
+    every = """for (int block = 0; block < columns; block += 4) {
+                int c = min(block, columns - 4);  // the last block overlaps the one before"""
+    return f"""if (columns >= 4) {{
+{rows}
+            {every}
+{loads}
+{steps}
+                {" ".join(f"to[(c + {i}) * many + n] = c{i};" for i in each)}
+            }}
+        }} else """, f"""if (columns >= 4) {{
+            __global T *r = to + (size_t)row * columns;
+            {every}
+                {" ".join(f"V a{i} = from[(c + {i}) * many + n];" for i in each)}
+{steps}
+{stores}
+            }}
+        }} else """
 
 
 def exponential(w: int) -> str:
