@@ -310,6 +310,18 @@ def test_factors_behind_a_product_are_its_scale(device, traits):
     agrees(graph, device, traits)
 
 
+@pytest.mark.parametrize(("op", "number"), [("Mul", np.inf), ("Mul", np.nan), ("Div", 1e-45)])
+def test_a_factor_that_no_kernel_can_have_is_left_apart(device, traits, op, number):
+    """Infinity, NaN, and 1 / 1e-45, which float32 has not."""
+    graph = model([node("MatMul", "x z", "m"), node(op, "m c", "y")], {"x": [1, 5, 8], "z": [1, 8, 6]}, ["y"],
+                  c=np.float32(number))
+    (found,), _ = problems(graph, Product)
+    assert found == ("MatMul", Product(1, 5, 8, 6, batched=False))
+    feeds = {"x": floats(1, 5, 8), "z": floats(1, 8, 6)}
+    y = compile_network(graph, traits).open(device).run(feeds)["y"]
+    np.testing.assert_array_equal(y, reference(graph, feeds)[0])  # infinity of both signs, or NaN
+
+
 def attention(mask=None, scaled="Mul", heads=3, tokens=12, depth=8):
     width = heads * depth
     shape = i64(2, tokens, heads, depth)
