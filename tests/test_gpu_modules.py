@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 from npulab.errors import InvariantError, UnsupportedError
 from npulab.gpu import vulkan
 from npulab.gpu.compute import checks
+from npulab.gpu.compute import convolution as opencl_convolution
 from npulab.gpu.compute.modules import run
 from npulab.gpu.compute.modules_convolution import convolution
 from npulab.gpu.compute.modules_endings import ENDINGS
 from npulab.gpu.compute.modules_numbers import DTYPES
 from npulab.gpu.compute.modules_products import product
 from npulab.gpu.compute.problems import Convolution, Product
+from test_gpu_kernels import GRAPHICS
 
 ULP, HALF = 2.0**-23, 2.0**-10
 """Of float32 and float16: what rounding either way may be off."""
@@ -304,6 +306,26 @@ def test_arrays_of_other_shapes():
         product(Product(1, 2, 3, 4), whole(3, 4), whole(3))
     with pytest.raises(InvariantError, match="the weights are of another shape"):
         convolution(Convolution(1, 2, 2, 3, 4), whole(3, 1, 1, 4))
+
+
+@pytest.mark.parametrize(("what", "got"), [
+    (Convolution(1, 1, 1, 4, 4, (3, 3)), "an output of -1 x -1"), (Convolution(1, 2, 9, 4, 4, (3, 3)), "0 x 7"),
+    (Convolution(1, 4, 4, 5, 4, groups=2), "5 channels and 4 filters in 2 groups"),
+    (Convolution(1, 4, 4, 4, 5, groups=2), "4 channels and 5 filters in 2 groups"),
+])
+def test_what_is_no_convolution(what, got):
+    """Two sides of -1 are an area of 1; the last of five filters would read the next pixel."""
+    weights = whole(what.filters, *what.kernel, what.channels // what.groups)
+    for layer in (convolution, partial(opencl_convolution.lower, traits=GRAPHICS, bias=None)):
+        with pytest.raises(InvariantError, match="there is no such convolution") as e:
+            layer(what, weights=weights)
+        assert got in e.value.facts["got"]
+
+
+def test_of_nothing_it_is_said():
+    with pytest.raises(UnsupportedError) as e:
+        product(Product(1, 0, 4, 4))
+    assert e.value.facts["got"] == "0 elements"
 
 
 @pytest.mark.parametrize("tensors", [{}, {"input": whole(6)}, {"input": whole(1, 1, 3)}, {"input": whole(3, 2)}])

@@ -147,3 +147,26 @@ def test_what_integers_have_not():
                  (multipliers, shifts + 40)):
         with pytest.raises(InvariantError, match="are one for each filter"):
             convolution(what, w, bias, zero_in, m, n, zero_out)
+
+
+@pytest.mark.parametrize(("changed", "message"), [
+    ({"zero_in": 128}, "zero_in is no byte"), ({"zero_out": -129}, "zero_out is no byte"), ({"low": -129}, "low is no byte"),
+    ({"high": 200}, "high is no byte"), ({"weights": 3 * 10**9}, "the weights are no bytes"),
+    ({"weights": 0.5}, "the weights are no bytes"),
+])
+def test_what_is_no_byte_is_not_cut_to_one(changed, message):
+    """It would wrap."""
+    given_ = {"zero_in": 0, "zero_out": 0, "low": -128, "high": 127} | changed
+    w = np.full((4, 4), given_.pop("weights", 1))
+    with pytest.raises(InvariantError, match=message):
+        product(1, 2, 4, 4, w, None, multipliers=[1 << 30] * 4, shifts=[0] * 4, **given_)
+
+
+def test_tensors_of_what_is_no_byte(bench):  # noqa: F811
+    layer = product(1, 1, 4, 4, np.eye(4, dtype=np.int8), None, 0, [1 << 30] * 4, [1] * 4, 0)
+    for x in ([1, 200, 3, 4], [1, 0.5, 3, 4], [1, np.nan, 3, 4]):
+        with pytest.raises(InvariantError, match="numbers of the tensor 'input' are no bytes") as e:
+            run(bench, layer, {"input": np.array([x])})
+        assert e.value.facts["got"] == str(x[1])
+    found, _ = run(bench, layer, {"input": np.array([[1.0, 127, -128, 0]])})
+    assert found.tolist() == [[[1, 127, -128, 0]]]
