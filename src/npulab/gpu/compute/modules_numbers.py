@@ -48,10 +48,12 @@ def counted(*elements: int) -> None:
             raise UnsupportedError("shaders count in 32 bits", got=f"{count} elements", want="1 to 2147483647")
 
 
-def floats(number: Number, what: str) -> None:
-    """Raises: UnsupportedError for int8."""
+def floats(number: Number, what: str, halves: bool = False) -> None:
+    """Raises: UnsupportedError for int8, and to compute on halves what is not stored as halves."""
     if number == "int8":
         raise UnsupportedError(f"the shader of {what} computes on floats", got=number, want="float32 or float16")
+    if halves and number != "float16":
+        raise UnsupportedError("only what is stored as halves is computed as halves", got=number, want="float16")
 
 
 def bytes_alone(name: str, array: NDArray[Any]) -> None:
@@ -61,12 +63,6 @@ def bytes_alone(name: str, array: NDArray[Any]) -> None:
     beyond = array[~((array >= -128) & (array <= 127) & (array == np.trunc(array)))]
     if beyond.size:
         raise InvariantError(f"{name} are no bytes", want="-128..127", got=beyond[0])
-
-
-def may_be_halves(number: Number, halves: bool) -> None:
-    """Raises: UnsupportedError for halves of anything but float16."""
-    if halves and number != "float16":
-        raise UnsupportedError("only what is stored as halves is computed as halves", got=number, want="float16")
 
 
 def load(s: Shader, number: Number, buffer: int, index: Value) -> Value:
