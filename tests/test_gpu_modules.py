@@ -21,7 +21,7 @@ from npulab.gpu.compute.modules_endings import ENDINGS
 from npulab.gpu.compute.modules_numbers import DTYPES
 from npulab.gpu.compute.modules_products import product
 from npulab.gpu.compute.problems import Convolution, Product
-from test_gpu_kernels import GRAPHICS
+from test_gpu_kernels import GRAPHICS, any_convolution
 
 ULP, HALF = 2.0**-23, 2.0**-10
 """Of float32 and float16: what rounding either way may be off."""
@@ -135,15 +135,8 @@ def test_halves_are_stored_and_floats_computed(vulkan_bench, shape):
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_convolution_is_right(vulkan_bench, data):
-    def some(low, high):
-        return data.draw(st.integers(low, high))
-
-    groups, number = some(1, 3), data.draw(st.sampled_from(["float32", "float16"]))
-    kernel, strides, dilations = ((some(1, 4), some(1, 4)), (some(1, 3), some(1, 3)), (some(1, 2), some(1, 2)))
-    pads = tuple(some(0, k - 1) for k in (*kernel, *kernel))
-    height, width = ((k - 1) * d + some(1, 9) for k, d in zip(kernel, dilations, strict=True))
-    what = Convolution(some(1, 2), height, width, groups * some(1, 8), groups * some(1, 12), kernel, strides, dilations,
-                       pads, groups, data.draw(st.booleans()), number=number)
+    number = data.draw(st.sampled_from(["float32", "float16"]))
+    what = any_convolution(data, number=number)
     right(*convolved(vulkan_bench, what), number)
 
 

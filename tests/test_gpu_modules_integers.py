@@ -16,6 +16,7 @@ from npulab.gpu.compute.problems import Convolution
 from npulab.gpu.spirv_builder import Shader
 from npulab.reference import requantize
 from test_gpu_attention import INTEGERS, integers_of, litert_of
+from test_gpu_kernels import any_convolution
 from test_gpu_modules import unpadded, valid
 
 GROUPS = {
@@ -75,16 +76,8 @@ def test_groups_of_integers(vulkan_bench, name):
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_integers(vulkan_bench, data):
-    def some(low, high):
-        return data.draw(st.integers(low, high))
-
-    groups = some(1, 3)
-    kernel, strides, dilations = ((some(1, 3), some(1, 4)), (some(1, 3), some(1, 3)), (some(1, 2), some(1, 2)))
-    pads = tuple(some(0, k - 1) for k in (*kernel, *kernel))
-    height, width = ((k - 1) * d + some(1, 9) for k, d in zip(kernel, dilations, strict=True))
-    what = Convolution(some(1, 2), height, width, groups * some(1, 8), groups * some(1, 12), kernel, strides, dilations,
-                       pads, groups, number="int8")
-    x, (w, bias, _, *rest) = drawn(what, some(0, 99))
+    what = any_convolution(data, residual=False, number="int8")
+    x, (w, bias, _, *rest) = drawn(what, data.draw(st.integers(0, 99)))
     arguments = (w, bias, data.draw(st.sampled_from([0, -128, 127, 3])), *rest)
     check(vulkan_bench, what, x, arguments, want=grouped_of(what, x, *arguments))
 
