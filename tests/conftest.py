@@ -3,7 +3,7 @@
 import pytest
 
 from npulab.cli import run_arguments
-from npulab.gpu import opencl
+from npulab.gpu import opencl, vulkan
 
 
 @pytest.fixture
@@ -33,3 +33,12 @@ def device(opencl_bench):
     from npulab.gpu.compute.device import Device
 
     return Device(0)
+
+
+@pytest.fixture(scope="module")
+def vulkan_bench():
+    """The first Vulkan device."""
+    pytest.importorskip("wgpu", reason="needs wgpu: pip install 'npulab[vulkan]'")
+    if not vulkan.devices():
+        pytest.skip("needs a Vulkan device: apt install mesa-vulkan-drivers")
+    return vulkan.open_device(0)

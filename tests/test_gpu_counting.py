@@ -107,6 +107,16 @@ def test_lanes_that_are_computed_are_not_known():
             assert follower.r[0] == (None if computed else value)
 
 
+def test_lanes_are_not_known_behind_a_call_of_another_library():
+    """It may use every vector register (System V AMD64 ABI, 3.2.1)."""
+    pytest.importorskip("capstone")
+    code = "c5f96ec7" "e807000000" "c4e37916c000" "c3" "ff25ea0f0000"  # vmovd; call; vpextrd; ret; jmp [0x2000]
+    follower = machine(bytes.fromhex(code) + bytes(32))
+    follower.elf.slots = {0x2000: None}
+    follower.follow(0x1000, 7)
+    assert (follower.calls, follower.r[0]) == (1, None)
+
+
 def test_what_describes_an_image_is_no_work():
     pytest.importorskip("capstone")
     code = bytes.fromhex("8b47048b4608") + RET + bytes(32)  # mov eax, [rdi + 4]; mov eax, [rsi + 8]

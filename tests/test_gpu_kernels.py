@@ -169,18 +169,23 @@ def test_half_floats_are_stored_and_floats_computed(device, choice):
                   np.float16), *checks.product(product, a, b))
 
 
+def any_convolution(data, residual=True, **more):
+    """Of any small shape, padding beyond the kernel's size included."""
+    def some(low, high):
+        return data.draw(st.integers(low, high))
+
+    groups = some(1, 3)
+    kernel, strides, dilations = ((some(1, 4), some(1, 4)), (some(1, 3), some(1, 3)), (some(1, 2), some(1, 2)))
+    pads = tuple(some(0, k + 1) for k in (*kernel, *kernel))
+    height, width = ((k - 1) * d + some(1, 9) for k, d in zip(kernel, dilations, strict=True))
+    return Convolution(some(1, 2), height, width, groups * some(1, 8), groups * some(1, 20), kernel, strides, dilations,
+                       pads, groups, residual and data.draw(st.booleans()), **more)
+
+
 @settings(max_examples=4, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_convolution_is_right(device, data):
-    def whole(low, high):
-        return data.draw(st.integers(low, high))
-
-    groups = whole(1, 3)
-    kernel, strides, dilations = ((whole(1, 4), whole(1, 4)), (whole(1, 3), whole(1, 3)), (whole(1, 2), whole(1, 2)))
-    pads = tuple(whole(0, k - 1) for k in (*kernel, *kernel))
-    height, width = ((k - 1) * d + whole(1, 9) for k, d in zip(kernel, dilations, strict=True))
-    what = Convolution(whole(1, 2), height, width, groups * whole(1, 6), groups * whole(1, 20), kernel, strides,
-                       dilations, pads, groups, data.draw(st.booleans()))
+    what = any_convolution(data)
     traits, tile = CHOICES[data.draw(st.sampled_from(["processor", "local memory"]))]
     right(*convolved(device, what, traits, Direct(tile)))
 

@@ -13,25 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npulab.errors import InvariantError, UnsupportedError
-from npulab.gpu import vulkan
 from npulab.gpu.compute import checks
+from npulab.gpu.compute import convolution as opencl_convolution
 from npulab.gpu.compute.modules import run
 from npulab.gpu.compute.modules_convolution import convolution
 from npulab.gpu.compute.modules_endings import ENDINGS
 from npulab.gpu.compute.modules_numbers import DTYPES
 from npulab.gpu.compute.modules_products import product
 from npulab.gpu.compute.problems import Convolution, Product
+from test_gpu_kernels import GRAPHICS, any_convolution
 
 ULP, HALF = 2.0**-23, 2.0**-10
 """Of float32 and float16: what rounding either way may be off."""
-
-
-@pytest.fixture(scope="module")
-def bench():
-    pytest.importorskip("wgpu", reason="needs wgpu: pip install 'npulab[vulkan]'")
-    if not vulkan.devices():
-        pytest.skip("needs a Vulkan device: apt install mesa-vulkan-drivers")
-    return vulkan.open_device(0)
 
 
 def whole(*shape, seed=0, kind=np.float32):
@@ -58,7 +51,7 @@ def unpadded(found):
     assert not found.base.reshape(-1, -(-columns // 4) * 4)[:, columns:].any()
 
 
-def multiplied(bench, what, constant=True, bias=True, make=random, layer=product):
+def multiplied(vulkan_bench, what, constant=True, bias=True, make=random, layer=product):
     """(found, wanted, bound)"""
     kind = DTYPES[what.number]
     a = make(what.batch, what.rows, what.inner, kind=kind)
@@ -68,13 +61,13 @@ def multiplied(bench, what, constant=True, bias=True, make=random, layer=product
     outputs = what.batch, what.rows, what.columns
     residual = make(*outputs, seed=3, kind=kind) if what.residual else None
     others = [x for x in (None if constant else b, residual) if x is not None]
-    found, seconds = run(bench, layer(what, b if constant else None, c),
+    found, seconds = run(vulkan_bench, layer(what, b if constant else None, c),
                          {"input": a} | {f"input{i}": x for i, x in enumerate(others, 1)})
     assert seconds >= 0
     return found, *checks.product(what, a, b, c, residual)
 
 
-def convolved(bench, what, bias=True, make=random, layer=convolution, choice=None, **more):
+def convolved(vulkan_bench, what, bias=True, make=random, layer=convolution, choice=None, **more):
     """(found, wanted, bound)"""
     kind = DTYPES[what.number]
     x = make(what.batch, what.height, what.width, what.channels, kind=kind)
@@ -82,15 +75,15 @@ def convolved(bench, what, bias=True, make=random, layer=convolution, choice=Non
     b = make(what.filters, seed=2) if bias else None
     outputs = what.batch, *what.out, what.filters
     residual = make(*outputs, seed=3, kind=kind) if what.residual else None
-    found, _ = run(bench, layer(what, weights, b, **more),
+    found, _ = run(vulkan_bench, layer(what, weights, b, **more),
                    {"input": x} | ({"input1": residual} if what.residual else {}))
     return found, *checks.convolution(what, x, weights, b, residual, choice)
 
 
 @pytest.mark.parametrize(("rows", "columns", "inner"), [(1, 1, 1), (64, 64, 64), (33, 7, 19), (5, 130, 1), (3, 4, 513)])
 @pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
-def test_a_matrix_product_is_exact_on_whole_numbers(bench, rows, columns, inner, activation):
-    found, want, _ = multiplied(bench, Product(1, rows, inner, columns, activation=activation), make=whole)
+def test_a_matrix_product_is_exact_on_whole_numbers(vulkan_bench, rows, columns, inner, activation):
+    found, want, _ = multiplied(vulkan_bench, Product(1, rows, inner, columns, activation=activation), make=whole)
     np.testing.assert_array_equal(found, want)
     unpadded(found)
 
@@ -102,10 +95,10 @@ def test_a_matrix_product_is_exact_on_whole_numbers(bench, rows, columns, inner,
     Product(3, 8, 16, 24, batched=True, transposed=True, scale=-2.0, residual=True, activation="hardswish"),
     Product(2, 7, 3, 5, batched=True, residual=True, activation="leaky", slope=0.25),
 ], ids=["odd", "a batch", "a row", "batched", "small"])
-def test_products_are_right(bench, what, number, constant):
+def test_products_are_right(vulkan_bench, what, number, constant):
     what = replace(what, number=number)
     for bias in (True, False):
-        right(*multiplied(bench, what, constant, bias), number)
+        right(*multiplied(vulkan_bench, what, constant, bias), number)
 
 
 SHAPES = {
@@ -127,54 +120,47 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_convolution_is_exact_on_whole_numbers(bench, shape):
-    found, want, _ = convolved(bench, replace(SHAPES[shape], activation="relu"), make=whole)
+def test_a_convolution_is_exact_on_whole_numbers(vulkan_bench, shape):
+    found, want, _ = convolved(vulkan_bench, replace(SHAPES[shape], activation="relu"), make=whole)
     np.testing.assert_array_equal(found, want)
     unpadded(found)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_halves_are_stored_and_floats_computed(bench, shape):
+def test_halves_are_stored_and_floats_computed(vulkan_bench, shape):
     what = replace(SHAPES[shape], number="float16")
-    right(*convolved(bench, what, bias=shape != "a batch"), "float16")
+    right(*convolved(vulkan_bench, what, bias=shape != "a batch"), "float16")
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(st.data())
-def test_any_convolution_is_right(bench, data):
-    def some(low, high):
-        return data.draw(st.integers(low, high))
-
-    groups, number = some(1, 3), data.draw(st.sampled_from(["float32", "float16"]))
-    kernel, strides, dilations = ((some(1, 4), some(1, 4)), (some(1, 3), some(1, 3)), (some(1, 2), some(1, 2)))
-    pads = tuple(some(0, k - 1) for k in (*kernel, *kernel))
-    height, width = ((k - 1) * d + some(1, 9) for k, d in zip(kernel, dilations, strict=True))
-    what = Convolution(some(1, 2), height, width, groups * some(1, 8), groups * some(1, 12), kernel, strides, dilations,
-                       pads, groups, data.draw(st.booleans()), number=number)
-    right(*convolved(bench, what), number)
+def test_any_convolution_is_right(vulkan_bench, data):
+    number = data.draw(st.sampled_from(["float32", "float16"]))
+    what = any_convolution(data, number=number)
+    right(*convolved(vulkan_bench, what), number)
 
 
-def test_halves_are_added_up_by_fours(bench):
+def test_halves_are_added_up_by_fours(vulkan_bench):
     """Four products, of halves that may be rounded either way and flushed where they are denormal."""
-    if "float16" not in bench.limits.elements:
+    if "float16" not in vulkan_bench.limits.elements:
         pytest.skip("needs a device that computes on halves")
     cases = [(multiplied, product, Product(2, 9, 50, 21, number="float16", activation="relu", residual=True), 50)]
     for name, terms in (("uneven pads", 45), ("groups of fours", 72), ("strided points", 9)):
         cases.append((convolved, convolution, replace(SHAPES[name], number="float16", activation="relu"), terms))
     for computed, layer, what, terms in cases:
-        found, want, _ = computed(bench, what, layer=partial(layer, halves=True), make=whole)
+        found, want, _ = computed(vulkan_bench, what, layer=partial(layer, halves=True), make=whole)
         assert np.abs(want).max() < 2048  # up to there halves hold whole numbers
         np.testing.assert_array_equal(found, want)
-        found, want, bound = computed(bench, what, layer=partial(layer, halves=True))
+        found, want, bound = computed(vulkan_bench, what, layer=partial(layer, halves=True))
         assert (np.abs(found - want) > bound).any()  # it is halves that were added
         right(found, want, bound + terms * (5 * HALF + 2.0**-14), "float16")
 
 
-def test_a_device_without_halves(bench, monkeypatch):
+def test_a_device_without_halves(vulkan_bench, monkeypatch):
     layer = product(Product(1, 1, 1, 1, number="float16"), whole(1, 1), halves=True)
-    monkeypatch.setattr(bench, "limits", replace(bench.limits, elements=frozenset({"float32"})))
+    monkeypatch.setattr(vulkan_bench, "limits", replace(vulkan_bench.limits, elements=frozenset({"float32"})))
     with pytest.raises(UnsupportedError, match="does not compute on halves"):
-        run(bench, layer, {"input": whole(1, 1)})
+        run(vulkan_bench, layer, {"input": whole(1, 1)})
 
 
 def sigmoid(x):
@@ -202,11 +188,11 @@ ACTIVATIONS = {  # kind: what it is, how far a shader may be off
 
 
 @pytest.mark.parametrize("activation", ENDINGS)
-def test_activations_are_as_near_as_vulkan_promises(bench, activation):
+def test_activations_are_as_near_as_vulkan_promises(vulkan_bench, activation):
     x = np.concatenate((np.linspace(-12, 12, 4093), [0, 1e-30, -1e-30, 87, -87, 104, -104, 3e4, -3e4, 1e30, -1e30]))
     x = x.astype(np.float32).reshape(1, 1, -1, 4)
     what = Convolution(1, 1, x.shape[2], 4, 4, groups=4, activation=activation, slope=0.2)
-    found, _ = run(bench, convolution(what, np.ones((4, 1, 1, 1))), {"input": x})
+    found, _ = run(vulkan_bench, convolution(what, np.ones((4, 1, 1, 1))), {"input": x})
     exact, allowed = (f(x.astype(np.float64)) for f in ACTIVATIONS[activation])
     assert (np.abs(found - exact) <= allowed + 1e-30).all()
 
@@ -217,11 +203,11 @@ def test_the_error_of_a_name_lists_the_activations_there_are():
     assert e.value.facts["want"] == ", ".join(ENDINGS)
 
 
-def test_real_numbers_are_as_near_as_float32_sums_are(bench):
+def test_real_numbers_are_as_near_as_float32_sums_are(vulkan_bench):
     """A sum of n products is off by about n 2**-24 of their magnitudes at most (Higham, 2002, section 3.1)."""
     r = np.random.default_rng(0)
     a, b = r.standard_normal((40, 300)).astype(np.float32), r.standard_normal((300, 20)).astype(np.float32)
-    found, _ = run(bench, product(Product(1, 40, 300, 20), b), {"input": a})
+    found, _ = run(vulkan_bench, product(Product(1, 40, 300, 20), b), {"input": a})
     exact = a.astype(np.float64) @ b.astype(np.float64)
     assert (np.abs(found - exact) <= 301 * 2.0**-24 * (np.abs(a).astype(np.float64) @ np.abs(b))).all()
 
@@ -260,27 +246,27 @@ def test_modules_are_valid_for_vulkan(tmp_path):
                                                              random(16, 3, 3, 8), halves=True)])
 
 
-def test_rows_that_are_not_there_are_not_read(bench):
+def test_rows_that_are_not_there_are_not_read(vulkan_bench):
     """Of B's last four rows: what follows it does not matter."""
     a, b = random(2, 3, 5), random(2, 5, 7)
     b[1] = np.inf
-    found, _ = run(bench, product(Product(2, 3, 5, 7, batched=True)), {"input": a, "input1": b})
+    found, _ = run(vulkan_bench, product(Product(2, 3, 5, 7, batched=True)), {"input": a, "input1": b})
     assert np.isfinite(found[0]).all()
 
 
-def test_a_module_is_compiled_once(bench):
+def test_a_module_is_compiled_once(vulkan_bench):
     layer, tensors = product(Product(1, 3, 5, 7), random(5, 7)), {"input": random(1, 3, 5)}
-    first, _ = run(bench, layer, tensors)
-    made = bench._whole.cache_info().misses
-    again, _ = run(bench, layer, tensors)
-    assert bench._whole.cache_info().misses == made
+    first, _ = run(vulkan_bench, layer, tensors)
+    made = vulkan_bench._whole.cache_info().misses
+    again, _ = run(vulkan_bench, layer, tensors)
+    assert vulkan_bench._whole.cache_info().misses == made
     np.testing.assert_array_equal(first, again)
 
 
-def test_a_sum_that_the_driver_would_cut_short(bench, monkeypatch):
-    monkeypatch.setattr(bench, "turns_max", 16)
+def test_a_sum_that_the_driver_would_cut_short(vulkan_bench, monkeypatch):
+    monkeypatch.setattr(vulkan_bench, "turns_max", 16)
     with pytest.raises(UnsupportedError, match="ends loops after 16 turns") as e:
-        run(bench, product(Product(1, 1, 65, 4), whole(65, 4)), {"input": whole(1, 65)})
+        run(vulkan_bench, product(Product(1, 1, 65, 4), whole(65, 4)), {"input": whole(1, 65)})
     assert e.value.facts["want"] == "17"
 
 
@@ -306,8 +292,28 @@ def test_arrays_of_other_shapes():
         convolution(Convolution(1, 2, 2, 3, 4), whole(3, 1, 1, 4))
 
 
+@pytest.mark.parametrize(("what", "got"), [
+    (Convolution(1, 1, 1, 4, 4, (3, 3)), "an output of -1 x -1"), (Convolution(1, 2, 9, 4, 4, (3, 3)), "0 x 7"),
+    (Convolution(1, 4, 4, 5, 4, groups=2), "5 channels and 4 filters in 2 groups"),
+    (Convolution(1, 4, 4, 4, 5, groups=2), "4 channels and 5 filters in 2 groups"),
+])
+def test_what_is_no_convolution(what, got):
+    """Two sides of -1 are an area of 1; the last of five filters would read the next pixel."""
+    weights = whole(what.filters, *what.kernel, what.channels // what.groups)
+    for layer in (convolution, partial(opencl_convolution.lower, traits=GRAPHICS, bias=None)):
+        with pytest.raises(InvariantError, match="there is no such convolution") as e:
+            layer(what, weights=weights)
+        assert got in e.value.facts["got"]
+
+
+def test_of_nothing_it_is_said():
+    with pytest.raises(UnsupportedError) as e:
+        product(Product(1, 0, 4, 4))
+    assert e.value.facts["got"] == "0 elements"
+
+
 @pytest.mark.parametrize("tensors", [{}, {"input": whole(6)}, {"input": whole(1, 1, 3)}, {"input": whole(3, 2)}])
-def test_tensors_of_other_shapes(bench, tensors):
+def test_tensors_of_other_shapes(vulkan_bench, tensors):
     with pytest.raises(InvariantError, match="the tensor 'input' is of another shape") as e:
-        run(bench, product(Product(1, 2, 3, 4), whole(3, 4)), tensors)
+        run(vulkan_bench, product(Product(1, 2, 3, 4), whole(3, 4)), tensors)
     assert e.value.facts["want"] == "(1, 2, 3)"

@@ -11,7 +11,7 @@ from npulab.gpu.compute.modules import run
 from npulab.gpu.compute.modules_attention import LANES, LOCAL, attention
 from npulab.gpu.compute.problems import Attention
 from npulab.gpu.counting import spirv
-from test_gpu_modules import HALF, ULP, bench, unpadded, valid  # noqa: F401 - a fixture
+from test_gpu_modules import HALF, ULP, unpadded, valid
 
 U = ULP / 2
 CASES = [
@@ -31,10 +31,10 @@ def drawn(what, spread=1.0):
         (what.queries, what.depth), (what.keys, what.depth), (what.keys, what.width))]
 
 
-def checked(bench, what, q, k, v, **more):  # noqa: F811
+def checked(vulkan_bench, what, q, k, v, **more):
     """Runs it, and holds it to its bound; the largest part of the bound that was used."""
     layer = attention(what, **more)
-    found, _ = run(bench, layer, {"input": q, "input1": k, "input2": v})
+    found, _ = run(vulkan_bench, layer, {"input": q, "input1": k, "input2": v})
     unpadded(found)
     q, k, v = (x.astype(np.float64) for x in (q, k, v))
     seen = np.arange(what.keys) <= np.arange(what.queries)[:, None] if what.causal else np.True_
@@ -62,27 +62,27 @@ def checked(bench, what, q, k, v, **more):  # noqa: F811
 
 @pytest.mark.parametrize("number", ["float32", "float16"])
 @pytest.mark.parametrize("what", CASES, ids=lambda w: f"{w.batch}x{w.queries}x{w.keys}x{w.depth}x{w.width}")
-def test_attention_is_as_near_as_its_sums_and_exp(bench, what, number):  # noqa: F811
+def test_attention_is_as_near_as_its_sums_and_exp(vulkan_bench, what, number):
     what = replace(what, number=number)
-    checked(bench, what, *drawn(what))
+    checked(vulkan_bench, what, *drawn(what))
 
 
-def test_smaller_tiles_where_local_memory_is_small(bench):  # noqa: F811
+def test_smaller_tiles_where_local_memory_is_small(vulkan_bench):
     what = Attention(1, 37, 21, 20, 12, 0.2, True)
     sizes = set()
     for local_bytes in (LOCAL, 5000, 3100, 2450):
         sizes.add(attention(what, local_bytes).modules[0].local_bytes)
-        checked(bench, what, *drawn(what), local_bytes=local_bytes)
+        checked(vulkan_bench, what, *drawn(what), local_bytes=local_bytes)
     assert len(sizes) == 4
 
 
-def test_scores_that_grow_from_tile_to_tile_and_are_far_from_zero(bench):  # noqa: F811
+def test_scores_that_grow_from_tile_to_tile_and_are_far_from_zero(vulkan_bench):
     what = Attention(1, 5, 64, 4, 8, 1.0)
     for first, last in ((-300, 300), (300, -300), (900, 990)):
         q, k, v = drawn(what)
         q[:], k[:] = (1, 0, 0, 0), 0
         k[0, :, 0] = np.linspace(first, last, 64)
-        checked(bench, what, q, k, v)
+        checked(vulkan_bench, what, q, k, v)
 
 
 @pytest.mark.parametrize(("what", "seen"), [(Attention(1, 64, 64, 32, 64, 1.0), 64),
@@ -97,17 +97,17 @@ def test_the_shader_has_the_multiply_adds_that_attention_needs_and_no_more(what,
     assert found["barriers"] == LANES * 4 * seen / 16
 
 
-def test_many_keys_and_no_buffer_of_scores(bench):  # noqa: F811
+def test_many_keys_and_no_buffer_of_scores(vulkan_bench):
     what = Attention(1, 64, 2048, 8, 8, 0.35)
     assert attention(what).modules[0].buffers == ("input", "input1", "input2", "output")
-    checked(bench, what, *drawn(what))
+    checked(vulkan_bench, what, *drawn(what))
 
 
 def test_modules_of_attention_are_valid_for_vulkan(tmp_path):
     valid(tmp_path, [attention(replace(what, number=n)) for what in CASES for n in ("float32", "float16")])
 
 
-def test_what_the_shader_of_attention_has_not(bench):  # noqa: F811
+def test_what_the_shader_of_attention_has_not(vulkan_bench):
     with pytest.raises(UnsupportedError, match="computes on floats"):
         attention(Attention(1, 1, 1, 1, 1, 1.0, number="int8"))
     with pytest.raises(UnsupportedError, match="32 bits"):
@@ -116,4 +116,4 @@ def test_what_the_shader_of_attention_has_not(bench):  # noqa: F811
         attention(Attention(1, 1, 1, 4096, 1, 1.0))
     what = Attention(1, 1, 1, 4096, 1, 1.0)
     with pytest.raises(CapacityError, match="no room for what a work group holds"):
-        run(bench, attention(what, 1 << 20), dict(zip(("input", "input1", "input2"), drawn(what), strict=True)))
+        run(vulkan_bench, attention(what, 1 << 20), dict(zip(("input", "input1", "input2"), drawn(what), strict=True)))

@@ -16,7 +16,8 @@ from npulab.gpu.compute.problems import Convolution
 from npulab.gpu.spirv_builder import Shader
 from npulab.reference import requantize
 from test_gpu_attention import INTEGERS, integers_of, litert_of
-from test_gpu_modules import bench, unpadded, valid  # noqa: F401 - a fixture
+from test_gpu_kernels import any_convolution
+from test_gpu_modules import unpadded, valid
 
 GROUPS = {
     "groups of fours": Convolution(2, 5, 6, 16, 24, (3, 3), pads=(1, 0, 1, 1), groups=2, number="int8"),
@@ -36,10 +37,10 @@ def drawn(what, seed=0, shifts=None, big=False):
                int(r.integers(-40, 40)))
 
 
-def check(bench, what, x, given_, low=-128, high=127, want=None):  # noqa: F811
+def check(vulkan_bench, what, x, given_, low=-128, high=127, want=None):
     if want is None:
         want = integers_of(what, x, *given_, low, high)
-    found, _ = run(bench, convolution(what, *given_, low, high), {"input": x})
+    found, _ = run(vulkan_bench, convolution(what, *given_, low, high), {"input": x})
     assert found.dtype == np.int8
     np.testing.assert_array_equal(found, want)
     unpadded(found)
@@ -47,15 +48,15 @@ def check(bench, what, x, given_, low=-128, high=127, want=None):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", INTEGERS)
-def test_integers_are_the_reference_byte_for_byte(bench, name):  # noqa: F811
-    assert len(np.unique(check(bench, INTEGERS[name], *drawn(INTEGERS[name])))) > 20
+def test_integers_are_the_reference_byte_for_byte(vulkan_bench, name):
+    assert len(np.unique(check(vulkan_bench, INTEGERS[name], *drawn(INTEGERS[name])))) > 20
 
 
 @pytest.mark.parametrize("name", INTEGERS)
-def test_integers_are_litert_byte_for_byte(bench, name):  # noqa: F811
+def test_integers_are_litert_byte_for_byte(vulkan_bench, name):
     pytest.importorskip("ai_edge_litert")
     what, arguments, x, want = litert_of(replace(INTEGERS[name], batch=1))
-    assert len(np.unique(check(bench, what, x, arguments, want=want))) > 20
+    assert len(np.unique(check(vulkan_bench, what, x, arguments, want=want))) > 20
 
 
 def grouped_of(what, x, w, bias, zero_in, multipliers, shifts, zero_out):
@@ -66,42 +67,34 @@ def grouped_of(what, x, w, bias, zero_in, multipliers, shifts, zero_out):
 
 
 @pytest.mark.parametrize("name", GROUPS)
-def test_groups_of_integers(bench, name):  # noqa: F811
+def test_groups_of_integers(vulkan_bench, name):
     what = GROUPS[name]
     x, arguments = drawn(what, 3)
-    check(bench, what, x, arguments, want=grouped_of(what, x, *arguments))
+    check(vulkan_bench, what, x, arguments, want=grouped_of(what, x, *arguments))
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(st.data())
-def test_any_integers(bench, data):  # noqa: F811
-    def some(low, high):
-        return data.draw(st.integers(low, high))
-
-    groups = some(1, 3)
-    kernel, strides, dilations = ((some(1, 3), some(1, 4)), (some(1, 3), some(1, 3)), (some(1, 2), some(1, 2)))
-    pads = tuple(some(0, k - 1) for k in (*kernel, *kernel))
-    height, width = ((k - 1) * d + some(1, 9) for k, d in zip(kernel, dilations, strict=True))
-    what = Convolution(some(1, 2), height, width, groups * some(1, 8), groups * some(1, 12), kernel, strides, dilations,
-                       pads, groups, number="int8")
-    x, (w, bias, _, *rest) = drawn(what, some(0, 99))
+def test_any_integers(vulkan_bench, data):
+    what = any_convolution(data, residual=False, number="int8")
+    x, (w, bias, _, *rest) = drawn(what, data.draw(st.integers(0, 99)))
     arguments = (w, bias, data.draw(st.sampled_from([0, -128, 127, 3])), *rest)
-    check(bench, what, x, arguments, want=grouped_of(what, x, *arguments))
+    check(vulkan_bench, what, x, arguments, want=grouped_of(what, x, *arguments))
 
 
-def test_integers_are_clamped(bench):  # noqa: F811
-    found = check(bench, INTEGERS["3x3"], *drawn(INTEGERS["3x3"]), low=-10, high=30)
+def test_integers_are_clamped(vulkan_bench):
+    found = check(vulkan_bench, INTEGERS["3x3"], *drawn(INTEGERS["3x3"]), low=-10, high=30)
     assert (found.min(), found.max()) == (-10, 30)
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_sums_of_all_sizes_are_rounded_right(bench, seed):  # noqa: F811
+def test_sums_of_all_sizes_are_rounded_right(vulkan_bench, seed):
     """Every shift there is, sums of up to 32 bits that wrap."""
     what = Convolution(1, 1, 40, 1, 62, number="int8")
-    check(bench, what, *drawn(what, seed, np.arange(-31, 31), big=True))
+    check(vulkan_bench, what, *drawn(what, seed, np.arange(-31, 31), big=True))
 
 
-def test_rounding_of_sums_at_the_edges(bench):  # noqa: F811
+def test_rounding_of_sums_at_the_edges(vulkan_bench):
     """32-bit results, not those that are left of them in a byte: the smallest and largest sums, ties, all shifts."""
     edges = [-2**31, -2**31 + 1, -2**30 - 1, -2**30, -3, -2, -1, 0, 1, 2, 3, 2**30 - 1, 2**30, 2**31 - 1]
     r = np.random.default_rng(0)
@@ -115,16 +108,16 @@ def test_rounding_of_sums_at_the_edges(bench):  # noqa: F811
         s = Shader(64, (WHOLE,) * 4, ())
         with s.when(s.global_id < len(sums) // 4):
             s.store(3, s.global_id, made(s, *(s.load(i, s.global_id) for i in range(3))))
-        buffers = [bench._buffer(x) for x in (sums, multipliers, shifts, np.zeros_like(sums))]
-        bench.compute(s.assemble(), (-(-len(sums) // 256),), buffers)
-        np.testing.assert_array_equal(bench._read(buffers[3], len(sums), np.int32), want)
+        buffers = [vulkan_bench._buffer(x) for x in (sums, multipliers, shifts, np.zeros_like(sums))]
+        vulkan_bench.compute(s.assemble(), (-(-len(sums) // 256),), buffers)
+        np.testing.assert_array_equal(vulkan_bench._read(buffers[3], len(sums), np.int32), want)
 
 
-def test_integer_products(bench):  # noqa: F811
+def test_integer_products(vulkan_bench):
     r = np.random.default_rng(5)
     x, w = r.integers(-128, 128, (2, 7, 37)).astype(np.int8), r.integers(-127, 128, (21, 37)).astype(np.int8)
     m, shifts = [2**30 + 12345] * 21, [-7] * 21
-    found, _ = run(bench, product(2, 7, 37, 21, w, None, 3, m, shifts, -1), {"input": x})
+    found, _ = run(vulkan_bench, product(2, 7, 37, 21, w, None, 3, m, shifts, -1), {"input": x})
     sums = (x.astype(np.int64) - 3) @ w.T.astype(np.int64)
     want = np.clip(requantize.multiply(sums, np.array(m), np.array(shifts)) - 1, -128, 127)
     np.testing.assert_array_equal(found, want)
@@ -147,3 +140,26 @@ def test_what_integers_have_not():
                  (multipliers, shifts + 40)):
         with pytest.raises(InvariantError, match="are one for each filter"):
             convolution(what, w, bias, zero_in, m, n, zero_out)
+
+
+@pytest.mark.parametrize(("changed", "message"), [
+    ({"zero_in": 128}, "zero_in is no byte"), ({"zero_out": -129}, "zero_out is no byte"),
+    ({"low": -129}, "low is no byte"), ({"high": 200}, "high is no byte"),
+    ({"weights": 3 * 10**9}, "the weights are no bytes"), ({"weights": 0.5}, "the weights are no bytes"),
+])
+def test_what_is_no_byte_is_not_cut_to_one(changed, message):
+    """It would wrap."""
+    given_ = {"zero_in": 0, "zero_out": 0, "low": -128, "high": 127} | changed
+    w = np.full((4, 4), given_.pop("weights", 1))
+    with pytest.raises(InvariantError, match=message):
+        product(1, 2, 4, 4, w, None, multipliers=[1 << 30] * 4, shifts=[0] * 4, **given_)
+
+
+def test_tensors_of_what_is_no_byte(vulkan_bench):
+    layer = product(1, 1, 4, 4, np.eye(4, dtype=np.int8), None, 0, [1 << 30] * 4, [1] * 4, 0)
+    for x in ([1, 200, 3, 4], [1, 0.5, 3, 4], [1, np.nan, 3, 4]):
+        with pytest.raises(InvariantError, match="numbers of the tensor 'input' are no bytes") as e:
+            run(vulkan_bench, layer, {"input": np.array([x])})
+        assert e.value.facts["got"] == str(x[1])
+    found, _ = run(vulkan_bench, layer, {"input": np.array([[1.0, 127, -128, 0]])})
+    assert found.tolist() == [[[1, 127, -128, 0]]]

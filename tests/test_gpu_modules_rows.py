@@ -8,7 +8,7 @@ from npulab.errors import InvariantError, UnsupportedError
 from npulab.gpu.compute.modules import run
 from npulab.gpu.compute.modules_rows import THREADS, layer_norm, softmax
 from npulab.gpu.compute.problems import LayerNorm, Softmax
-from test_gpu_modules import HALF, ULP, bench, unpadded, valid  # noqa: F401 - a fixture
+from test_gpu_modules import HALF, ULP, unpadded, valid
 
 U = ULP / 2
 SHAPES = [(1, 1), (3, 2), (5, 63), (2, 64), (7, 65), (2, 1000), (1, 20011)]
@@ -29,11 +29,11 @@ def stored(exact, allowed, number):
 
 
 @pytest.mark.parametrize("number", ["float32", "float16"])
-def test_softmax_is_as_near_as_its_sums_and_exp(bench, number):  # noqa: F811
+def test_softmax_is_as_near_as_its_sums_and_exp(vulkan_bench, number):
     for shape in SHAPES:
         for spread, scale, about in ((1, 1.0, 0), (30, 0.125, 0), (3000, 1.0, 0), (1, 1.0, -500)):
             x = (drawn(shape, spread) + about).astype(number)
-            found, _ = run(bench, softmax(Softmax(*shape, scale, number)), {"input": x})
+            found, _ = run(vulkan_bench, softmax(Softmax(*shape, scale, number)), {"input": x})
             unpadded(found)
             scaled = scale * x.astype(np.float64)
             below = scaled - scaled.max(1, keepdims=True)
@@ -51,12 +51,12 @@ def test_softmax_is_as_near_as_its_sums_and_exp(bench, number):  # noqa: F811
 
 @pytest.mark.parametrize("number", ["float32", "float16"])
 @pytest.mark.parametrize("affine", [True, False])
-def test_layer_norm_is_as_near_as_its_sums(bench, affine, number):  # noqa: F811
+def test_layer_norm_is_as_near_as_its_sums(vulkan_bench, affine, number):
     for shape in SHAPES:
         for about in (0.0, 100.0):
             x, gamma, beta = (drawn(shape) + about).astype(number), drawn(shape[1], seed=1), drawn(shape[1], seed=2)
             layer = layer_norm(LayerNorm(*shape, number=number), *((gamma, beta) if affine else ()))
-            found, _ = run(bench, layer, {"input": x})
+            found, _ = run(vulkan_bench, layer, {"input": x})
             unpadded(found)
             d = x.astype(np.float64)
             mean, variance = d.mean(1, keepdims=True), d.var(1, keepdims=True) + 1e-5
@@ -73,10 +73,10 @@ def test_layer_norm_is_as_near_as_its_sums(bench, affine, number):  # noqa: F811
             assert (np.abs(found - exact) <= stored(exact, 1.01 * allowed + 1e-37, number)).all()
 
 
-def test_more_rows_than_one_row_of_groups(bench):  # noqa: F811
+def test_more_rows_than_one_row_of_groups(vulkan_bench):
     shape = (32770, 3)
     x = drawn(shape)
-    found, _ = run(bench, softmax(Softmax(*shape)), {"input": x})
+    found, _ = run(vulkan_bench, softmax(Softmax(*shape)), {"input": x})
     each = np.exp(x.astype(np.float64))
     np.testing.assert_allclose(found, each / each.sum(1, keepdims=True),
                                rtol=2 * (3 + 2 * 10) * ULP)  # no two are further apart than 10

@@ -10,7 +10,7 @@ from npulab.gpu.compute import tiles
 from npulab.gpu.compute.modules_winograd import convolution
 from npulab.gpu.compute.problems import Convolution
 from npulab.gpu.compute.tiles import Tile, Winograd
-from test_gpu_modules import bench, convolved, random, right, unpadded, valid, whole  # noqa: F401 - a fixture
+from test_gpu_modules import convolved, random, right, unpadded, valid, whole
 
 IMAGES = {
     "even": Convolution(1, 8, 8, 8, 24, (3, 3), pads=(1, 1, 1, 1), activation="relu"),
@@ -22,10 +22,10 @@ IMAGES = {
 
 
 @pytest.mark.parametrize("image", IMAGES)
-def test_f2x2_is_exact_on_whole_numbers(bench, image):  # noqa: F811
+def test_f2x2_is_exact_on_whole_numbers(vulkan_bench, image):
     """Its factors are 1 and 1/2: no sum is rounded."""
     what = replace(IMAGES[image], activation="relu6")
-    found, want, _ = convolved(bench, what, make=whole, layer=convolution, size=2)
+    found, want, _ = convolved(vulkan_bench, what, make=whole, layer=convolution, size=2)
     np.testing.assert_array_equal(found, want)
     unpadded(found)
 
@@ -33,17 +33,17 @@ def test_f2x2_is_exact_on_whole_numbers(bench, image):  # noqa: F811
 @pytest.mark.parametrize("number", ["float32", "float16"])
 @pytest.mark.parametrize("size", tiles.SIZES)
 @pytest.mark.parametrize("image", IMAGES)
-def test_winograd_is_right(bench, image, size, number):  # noqa: F811
+def test_winograd_is_right(vulkan_bench, image, size, number):
     what = replace(IMAGES[image], number=number)
-    right(*convolved(bench, what, bias=image != "odd", layer=convolution, choice=Winograd(Tile(), size), size=size),
-          number)
+    choice = Winograd(Tile(), size)
+    right(*convolved(vulkan_bench, what, bias=image != "odd", layer=convolution, choice=choice, size=size), number)
 
 
 @pytest.mark.parametrize("size", tiles.SIZES)
-def test_winograd_is_about_as_exact_as_promised(bench, size):  # noqa: F811
+def test_winograd_is_about_as_exact_as_promised(vulkan_bench, size):
     """As in OpenCL C: on random numbers the largest error, of the largest output."""
     what = Convolution(1, 16, 16, 64, 64, (3, 3), pads=(1, 1, 1, 1))
-    found, want, _ = convolved(bench, what, layer=convolution, size=size)
+    found, want, _ = convolved(vulkan_bench, what, layer=convolution, size=size)
     assert np.abs(found - want).max() / np.abs(want).max() < {2: 1e-6, 4: 5e-6}[size]
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from queue import SimpleQueue
 
 import numpy as np
 import pytest
@@ -308,6 +309,18 @@ def test_factors_behind_a_product_are_its_scale(device, traits):
 
     assert found == ("MatMul+Mul+Div+Add", Product(2, 5, 8, 6, batched=True, scale=0.75, residual=True))
     agrees(graph, device, traits)
+
+
+@pytest.mark.parametrize(("op", "number"), [("Mul", np.inf), ("Mul", np.nan), ("Div", 1e-45)])
+def test_a_factor_that_no_kernel_can_have_is_left_apart(device, traits, op, number):
+    """Infinity, NaN, and 1 / 1e-45, which float32 has not."""
+    graph = model([node("MatMul", "x z", "m"), node(op, "m c", "y")], {"x": [1, 5, 8], "z": [1, 8, 6]}, ["y"],
+                  c=np.float32(number))
+    (found,), _ = problems(graph, Product)
+    assert found == ("MatMul", Product(1, 5, 8, 6, batched=False))
+    feeds = {"x": floats(1, 5, 8), "z": floats(1, 8, 6)}
+    y = compile_network(graph, traits).open(device).run(feeds)["y"]
+    np.testing.assert_array_equal(y, reference(graph, feeds)[0])  # infinity of both signs, or NaN
 
 
 def attention(mask=None, scaled="Mul", heads=3, tokens=12, depth=8):
@@ -758,6 +771,7 @@ def test_a_kernel_that_hangs_ends_the_command(small, device, tmp_path):
     out = tmp_path / "y.npz"
     code = """
 import sys
+from queue import SimpleQueue
 from dataclasses import replace
 import npulab.gpu.compute.network as n
 from npulab.cli import run_arguments
@@ -793,13 +807,36 @@ def test_work_that_goes_on_is_not_silent():
     assert what == "launch 2 of 3, b"
     doing.since -= 100
     assert doing.silent()[0] > 50  # nothing has
-    said = []
-    with watched(doing, 0.01, said.append):
-        while not said:
-            pass
-    assert said == ["launch 2 of 3, b"]
+    said = SimpleQueue()
+    with watched(doing, 0.01, said.put):
+        assert said.get(timeout=60) == "launch 2 of 3, b"
+    assert said.empty()
     doing.end()
     assert doing.silent() == (0, "")
+
+
+def test_launches_that_begin_while_the_last_are_looked_at_are_counted_anew():
+    from types import SimpleNamespace
+
+    from npulab.gpu.compute.watch import Doing
+
+    class Last:
+        """Of launches that have ended: the next ones begin meanwhile."""
+
+        @property
+        def command_execution_status(self):
+            doing.begin("launches")
+            doing.labels, doing.events = "xy", [SimpleNamespace(command_execution_status=s) for s in (0, 1)]
+            return 0
+
+    doing = Doing()
+    doing.begin("launches")
+    doing.labels, doing.events = "a", [Last()]
+    doing.silent()
+    doing.since -= 100
+    seconds, what = doing.silent()  # the first of the new ones has ended since
+    assert seconds < 50
+    assert what == "launch 2 of 2, y"
 
 
 def test_a_kernel_that_does_not_compile_is_said(device, traits, monkeypatch):

@@ -26,20 +26,12 @@ with loaded("bench/gpu_sabotage.py") as sabotage:
     pass
 
 
-@pytest.fixture(scope="module")
-def opened():
-    pytest.importorskip("wgpu", reason="needs wgpu: pip install 'npulab[vulkan]'")
-    if not vulkan.devices():
-        pytest.skip("needs a Vulkan device: apt install mesa-vulkan-drivers")
-    return vulkan.open_device(0)
-
-
 @pytest.fixture
-def bench(opened):
+def bench(vulkan_bench):
     """Without shaders of other tests, which may have been tampered with."""
-    opened._pipeline.cache_clear()
-    yield opened
-    opened._pipeline.cache_clear()
+    vulkan_bench._pipeline.cache_clear()
+    yield vulkan_bench
+    vulkan_bench._pipeline.cache_clear()
 
 
 @pytest.fixture

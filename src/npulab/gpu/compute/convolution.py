@@ -105,7 +105,10 @@ void pad(__global const {number} *restrict image, __global {number} *restrict pa
 
 
 def checked(what: Convolution, weights: NDArray[Any], bias: NDArray[Any] | None) -> None:
-    """Raises: InvariantError unless the arrays are of `what`'s shapes."""
+    """Raises: InvariantError unless there is such a convolution, and the arrays are of its shapes."""
+    if min(what.out) < 1 or what.channels % what.groups or what.filters % what.groups:
+        raise InvariantError("there is no such convolution", got=f"an output of {what.out[0]} x {what.out[1]}, "
+                             f"{what.channels} channels and {what.filters} filters in {what.groups} groups")
     shape = (what.filters, *what.kernel, what.channels // what.groups)
     if weights.shape != shape:
         raise InvariantError("the weights are of another shape", want=shape, got=weights.shape)

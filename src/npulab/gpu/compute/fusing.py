@@ -25,6 +25,7 @@ PASSES = ("constants", "identities", "pads", "batch-norm", "branches", "transpos
           "einsum-to-matmul", "layer-norm", "gelu", "silu-to-swish", "hardswish", "hardsigmoid", "min-max-to-clip")
 LIMIT = 1e-6
 """Relative, that the numbers inside an activation may be off what the kernels have."""
+LARGEST = float(np.finfo(np.float32).max)
 MASKED = -1e4
 """From which on a mask is as good as minus infinity: exp(-10000) is 0 in float32."""
 
@@ -158,14 +159,16 @@ class _Looking:
         return n if n is not None and isinstance(n.op, OnnxOp) and not n.op.domain and n.op.name in names else None
 
     def factor(self, n: Node, value: int) -> float | None:
-        """c where a node computes c times a value, by a number or through one."""
+        """c where a node computes c times a value, by a number or through one; a number of float32: no kernel has
+        infinity or NaN among its own."""
         if not is_own(n, "Mul", "Div") or self.shape(n.outputs[0]) != self.shape(value):
             return None
         at = n.inputs.index(value)
         number = scalar(self.graph, n.inputs[1 - at])
         if number is None or (n.op.name == "Div" and (at or not number)):
             return None
-        return number if n.op.name == "Mul" else 1 / number
+        c = number if n.op.name == "Mul" else 1 / number
+        return c if abs(c) <= LARGEST else None
 
     def scaled(self, value: int) -> tuple[int, float, list[Node]]:
         """(x, c, nodes) with value = c x, through products and quotients by numbers."""

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npulab.errors import CapacityError, InvariantError, UnsupportedError
-from npulab.gpu.compute.modules_numbers import DTYPES, fours, padded
+from npulab.gpu.compute.modules_numbers import DTYPES, bytes_alone, fours, padded
 from npulab.gpu.compute.types import Number
 from npulab.gpu.vulkan import Vulkan
 
@@ -62,7 +62,7 @@ class Layer:
 def run(bench: Vulkan, layer: Layer, tensors: Mapping[str, NDArray[Any]]) -> tuple[NDArray[Any], float]:
     """(output, seconds by the device's clock). Raises: what the bench does; UnsupportedError if its driver does not do
     all turns of the loops, or it has no halves and they are needed; CapacityError if it has not the local memory;
-    InvariantError for tensors of other shapes.
+    InvariantError for tensors of other shapes, or of int8 layers with numbers that are no bytes.
 
     Shapes:  tensors by roles and the output as the layer's, without padding; axes before the last may be joined.
     """
@@ -70,6 +70,8 @@ def run(bench: Vulkan, layer: Layer, tensors: Mapping[str, NDArray[Any]]) -> tup
         got = tensors[role].shape if role in tensors else ()
         if role != "output" and (got[-1:] != want[-1:] or math.prod(got) != math.prod(want)):
             raise InvariantError(f"the tensor '{role}' is of another shape", want=want, got=got or "none")
+        if layer.number == "int8" and role != "output":
+            bytes_alone(f"numbers of the tensor '{role}'", tensors[role])
     turns, local_bytes = max(m.turns for m in layer.modules), max(m.local_bytes for m in layer.modules)
     if turns > bench.turns_max:  # llvmpipe: silently
         raise UnsupportedError(f"{bench.identity.name} ends loops after {bench.turns_max} turns", want=turns)

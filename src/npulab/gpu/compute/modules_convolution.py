@@ -23,7 +23,6 @@ from npulab.gpu.compute.modules_numbers import (
     floats,
     fours,
     load,
-    may_be_halves,
     multiply_add,
     padded,
     single,
@@ -42,8 +41,7 @@ def convolution(what: Convolution, weights: NDArray[Any], bias: NDArray[Any] | N
     Raises: InvariantError for arrays of other shapes; UnsupportedError for int8 (`modules_integers`), for halves unless
     float16 and by fours of channels, and where 32 bits do not count all elements.
     """
-    floats(what.number, "convolutions")
-    may_be_halves(what.number, halves)
+    floats(what.number, "convolutions", halves)
     if halves and (is_depthwise(what) or is_gathered(what)):
         raise UnsupportedError("a convolution with few channels for a filter adds nothing up as halves",
                                got=f"{what.channels} channels in {what.groups} groups")
@@ -89,10 +87,9 @@ def module(what: Convolution, roles: dict[str, Type], finish: Finish, zero: int 
             * (what.filters + 3))
     t = Tile(rows, what.filters, 1, roles)
     s, number = t.s, what.number
-    none = s.constant(0, computed(number), 4)
     with s.when(t.there):
         window = _Window(s, what, t.mine())
-        sums = [s.variable(none) for _ in range(t.tall)]
+        sums = t.sums(number)
         with s.loop(what.kernel[0]) as ky, s.loop(what.kernel[1]) as kx:
             tap = ky * what.kernel[1] + kx
             starts, shares = window.seen(ky, kx)
@@ -107,8 +104,8 @@ def module(what: Convolution, roles: dict[str, Type], finish: Finish, zero: int 
                 deep = fours(group)
                 parts = sums
                 if shares is not None:
-                    begin = s.load(t.buffers["corrections"], tap * t.width + t.column) if zero else none
-                    parts = [s.variable(begin) for _ in range(t.tall)]
+                    begin = s.load(t.buffers["corrections"], tap * t.width + t.column) if zero else None
+                    parts = t.sums(number, begin)
                 _dense(t, what, parts, starts, tap, halves)
                 if shares is not None:
                     for total, part, share in zip(sums, parts, shares, strict=True):

@@ -17,7 +17,7 @@ from npulab.errors import InvariantError, UnsupportedError
 from npulab.gpu.compute import modules_convolution
 from npulab.gpu.compute.convolution import checked
 from npulab.gpu.compute.modules import Layer
-from npulab.gpu.compute.modules_numbers import STORED, WHOLE, padded
+from npulab.gpu.compute.modules_numbers import STORED, WHOLE, bytes_alone, padded
 from npulab.gpu.compute.modules_tiles import Finish, shapes_of
 from npulab.gpu.compute.problems import Convolution
 from npulab.gpu.spirv_builder import Shader, Value
@@ -37,7 +37,8 @@ def convolution(what: Convolution, weights: NDArray[Any], bias: NDArray[Any] | N
                 multipliers: Sequence[int], shifts: Sequence[int], zero_out: int, low: int = -128, high: int = 127
                 ) -> Layer:
     """weights: int8 OHWI [filters, *kernel, channels // groups], zero point 0; bias: int32 [filters].
-    multipliers (0 or 2**30..2**31 - 1), shifts (-31..30): of each filter. Activations are in low and high.
+    multipliers (0 or 2**30..2**31 - 1), shifts (-31..30): of each filter. Activations are in low and high; they and the
+    zero points are bytes.
 
     Raises: InvariantError for arrays of other shapes or numbers out of these ranges; UnsupportedError for a residual,
     another number or activation, and where 32 bits do not count all elements.
@@ -46,6 +47,10 @@ def convolution(what: Convolution, weights: NDArray[Any], bias: NDArray[Any] | N
         raise UnsupportedError("integer shaders add no residual, and have activations in the limits of their outputs",
                                got=f"{what.number}, {what.activation}{', a residual' if what.residual else ''}")
     checked(what, weights, bias)
+    bytes_alone("the weights", weights)
+    for name, byte in (("zero_in", zero_in), ("zero_out", zero_out), ("low", low), ("high", high)):
+        if not -128 <= byte <= 127:
+            raise InvariantError(f"{name} is no byte", want="-128..127", got=byte)
     for name, values, least, most in (("multipliers", multipliers, 0, (1 << 31) - 1), ("shifts", shifts, -31, 30)):
         if len(values) != what.filters or min(values) < least or max(values) > most:
             raise InvariantError(f"{name} are one for each filter", want=f"{what.filters} of {least}..{most}",

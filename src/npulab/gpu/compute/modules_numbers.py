@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from npulab.errors import UnsupportedError
+from npulab.errors import InvariantError, UnsupportedError
 from npulab.gpu.compute.types import Number
 from npulab.gpu.spirv_builder import Kind, Shader, Type, Value
 
@@ -43,20 +43,26 @@ def computed(number: Number) -> Kind:
 
 def counted(*elements: int) -> None:
     """Raises: UnsupportedError where 32 bits do not count as many elements, or there are none."""
-    if min(elements) < 1 or max(elements) >= 1 << 31:
-        raise UnsupportedError("shaders count in 32 bits", got=f"{max(elements)} elements", want="1 to 2147483647")
+    for count in elements:
+        if not 1 <= count < 1 << 31:
+            raise UnsupportedError("shaders count in 32 bits", got=f"{count} elements", want="1 to 2147483647")
 
 
-def floats(number: Number, what: str) -> None:
-    """Raises: UnsupportedError for int8."""
+def floats(number: Number, what: str, halves: bool = False) -> None:
+    """Raises: UnsupportedError for int8, and to compute on halves what is not stored as halves."""
     if number == "int8":
         raise UnsupportedError(f"the shader of {what} computes on floats", got=number, want="float32 or float16")
-
-
-def may_be_halves(number: Number, halves: bool) -> None:
-    """Raises: UnsupportedError for halves of anything but float16."""
     if halves and number != "float16":
         raise UnsupportedError("only what is stored as halves is computed as halves", got=number, want="float16")
+
+
+def bytes_alone(name: str, array: NDArray[Any]) -> None:
+    """Raises: InvariantError for numbers that int8 has not."""
+    if array.dtype == np.int8:
+        return
+    beyond = array[~((array >= -128) & (array <= 127) & (array == np.trunc(array)))]
+    if beyond.size:
+        raise InvariantError(f"{name} are no bytes", want="-128..127", got=beyond[0])
 
 
 def load(s: Shader, number: Number, buffer: int, index: Value) -> Value:

@@ -10,18 +10,7 @@ from numpy.typing import NDArray
 
 from npulab.errors import InvariantError
 from npulab.gpu.compute.modules import Layer, Module
-from npulab.gpu.compute.modules_numbers import (
-    DTYPES,
-    STORED,
-    computed,
-    counted,
-    floats,
-    fours,
-    load,
-    may_be_halves,
-    multiply_add,
-    padded,
-)
+from npulab.gpu.compute.modules_numbers import DTYPES, STORED, counted, floats, fours, load, multiply_add, padded
 from npulab.gpu.compute.modules_tiles import Finish, Tile, ending, roles_of
 from npulab.gpu.compute.problems import Product
 from npulab.gpu.spirv_builder import Type, Value, Variable
@@ -36,8 +25,7 @@ def product(what: Product, b: NDArray[Any] | None = None, bias: NDArray[Any] | N
     Raises: InvariantError for arrays of other shapes; UnsupportedError for int8, for halves of anything but float16,
     and where 32 bits do not count all elements.
     """
-    floats(what.number, "products")
-    may_be_halves(what.number, halves)
+    floats(what.number, "products", halves)
     constants = {} if b is None else {"weights": packed(what, b)}
     residual = "input2" if b is None else "input1"
     out = (what.batch, what.rows, what.columns)
@@ -90,7 +78,7 @@ def module(what: Product, roles: dict[str, Type], finish: Finish, halves: bool =
         return [load(s, number, matrix, (t.batch * high + p) * t.width + t.column) for p in places]
 
     with s.when(t.there):
-        sums = [s.variable(s.constant(0, computed(number), 4)) for _ in range(t.tall)]
+        sums = t.sums(number)
         starts = [(t.batch * rows + row) * inner for row in t.mine()]
         with s.loop(inner) as k:
             xs = [load(s, number, t.buffers["input"], start + k) for start in starts]

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 from npulab.gpu.compute.modules import Module
 from npulab.gpu.compute.modules_endings import end
-from npulab.gpu.compute.modules_numbers import FOUR, STORED, counted, fours, kept, load, store
+from npulab.gpu.compute.modules_numbers import FOUR, STORED, computed, counted, fours, kept, load, store
 from npulab.gpu.compute.problems import Convolution, Product
 from npulab.gpu.compute.types import Number
-from npulab.gpu.spirv_builder import Shader, Type, Value
+from npulab.gpu.spirv_builder import Shader, Type, Value, Variable
 
 TILE = 4
 GROUP = (8, 8)
@@ -42,6 +42,11 @@ class Tile:
     def mine(self) -> list[Value]:
         """The thread's rows; the last one again where there is none."""
         return [self.s.builtin("UMin", self.first + i, self.s.constant(self.rows - 1)) for i in range(self.tall)]
+
+    def sums(self, number: Number, begin: Value | None = None) -> list[Variable]:
+        """Of each row four, that begin there, or at 0."""
+        begin = begin or self.s.constant(0, computed(number), 4)
+        return [self.s.variable(begin) for _ in range(self.tall)]
 
     def stored(self, number: Number, sums: Sequence[Value], finish: Finish) -> None:
         s = self.s

@@ -12,7 +12,8 @@ from typing import Any
 
 @dataclass(eq=False)
 class Doing:
-    """What a Device was asked for last. Written by the thread that asks, read by the one that watches.
+    """What a Device was asked for last. Written by the thread that asks, read by the one that watches, which alone
+    writes `ended`: the events that it looked at, and how many of them have ended.
 
     what    "" while nothing is asked.     since  by time.monotonic().
     events  of the launches under way, in their order; `labels` beside them.
@@ -22,10 +23,10 @@ class Doing:
     since: float = 0.0
     events: Sequence[Any] = ()
     labels: Sequence[str] = ()
-    ended: int = field(default=0, init=False)
+    ended: tuple[Sequence[Any], int] = field(default=((), 0), init=False)
 
     def begin(self, what: str) -> None:
-        self.events, self.labels, self.ended, self.since = (), (), 0, time.monotonic()
+        self.events, self.labels, self.since = (), (), time.monotonic()
         self.what = what
 
     def end(self) -> None:
@@ -34,13 +35,15 @@ class Doing:
     def silent(self) -> tuple[float, str]:
         """Seconds since something was asked or a launch ended, and what is waited for."""
         what, events, labels = self.what, self.events, self.labels
-        while self.ended < len(events) and events[self.ended].command_execution_status <= 0:  # complete, or failed
-            self.ended += 1
+        ended = self.ended[1] if self.ended[0] is events else 0
+        while ended < len(events) and events[ended].command_execution_status <= 0:  # complete, or failed
+            ended += 1
             self.since = time.monotonic()
+        self.ended = events, ended
         if not what:
             return 0.0, ""
-        if self.ended < len(labels):
-            what = f"launch {self.ended + 1} of {len(labels)}, {labels[self.ended]}"
+        if ended < len(labels):
+            what = f"launch {ended + 1} of {len(labels)}, {labels[ended]}"
         return time.monotonic() - self.since, what
 
 

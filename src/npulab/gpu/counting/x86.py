@@ -115,6 +115,7 @@ class Machine(State):
                     self.calls += 1
                     for register in CALLER_SAVED:
                         self.r[register] = self.low[register] = None
+                    self.vectors.clear()
                     return self._whither(self.pop(), i.address)
                 return self._whither(read(), i.address)
 
