@@ -77,13 +77,16 @@ def no_room(e: OSError, size: int) -> Exception:
 
 
 def let_go(buffer: Buffer | NDArray[Any]) -> None:
-    """Pages of a mapped file behind bytes or an array, out of memory; nothing where no file is behind them."""
+    """Pages of a mapped file behind bytes or an array, out of memory; nothing where no file is behind them, or where it
+    can be written to: pages of a copy on write would be lost."""
     held: Any = buffer
     while isinstance(held, np.ndarray | memoryview):
         held = held.base if isinstance(held, np.ndarray) else held.obj
-    if not isinstance(held, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
+    if not isinstance(held, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED") or not memoryview(held).readonly:
         return
-    low, high = byte_bounds(buffer if isinstance(buffer, np.ndarray) else np.frombuffer(buffer, np.uint8))
-    first = byte_bounds(np.frombuffer(held, np.uint8))[0]
+    part = buffer if isinstance(buffer, np.ndarray) else np.frombuffer(buffer, np.uint8)
+    if not part.size:
+        return
+    (low, high), (first, _) = byte_bounds(part), byte_bounds(np.frombuffer(held, np.uint8))
     page = (low - first) // mmap.PAGESIZE * mmap.PAGESIZE
     held.madvise(mmap.MADV_DONTNEED, page, high - first - page)
