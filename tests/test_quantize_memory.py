@@ -169,3 +169,29 @@ def test_arrays_that_are_put_away_are_the_same_and_can_be_let_go():
     view = put_away([b"a" * LARGE, b"b"], LARGE + 1)
     let_go(view[5:9])
     assert bytes(view[-3:]) == b"aab"
+
+
+def with_constant_node(attribute: onnx.AttributeProto) -> bytes:
+    """y = x + w of 8192 elements, w a Constant node."""
+    node = onnx.NodeProto(op_type="Constant", output=["w"], attribute=[attribute])
+    graph = helper.make_graph([node, helper.make_node("Add", ["x", "w"], ["y"])], "g",
+                              [helper.make_tensor_value_info("x", TensorProto.FLOAT, [8192])],
+                              [helper.make_tensor_value_info("y", TensorProto.FLOAT, [8192])])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8).SerializeToString()
+
+
+def test_a_model_with_constants_of_nodes_runs():
+    """They were left out of the message, and nothing put them in again."""
+    w = np.arange(8192, dtype=np.float32)
+    data = with_constant_node(helper.make_attribute("value", numpy_helper.from_array(w)))
+
+    np.testing.assert_array_equal(runner(data, ["y"])({"x": w})[0], 2 * w)
+    assert bytes(thin(data)) == data
+
+
+def test_a_constant_s_content_is_that_of_the_attribute_that_counts():
+    attribute = helper.make_attribute("value_floats", [1.0] * 8192)
+    attribute.t.CopyFrom(numpy_helper.from_array(np.zeros(8192, np.float32)))
+    (constant,) = [v for v in npulab.load(with_constant_node(attribute)).values if v.is_constant]
+
+    assert (constant.array() == 1).all()

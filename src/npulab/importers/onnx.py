@@ -135,7 +135,7 @@ def _parsed(data: memoryview, name: str) -> tuple[onnx.ModelProto, dict[str, mem
         return parse(data, name), {}
     proto = parse(light, name)
     graph = proto.graph
-    if any(_constant(graph.node[i]) is None for i in nodes):
+    if any(_constant(n) is None or n.attribute[0].name != "value" for n in map(graph.node.__getitem__, nodes)):
         return parse(data, name), {}
     return proto, {**{graph.initializer[i].name: data[at] for i, at in initializers.items()},
                    **{graph.node[i].output[0]: data[at] for i, at in nodes.items()}}

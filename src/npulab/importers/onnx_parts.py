@@ -109,14 +109,16 @@ class Thin:
 
 
 def thin(data: Buffer) -> Thin:
-    """The model of a file that npulab wrote, with views of it. Raises as protobuf does for other bytes."""
+    """The model of a file, its large initializers views of it. Raises as protobuf does for bytes that are none."""
     import onnx
 
     try:
-        light, large, _ = left_out(data)
-        found = Thin(onnx.ModelProto.FromString(light))
+        light, large, nodes = left_out(data)
     except DamagedError:
-        found, large = Thin(onnx.ModelProto.FromString(data)), {}
+        light, large, nodes = b"", {}, {}
+    if not light or nodes:  # content of nodes has no place in a Thin
+        light, large = data, {}
+    found = Thin(onnx.ModelProto.FromString(light))
     view = memoryview(data)
     for i, place in large.items():
         found.contents[found.proto.graph.initializer[i].name] = place.stop - place.start, partial(_part, view, place)
