@@ -255,14 +255,14 @@ def _types(proto: onnx.ModelProto, nodes: Iterable[onnx.NodeProto], constants: M
         else:
             light.graph.input.append(onnx.helper.make_tensor_value_info(label, t.data_type, list(t.dims)))
     try:
-        graph = infer_shapes(light, data_prop=not _grows(light.graph, {})).graph
+        graph = infer_shapes(light, data_prop=not grows(light.graph, {})).graph
     except Exception as e:  # the inference is C++: it raises what it likes
         raise ModelError(f"the shapes of '{name}' cannot be inferred", got=str(e).strip()[:300],
                          try_="check the file with onnx.checker") from None
     return {v.name: v for v in (*graph.value_info, *graph.output, *graph.input)}
 
 
-def _grows(graph: onnx.GraphProto, outer: Mapping[str, int]) -> bool:
+def grows(graph: onnx.GraphProto, outer: Mapping[str, int]) -> bool:
     """Whether constants joined again and again would make shapes of more than PROPAGATED_MAX elements. What other
     operators than those of shapes compute is data, whose content inference does not follow."""
     size = dict(outer) | {t.name: _elements(t) for t in graph.initializer}
@@ -281,7 +281,7 @@ def _grows(graph: onnx.GraphProto, outer: Mapping[str, int]) -> bool:
         size.update((o, found) for o in n.output)
         for a in n.attribute:
             for body in (*([a.g] if a.HasField("g") else []), *a.graphs):
-                if _grows(body, size):
+                if grows(body, size):
                     return True
     return False
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 import numpy as np
 
 from npulab.errors import InvariantError, UsageError
+from npulab.importers.onnx import grows
 from npulab.importers.onnx_parts import Thin, thin
 from npulab.program.pages import Buffer, content_of, no_room
 from npulab.quantization.session import Progress, in_order, runner, workers
@@ -164,13 +165,14 @@ class _Between:
 class _Walk:
     """The nodes of a model that samples go through, in order, and when what they make is read for the last time.
 
-    fixed   names of initializers, and of what nodes make of these alone, with their bytes; `makers` of the latter.
+    fixed   names of initializers, and of what nodes make of these alone, with their bytes.
+    makers  the latter -> its node's place in the model.
     born    tensor -> its node's place in `nodes`, -1 for inputs.      last  that of its last reader.
     """
 
     nodes: list[onnx.NodeProto]
     fixed: dict[str, int]
-    makers: dict[str, onnx.NodeProto]
+    makers: dict[str, int]
     born: dict[str, int]
     last: dict[str, int]
 
@@ -180,11 +182,11 @@ class _Walk:
                       for t in graph.initializer}
         self.nodes, self.makers, self.last = [], {}, {}
         self.born = {i.name: -1 for i in graph.input if i.name not in self.fixed}
-        for n in graph.node:
+        for place, n in enumerate(graph.node):
             reads = list(reads_of(n))
             if (reads or n.op_type == "Constant") and all(name in self.fixed for name in reads):
-                for name in n.output:
-                    self.makers[name] = n
+                for name in filter(None, n.output):
+                    self.makers[name] = place
                     self.fixed[name] = sizes.get(name) or sum(self.fixed[r] for r in reads)
                 continue
             at = len(self.nodes)
@@ -215,7 +217,7 @@ def _parts(model: Thin, names: Sequence[str], count: int, together: bool = False
     end = len(walk.nodes)
     if together:
         walk.last.update((name, end) for name in names if name in walk.born)
-    places = [tuple(walk.born[name] for name in group) for group in groups]
+    places = [tuple(walk.born.get(name, 0) for name in group) for group in groups]
     own = set() if together else set(names)
     leaving = [sum(walk.fixed.get(name, 0) for name in n.input) + sum(sizes.get(o, 0) for o in n.output if o in own)
                for n in walk.nodes]
@@ -238,12 +240,12 @@ def _parts(model: Thin, names: Sequence[str], count: int, together: bool = False
 
 
 def _types(model: Thin) -> dict[str, tuple[onnx.TypeProto, int]]:
-    """Of tensors whose sizes are known: types, and bytes."""
+    """Of tensors of numbers that NumPy has, too, whose sizes are known: types, and bytes."""
     from onnx import helper
     from onnx.shape_inference import infer_shapes
 
     try:
-        graph = infer_shapes(model.proto, data_prop=True).graph
+        graph = infer_shapes(model.proto, data_prop=not grows(model.proto.graph, {})).graph
     except Exception:  # C++: it raises what it likes; the runtime will say what is wrong
         return {}
     found = {}
@@ -252,10 +254,11 @@ def _types(model: Thin) -> dict[str, tuple[onnx.TypeProto, int]]:
         dims = [d.dim_value for d in tensor.shape.dim]
         if v.type.HasField("tensor_type") and tensor.HasField("shape") and all(n > 0 for n in dims):
             try:
-                each = helper.tensor_dtype_to_np_dtype(tensor.elem_type).itemsize
+                dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type)
             except KeyError:
                 continue
-            found[v.name] = v.type, int(np.prod(dims)) * each
+            if dtype.kind in "biuf":  # ONNX Runtime does not give others away
+                found[v.name] = v.type, int(np.prod(dims)) * dtype.itemsize
     return found
 
 
@@ -278,7 +281,7 @@ def _cuts(walk: _Walk, sizes: Mapping[str, int], groups: Sequence[Sequence[int]]
         cost += costs[i]
         alive.update(name for name in n.output if walk.last.get(name, -1) > i)
         alive.difference_update(leaves.get(i, ()))
-        if cost < most // 2 or i in inside or i + 1 == len(walk.nodes):
+        if cost < most // 2 or i in inside or i + 1 == len(walk.nodes) or not alive:
             continue
         known = all(name in sizes and blocked.get(name, -1) <= i for name in alive)
         between = sum(sizes.get(name, 0) for name in alive)
@@ -295,24 +298,24 @@ def _part(model: Thin, walk: _Walk, first: int, behind: int, wanted: set[str],
     nodes = walk.nodes[first:behind]
     reads = {name for n in nodes for name in reads_of(n)} | wanted
     stack = [name for name in reads if name in walk.makers]
-    makers: dict[str, onnx.NodeProto] = {}
-    while stack:
-        n = walk.makers[stack.pop()]
-        if n.output[0] not in makers:
-            makers[n.output[0]] = n
-            stack += [name for name in n.input if name in walk.makers]
-            reads.update(n.input)
     old = model.proto.graph
+    makers: set[int] = set()
+    while stack:
+        place = walk.makers[stack.pop()]
+        if place not in makers:
+            makers.add(place)
+            own = set(reads_of(old.node[place]))
+            stack += own & walk.makers.keys()
+            reads |= own
     new = onnx.ModelProto(ir_version=model.proto.ir_version, opset_import=model.proto.opset_import,
                           functions=model.proto.functions)
     new.graph.name = old.name
-    new.graph.node.extend(n for n in old.node if n.output[0] in makers)
+    new.graph.node.extend(old.node[place] for place in sorted(makers))
     new.graph.node.extend(nodes)
     new.graph.initializer.extend(t for t in old.initializer if t.name in reads)
-    own = {i.name: i for i in old.input}
-    new.graph.input.extend(own.get(name) or onnx.ValueInfoProto(name=name, type=types[name][0])
-                           for name, born in walk.born.items() if born < first and (name in reads or (name in own and
-                                                                                    not first)))
+    given = {i.name: i for i in old.input}
+    inputs = [name for name, born in walk.born.items() if born < first and (name in reads or not first)]
+    new.graph.input.extend(given.get(name) or onnx.ValueInfoProto(name=name, type=types[name][0]) for name in inputs)
     made = {o for n in nodes for o in n.output}
     new.graph.output.extend(o for o in old.output if o.name in made)
     return Thin(new, {name: content for name, content in model.contents.items() if name in reads})
