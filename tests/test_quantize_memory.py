@@ -17,7 +17,7 @@ import npulab
 from npulab.errors import ModelError
 from npulab.importers.onnx_parts import DamagedError, left_out, thin
 from npulab.program.pages import LARGE, arrays_away, let_go, put_away
-from npulab.quantization import parts
+from npulab.quantization import parts, session
 from npulab.quantization.observe import observe
 from npulab.quantization.parts import each
 from npulab.quantization.session import runner
@@ -323,3 +323,13 @@ def test_shapes_that_grow_without_end_are_not_followed(monkeypatch):
 
     assert asked == [False]
     assert types["c20"][1] == 8 * 2 << 20
+
+
+def test_large_models_run_where_open_files_have_no_names(monkeypatch):
+    """As in a root without /proc."""
+    model = chain(lambda i, name: ([], name, {}), layers=80)
+    assert len(model) > LARGE
+    (want,) = runner(model, ["y"])(rows().feeds[0])
+    monkeypatch.setattr(session, "OPEN_FILES", "/nowhere")
+
+    np.testing.assert_array_equal(runner(model, ["y"])(rows().feeds[0])[0], want)

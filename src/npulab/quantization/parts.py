@@ -7,20 +7,19 @@ that the same samples give the same numbers on every run. Samples that are too m
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from npulab.errors import InvariantError, UsageError
 from npulab.importers.onnx import grows
 from npulab.importers.onnx_parts import Thin, thin
-from npulab.program.pages import Buffer, content_of, no_room
+from npulab.program.pages import Buffer, Scratch, content_of
 from npulab.quantization.session import Progress, in_order, runner, workers
 from npulab.quantization.types import Array, Feeds, Samples
 
@@ -120,42 +119,40 @@ def _through(steps: Sequence[Part], samples: Iterable[Feeds], work: Callable[[Ma
 
 
 class _Between:
-    """Tensors of samples one behind the other, in a file without a name."""
+    """Tensors of samples one behind the other, on disk."""
 
     def __init__(self) -> None:
-        self.file: BinaryIO | None = None
+        self.scratch: Scratch | None = None
         self.kinds: list[tuple[str, np.dtype[Any], tuple[int, ...]]] = []
         self.count = 0
 
     def put(self, arrays: Mapping[str, Array]) -> None:
         """One more sample."""
         kinds = [(name, a.dtype, a.shape) for name, a in arrays.items()]
-        if not self.count:
-            self.kinds = kinds
+        if self.scratch is None:
+            self.scratch, self.kinds = Scratch(), kinds
         if kinds != self.kinds:
             raise InvariantError("tensors between parts of a network have other shapes from sample to sample",
                                  got=kinds, want=self.kinds)
         self.count += 1
-        if self.file is None:
-            self.file = tempfile.TemporaryFile()  # noqa: SIM115 - it is read later
-        try:
-            for a in arrays.values():
-                self.file.write(content_of(a))
-        except OSError as e:
-            raise no_room(e, self.count * sum(a.nbytes for a in arrays.values())) from e
+        for a in arrays.values():
+            self.scratch.write(content_of(a))
 
     def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
+        if self.scratch is not None:
+            self.scratch.close()
 
     def all(self) -> Iterator[Feeds]:
         """The samples again, once."""
-        if self.file is not None:
-            with self.file as f:
-                f.seek(0)
-                for _ in range(self.count):
-                    yield {name: np.fromfile(f, dtype, int(np.prod(shape))).reshape(shape)
-                           for name, dtype, shape in self.kinds}
+        at = 0
+        for _ in range(self.count):
+            feeds = {}
+            for name, dtype, shape in self.kinds:
+                assert self.scratch is not None
+                feeds[name] = self.scratch.array(at, dtype, shape)
+                at += feeds[name].nbytes
+            yield feeds
+        self.close()
 
 
 # where to cut
