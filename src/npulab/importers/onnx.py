@@ -24,7 +24,7 @@ from npulab.importers.tflite import ELEMENTS_MAX, shown
 from npulab.ir import DType, Graph, Node, Value
 from npulab.ir.graph import Header
 from npulab.ir.ops import Embedded, OnnxOp
-from npulab.program.pages import let_go
+from npulab.program.pages import passing
 
 if TYPE_CHECKING:
     import onnx
@@ -35,8 +35,6 @@ NODES_MAX = 1_000_000
 RANK_MAX = 32
 SMALL = 1024
 """Elements of constants that shape inference gets to see: shapes and axes, not weights."""
-CHUNK = 2**20
-"""Bytes of a file that are hashed at a time."""
 OUTSIDE_MAX = 2**33
 """Bytes of weights outside the file, each use counted: they are hashed, and copied where a model is written."""
 NAME_MAX = 2**16
@@ -453,14 +451,13 @@ class _Outside:
     def digest(self, data: memoryview) -> str:
         """SHA-256 of the model and of what it uses of its weights' files, in order of use, each byte once."""
         found = hashlib.sha256()
-        for at in range(0, len(data), CHUNK):
-            found.update(data[at : at + CHUNK])
-            let_go(data[at : at + CHUNK])
+        for piece in passing(data):
+            found.update(piece)
         for location, content in self._files.items():
             end = 0
             for first, last in sorted(self._used.get(location, ())):
-                found.update(content[max(first, end) : max(last, end)])
-                let_go(content[max(first, end) : max(last, end)])
+                for piece in passing(content[max(first, end) : last]):
+                    found.update(piece)
                 end = max(last, end)
         return found.hexdigest()
 

@@ -109,6 +109,14 @@ def content_of(array: NDArray[Any]) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
+def passing(data: Buffer) -> Iterator[memoryview]:
+    """The bytes, LARGE at a time; each piece is let go when the next is asked for."""
+    view = memoryview(data)
+    for at in range(0, len(view), LARGE):
+        yield view[at : at + LARGE]
+        let_go(view[at : at + LARGE])
+
+
 def let_go(buffer: Buffer | NDArray[Any]) -> None:
     """Pages of a mapped file behind bytes or an array, out of memory; nothing where no file is behind them, or where it
     can be written to: pages of a copy on write would be lost."""
