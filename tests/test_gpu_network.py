@@ -734,6 +734,7 @@ def test_onnx_runtime_by_name(small, capsys):
     (["--device", "opencl:x"], 2, "there is no device 'opencl:x'"),
     (["--device", "opencl:0", "--target", "a311d"], 2, "--target compiles it for a chip"),
     (["--probe", "p.json"], 2, "--probe is for OpenCL devices"),
+    (["--patience", "9"], 2, "--patience is for OpenCL devices"),
     (["--device", "opencl:0", "--compare", "litert"], 2, "--compare is not for OpenCL devices"),
     (["--device", "opencl:0", "-o", "y.txt"], 2, "cannot tell how to write"),
 ])

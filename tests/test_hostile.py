@@ -286,8 +286,10 @@ def _sizes(put):
     fan = wire([*(step("Relu", ["x"], [f"t{i}"]) for i in range(10_000)),
                      *(step("Add", [f"t{i}", f"t{i + 1}"], [f"u{i}"]) for i in range(9_999)),
                      step("Relu", ["u0"], ["y"])])
+    often = wire([ADD], piece(5, blob("w", [4], extra=piece(9, b"") * 10**7)))
     return [(name, ["check", put(f"{name}.onnx", data), "--target", "rk3588"], {0, 1, 3}, "") for name, data in (
-        ("100000 nodes", chain(100_000)), ("50000 constants", many), ("100000 inputs of a node", wide), ("fan", fan))]
+        ("100000 nodes", chain(100_000)), ("50000 constants", many), ("100000 inputs of a node", wide), ("fan", fan),
+        ("constant with 10000000 contents", often))]
 
 
 def _feeds(folder, put):

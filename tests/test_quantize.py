@@ -1,6 +1,7 @@
 """From float networks to integers: statistics, ranges, files, the whole way, and what goes wrong on it."""
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -530,7 +531,9 @@ def test_a_state_is_the_network_again():
     calibrate(net, statistics(net, samples(small())))
     net.layers[0].codes = net.layers[0].params.codes(net.layers[0].weight)
     net.layers[1].scheme = net.layers[1].params = None
-    data = state.saved(net, {"key": "a"})
+    out = io.BytesIO()
+    state.save(out, net, {"key": "a"})
+    data = out.getvalue()
     assert integer_model(state.restored(data, ONNX)) == integer_model(net)
     assert state.about(data) == {"key": "a"}
     assert state.about(data[:200]) is None

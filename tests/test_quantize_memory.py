@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import onnx
+import onnx.shape_inference
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -16,7 +17,8 @@ import npulab
 from npulab.errors import ModelError
 from npulab.importers.onnx_parts import DamagedError, left_out, thin
 from npulab.program.pages import LARGE, arrays_away, let_go, put_away
-from npulab.quantization import parts
+from npulab.quantization import parts, session
+from npulab.quantization.observe import observe
 from npulab.quantization.parts import each
 from npulab.quantization.session import runner
 from npulab.quantization.types import ListedSamples
@@ -169,3 +171,165 @@ def test_arrays_that_are_put_away_are_the_same_and_can_be_let_go():
     view = put_away([b"a" * LARGE, b"b"], LARGE + 1)
     let_go(view[5:9])
     assert bytes(view[-3:]) == b"aab"
+
+
+def with_constant_node(attribute: onnx.AttributeProto) -> bytes:
+    """y = x + w of 8192 elements, w a Constant node."""
+    node = onnx.NodeProto(op_type="Constant", output=["w"], attribute=[attribute])
+    graph = helper.make_graph([node, helper.make_node("Add", ["x", "w"], ["y"])], "g",
+                              [helper.make_tensor_value_info("x", TensorProto.FLOAT, [8192])],
+                              [helper.make_tensor_value_info("y", TensorProto.FLOAT, [8192])])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8).SerializeToString()
+
+
+def test_a_model_with_constants_of_nodes_runs():
+    """They were left out of the message, and nothing put them in again."""
+    w = np.arange(8192, dtype=np.float32)
+    data = with_constant_node(helper.make_attribute("value", numpy_helper.from_array(w)))
+
+    np.testing.assert_array_equal(runner(data, ["y"])({"x": w})[0], 2 * w)
+    assert bytes(thin(data)) == data
+
+
+def test_a_constant_s_content_is_that_of_the_attribute_that_counts():
+    attribute = helper.make_attribute("value_floats", [1.0] * 8192)
+    attribute.t.CopyFrom(numpy_helper.from_array(np.zeros(8192, np.float32)))
+    (constant,) = [v for v in npulab.load(with_constant_node(attribute)).values if v.is_constant]
+
+    assert (constant.array() == 1).all()
+
+
+def chain(between, shape: tuple[int, ...] = (1, 8, 64, 64), layers: int = 4) -> bytes:
+    """Products of rows with their weights; `between(i, name)` gives the nodes behind each, the name of what these make,
+    and constants."""
+    rng = np.random.default_rng(0)
+    nodes, constants, now = [], {}, "x"
+    for i in range(layers):
+        constants[f"w{i}"] = rng.standard_normal((64, 64), np.float32) / 8
+        nodes.append(helper.make_node("MatMul", [now, f"w{i}"], [f"h{i}"], f"product{i}"))
+        more, now, own = between(i, f"h{i}")
+        nodes += more
+        constants |= own
+    nodes.append(helper.make_node("Identity", [now], ["y"]))
+    graph = helper.make_graph(nodes, "chain", [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+                              [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+                              [numpy_helper.from_array(a, name) for name, a in constants.items()])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8).SerializeToString()
+
+
+def rows(count: int = 6, shape: tuple[int, ...] = (1, 8, 64, 64)) -> ListedSamples:
+    rng = np.random.default_rng(1)
+    return ListedSamples([{"x": rng.standard_normal(shape, np.float32)} for _ in range(count)], "")
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(parts, "PART", 1 << 14)
+
+
+def as_whole(model: bytes, names: list[str]) -> None:
+    """Raises unless the model is run in parts, and gives what it gives in one."""
+    assert len(parts._parts(thin(model), names, 6, together=True)) > 1
+    run = runner(model, names)
+    for got, feeds in zip(each(model, names, rows(), list), rows(), strict=True):
+        for x, y in zip(got, run(feeds), strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+def through(kind: int):
+    """Nodes that turn a tensor into another type and back."""
+    def between(i, name):
+        return [helper.make_node("Cast", [name], [f"{name}_in"], to=kind),
+                helper.make_node("Cast", [f"{name}_in"], [f"{name}_out"], to=TensorProto.FLOAT)], f"{name}_out", {}
+    return between
+
+
+@pytest.mark.parametrize("kind", [TensorProto.BFLOAT16, TensorProto.FLOAT16, TensorProto.INT8, TensorProto.STRING])
+def test_only_numbers_that_both_sides_know_lie_between_parts(small_parts, kind):
+    """bfloat16 is smaller than float32, so that it was first choice, and ONNX Runtime does not give it away."""
+    as_whole(chain(through(kind)), ["y"])
+
+
+def test_what_only_constants_decide_is_observed_too(small_parts):
+    """A table that is resized, as of positions: no sample goes through what makes it."""
+    def between(i, name):
+        if i != 1:
+            return [], name, {}
+        table = np.random.default_rng(2).standard_normal((1, 8, 32, 32), np.float32)
+        return [helper.make_node("Resize", ["table", "", "scales"], ["resized"], mode="nearest"),
+                helper.make_node("Add", [name, "resized"], ["sum"])], "sum", {
+                    "table": table, "scales": np.array([1, 1, 2, 2], np.float32)}
+    sizes = dict.fromkeys(("resized", "sum"), 1 << 15)
+    found = observe(chain(between), ["resized", "sum", "y"], rows(), True, sizes=sizes)
+    (table,) = runner(chain(between), ["resized"])(rows().feeds[0])
+
+    assert found["resized"].samples == found["y"].samples == 6
+    assert found["resized"].high == table.max()
+
+
+def test_a_part_ends_where_something_of_the_samples_goes_on(small_parts):
+    """Behind what begins anew, as random numbers do, no part would know of a sample."""
+    def between(i, name):
+        made = helper.make_node("RandomUniform", [], ["anew"], shape=[1, 8, 64, 64])
+        return ([made], "anew", {}) if i == 1 else ([], name, {})
+
+    assert len(list(each(chain(between), ["y"], rows(), list))) == 6
+
+
+def test_bodies_read_what_lies_between_parts_and_other_parts_constants(small_parts):
+    def between(i, name):
+        if i != 2:
+            return [], name, {}
+        def body(node):
+            return helper.make_graph([node], "body", [],
+                                     [helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, [1, 8, 64, 64])])
+        then = body(helper.make_node("MatMul", ["h0", "w0"], ["then"]))
+        other = body(helper.make_node("Mul", ["h1", "h0"], ["other"]))
+        return [helper.make_node("ReduceMax", [name], ["largest"], keepdims=0),
+                helper.make_node("Greater", ["largest", "limit"], ["above"]),
+                helper.make_node("If", ["above"], ["chosen"], then_branch=then, else_branch=other)], "chosen", {
+                    "limit": np.array(4, np.float32)}
+    as_whole(chain(between), ["y"])
+
+
+def test_bodies_of_what_only_constants_decide_have_their_constants(small_parts):
+    def between(i, name):
+        if i != 2:
+            return [], name, {}
+        body = helper.make_graph([helper.make_node("Neg", ["table"], ["less"])], "body", [],
+                                 [helper.make_tensor_value_info("less", TensorProto.FLOAT, [64])])
+        return [helper.make_node("If", ["always"], ["chosen"], then_branch=body, else_branch=body),
+                helper.make_node("Mul", [name, "chosen"], ["product"])], "product", {
+                    "table": np.arange(64, dtype=np.float32), "always": np.array(True)}
+    as_whole(chain(between), ["y"])
+
+
+def test_tensors_are_asked_for_twice_and_inputs_and_constants_are_too(small_parts):
+    as_whole(chain(lambda i, name: ([], name, {})), ["y", "h1", "x", "w2", "y"])
+
+
+def test_shapes_that_grow_without_end_are_not_followed(monkeypatch):
+    """Each joint doubles a shape, and the importer does not follow them either."""
+    nodes = [helper.make_node("Shape", ["x"], ["c0"]),
+             *(helper.make_node("Concat", [f"c{i}"] * 2, [f"c{i + 1}"], axis=0) for i in range(20))]
+    graph = helper.make_graph(nodes, "joints", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 2])],
+                              [helper.make_tensor_value_info("c20", TensorProto.INT64, [2 << 20])])
+    asked = []
+    infer = onnx.shape_inference.infer_shapes
+    monkeypatch.setattr(onnx.shape_inference, "infer_shapes",
+                        lambda proto, data_prop: asked.append(data_prop) or infer(proto, data_prop=data_prop))
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)])
+    types = parts._types(thin(model.SerializeToString()))
+
+    assert asked == [False]
+    assert types["c20"][1] == 8 * 2 << 20
+
+
+def test_large_models_run_where_open_files_have_no_names(monkeypatch):
+    """As in a root without /proc."""
+    model = chain(lambda i, name: ([], name, {}), layers=80)
+    assert len(model) > LARGE
+    (want,) = runner(model, ["y"])(rows().feeds[0])
+    monkeypatch.setattr(session, "OPEN_FILES", "/nowhere")
+
+    np.testing.assert_array_equal(runner(model, ["y"])(rows().feeds[0])[0], want)

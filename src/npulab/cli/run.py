@@ -85,8 +85,8 @@ def run(
         help="On OpenCL devices: the folder of what tuning found; kernels are chosen by it.")] = None,
     tune: Annotated[float, typer.Option("--tune", min=0, max=86400, metavar="SECONDS", show_default=False,
                                         help="Tune kernels into that folder first, for so long at most.")] = 0,
-    patience: Annotated[float, typer.Option("--patience", min=1, max=86400, metavar="SECONDS", help=(
-        "On OpenCL devices: how long one kernel may take."))] = 60,
+    patience: Annotated[float | None, typer.Option("--patience", min=1, max=86400, metavar="SECONDS", help=(
+        "On OpenCL devices: how long one kernel may take."), show_default="60")] = None,
     json: Json = False,
 ) -> None:
     """Compile, execute on the virtual NPU and the host, answer.
@@ -105,15 +105,15 @@ def run(
     from npulab.runtime.objects import answer_with, post_beside
     from npulab.runtime.session import tensor_names
 
-    place = _device(device, target, {"--probe": probe, "--tuned": tuned, "--tune": tune})
+    place = _device(device, target, {"--probe": probe, "--tuned": tuned, "--tune": tune, "--patience": patience})
     if place is not None:
-        from npulab.cli.run_opencl import run_opencl
+        from npulab.cli.run_opencl import PATIENCE, run_opencl
 
         if compare or draw is not None:
             raise UsageError(f"{'--compare' if compare else '--draw'} is not for OpenCL devices",
                              try_="npulab run without it")
         run_opencl(model, place, inputs or [], output, labels, top, score, fit, normalize, repeat, probe, tuned, tune,
-                   patience, json)
+                   patience or PATIENCE, json)
         return
     if (model.suffix == ".onnx" or device) and target is None:
         if compare:

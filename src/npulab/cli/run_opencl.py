@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 TRIED = 8.0
 """Seconds for a problem: a tuner's process starts in one or two, PoCL compiles a candidate in one."""
+PATIENCE = 60.0
+"""Seconds that one launch may take, unless told. Source: assumed."""
 
 
 def run_opencl(model: Path, number: int, given: list[str], output: Path | None, labels: Path | None, top: int,

@@ -24,7 +24,7 @@ from npulab.importers.tflite import ELEMENTS_MAX, shown
 from npulab.ir import DType, Graph, Node, Value
 from npulab.ir.graph import Header
 from npulab.ir.ops import Embedded, OnnxOp
-from npulab.program.pages import let_go
+from npulab.program.pages import passing
 
 if TYPE_CHECKING:
     import onnx
@@ -35,8 +35,6 @@ NODES_MAX = 1_000_000
 RANK_MAX = 32
 SMALL = 1024
 """Elements of constants that shape inference gets to see: shapes and axes, not weights."""
-CHUNK = 2**20
-"""Bytes of a file that are hashed at a time."""
 OUTSIDE_MAX = 2**33
 """Bytes of weights outside the file, each use counted: they are hashed, and copied where a model is written."""
 NAME_MAX = 2**16
@@ -135,7 +133,7 @@ def _parsed(data: memoryview, name: str) -> tuple[onnx.ModelProto, dict[str, mem
         return parse(data, name), {}
     proto = parse(light, name)
     graph = proto.graph
-    if any(_constant(graph.node[i]) is None for i in nodes):
+    if any(_constant(n) is None or n.attribute[0].name != "value" for n in map(graph.node.__getitem__, nodes)):
         return parse(data, name), {}
     return proto, {**{graph.initializer[i].name: data[at] for i, at in initializers.items()},
                    **{graph.node[i].output[0]: data[at] for i, at in nodes.items()}}
@@ -255,14 +253,14 @@ def _types(proto: onnx.ModelProto, nodes: Iterable[onnx.NodeProto], constants: M
         else:
             light.graph.input.append(onnx.helper.make_tensor_value_info(label, t.data_type, list(t.dims)))
     try:
-        graph = infer_shapes(light, data_prop=not _grows(light.graph, {})).graph
+        graph = infer_shapes(light, data_prop=not grows(light.graph, {})).graph
     except Exception as e:  # the inference is C++: it raises what it likes
         raise ModelError(f"the shapes of '{name}' cannot be inferred", got=str(e).strip()[:300],
                          try_="check the file with onnx.checker") from None
     return {v.name: v for v in (*graph.value_info, *graph.output, *graph.input)}
 
 
-def _grows(graph: onnx.GraphProto, outer: Mapping[str, int]) -> bool:
+def grows(graph: onnx.GraphProto, outer: Mapping[str, int]) -> bool:
     """Whether constants joined again and again would make shapes of more than PROPAGATED_MAX elements. What other
     operators than those of shapes compute is data, whose content inference does not follow."""
     size = dict(outer) | {t.name: _elements(t) for t in graph.initializer}
@@ -281,7 +279,7 @@ def _grows(graph: onnx.GraphProto, outer: Mapping[str, int]) -> bool:
         size.update((o, found) for o in n.output)
         for a in n.attribute:
             for body in (*([a.g] if a.HasField("g") else []), *a.graphs):
-                if _grows(body, size):
+                if grows(body, size):
                     return True
     return False
 
@@ -453,14 +451,13 @@ class _Outside:
     def digest(self, data: memoryview) -> str:
         """SHA-256 of the model and of what it uses of its weights' files, in order of use, each byte once."""
         found = hashlib.sha256()
-        for at in range(0, len(data), CHUNK):
-            found.update(data[at : at + CHUNK])
-            let_go(data[at : at + CHUNK])
+        for piece in passing(data):
+            found.update(piece)
         for location, content in self._files.items():
             end = 0
             for first, last in sorted(self._used.get(location, ())):
-                found.update(content[max(first, end) : max(last, end)])
-                let_go(content[max(first, end) : max(last, end)])
+                for piece in passing(content[max(first, end) : last]):
+                    found.update(piece)
                 end = max(last, end)
         return found.hexdigest()
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +34,8 @@ RAW_DATA = 9
 """Of TensorProto. Nothing that npulab leaves out has a field behind it."""
 BYTES = 2
 """The wire type of what has a length."""
+FIELDS_MAX = 1 << 8
+"""Of a tensor, an attribute or a Constant node: extents are at most 32, and little else is there more than once."""
 FIXED = {1: 8, 5: 4}
 """Bytes of the other wire types, 0 aside, which is a number of its own length."""
 Make = Callable[[], Buffer]
@@ -109,11 +112,13 @@ class Thin:
 
 
 def thin(data: Buffer) -> Thin:
-    """The model of a file that npulab wrote, with views of it. Raises as protobuf does for other bytes."""
+    """The model of a file, its large initializers views of it. Raises as protobuf does for bytes that are none."""
     import onnx
 
     try:
-        light, large, _ = left_out(data)
+        light, large, nodes = left_out(data)
+        if nodes:  # their content has no place in a Thin
+            raise DamagedError
         found = Thin(onnx.ModelProto.FromString(light))
     except DamagedError:
         found, large = Thin(onnx.ModelProto.FromString(data)), {}
@@ -164,13 +169,13 @@ def _lightened(view: memoryview, kind: int, start: int, end: int) -> tuple[bytes
         return None
     if kind == INITIALIZER:
         return _without(view, start, end, (RAW_DATA,))
-    names = [bytes(view[a:b]) for number, _, a, b in fields(view, start, end) if number == OPERATOR]
+    names = [bytes(view[a:b]) for number, _, a, b in _few(view, start, end) if number == OPERATOR]
     return _without(view, start, end, (ATTRIBUTE, TENSOR, RAW_DATA)) if names == [b"Constant"] else None
 
 
 def _without(view: memoryview, start: int, end: int, path: tuple[int, ...]) -> tuple[bytes, slice] | None:
     """A message without the large field at the end of the path, and its place; None if it is not there once."""
-    inside = [f for f in fields(view, start, end) if f[0] == path[0]]
+    inside = [f for f in _few(view, start, end) if f[0] == path[0]]
     if len(inside) != 1 or inside[0][3] - inside[0][2] < LARGE:
         return None
     _, first, low, high = inside[0]
@@ -181,6 +186,12 @@ def _without(view: memoryview, start: int, end: int, path: tuple[int, ...]) -> t
         return None
     light, place = found
     return bytes(view[start:first]) + _tag(path[0]) + _varint(len(light)) + light + bytes(view[high:end]), place
+
+
+def _few(view: memoryview, at: int, end: int) -> list[tuple[int, int, int, int]]:
+    """The fields of a small message; none of one with more than FIELDS_MAX, which is left to protobuf."""
+    found = list(islice(fields(view, at, end), FIELDS_MAX + 1))
+    return found if len(found) <= FIELDS_MAX else []
 
 
 def fields(view: memoryview, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:

@@ -7,6 +7,7 @@ wanted again.
 from __future__ import annotations
 
 import errno
+import math
 import mmap
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,25 +24,65 @@ LARGE = 1 << 20
 """Bytes from which a file is worth it."""
 ALIGNED = 64
 """Bytes that arrays begin at multiples of."""
+TRY = "set TMPDIR to a folder with more room"
+
+
+class Scratch:
+    """A file without a name, gone once it is closed, however the process ends. Nothing is buffered, so that a full disk
+    is said by the write that it has no room for.
+
+    Raises: CapacityError if the disk for temporary files is full, or there is none.
+    """
+
+    def __init__(self, pieces: Iterable[Buffer] = ()) -> None:
+        try:
+            self.file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - it is closed with this
+        except OSError as e:
+            raise CapacityError("no temporary file can be made", got=e.strerror or e, try_=TRY) from e
+        self.size = 0
+        try:
+            for piece in pieces:
+                self.write(piece)
+                let_go(piece)
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, piece: Buffer) -> None:
+        """Behind what is there."""
+        left = memoryview(piece).cast("B")
+        self.size += len(left)
+        try:
+            while left:
+                left = left[self.file.write(left) :]
+        except OSError as e:
+            if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise CapacityError("the disk for temporary files is full", where=tempfile.gettempdir(),
+                                want=f"{-(-self.size >> 20)} MiB or more", try_=TRY) from e
+
+    def array(self, at: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+        """What was written there, once all is."""
+        self.file.seek(at)
+        return np.fromfile(self.file, dtype, math.prod(shape)).reshape(shape)
+
+    def close(self) -> None:
+        self.file.close()
+
+    def __enter__(self) -> Scratch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def put_away(pieces: Iterable[Buffer], size: int) -> memoryview:
-    """The pieces one behind the other, `size` bytes in all. Large ones lie in a file without a name, which is gone with
-    the last view of it, however the process ends.
-
-    Raises: CapacityError if the disk for temporary files is full.
-    """
+    """The pieces one behind the other, `size` bytes in all. Large ones lie in a Scratch, which is gone with the last
+    view of it. Raises as that does."""
     if size < LARGE:
         return memoryview(b"".join(pieces))
-    try:
-        with tempfile.TemporaryFile() as f:
-            for piece in pieces:
-                f.write(piece)
-                let_go(piece)
-            f.flush()
-            return memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
-    except OSError as e:
-        raise no_room(e, size) from e
+    with Scratch(pieces) as scratch:
+        return memoryview(mmap.mmap(scratch.file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def arrays_away(arrays: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
@@ -68,22 +109,25 @@ def content_of(array: NDArray[Any]) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def no_room(e: OSError, size: int) -> Exception:
-    """What to raise for an error of the disk while `size` bytes were written to a temporary file."""
-    if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return CapacityError("the disk for temporary files is full", where=tempfile.gettempdir(),
-                             want=f"{size >> 20} MiB", try_="set TMPDIR to a folder with more room")
-    return e
+def passing(data: Buffer) -> Iterator[memoryview]:
+    """The bytes, LARGE at a time; each piece is let go when the next is asked for."""
+    view = memoryview(data)
+    for at in range(0, len(view), LARGE):
+        yield view[at : at + LARGE]
+        let_go(view[at : at + LARGE])
 
 
 def let_go(buffer: Buffer | NDArray[Any]) -> None:
-    """Pages of a mapped file behind bytes or an array, out of memory; nothing where no file is behind them."""
+    """Pages of a mapped file behind bytes or an array, out of memory; nothing where no file is behind them, or where it
+    can be written to: pages of a copy on write would be lost."""
     held: Any = buffer
     while isinstance(held, np.ndarray | memoryview):
         held = held.base if isinstance(held, np.ndarray) else held.obj
-    if not isinstance(held, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
+    if not isinstance(held, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED") or not memoryview(held).readonly:
         return
-    low, high = byte_bounds(buffer if isinstance(buffer, np.ndarray) else np.frombuffer(buffer, np.uint8))
-    first = byte_bounds(np.frombuffer(held, np.uint8))[0]
+    part = buffer if isinstance(buffer, np.ndarray) else np.frombuffer(buffer, np.uint8)
+    if not part.size:
+        return
+    (low, high), (first, _) = byte_bounds(part), byte_bounds(np.frombuffer(held, np.uint8))
     page = (low - first) // mmap.PAGESIZE * mmap.PAGESIZE
     held.madvise(mmap.MADV_DONTNEED, page, high - first - page)

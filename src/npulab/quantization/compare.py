@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from npulab.program.pages import Buffer, content_of, no_room
+from npulab.program.pages import Buffer, Scratch, content_of
 from npulab.quantization.emit import float_model, shown_model
 from npulab.quantization.network import Network
 from npulab.quantization.parts import apart
@@ -90,30 +89,21 @@ def noises(reference: Buffer, other: Buffer, pairs: Mapping[str, str], samples: 
     total = dict.fromkeys(pairs, SILENCE)
     for first in range(0, len(samples), count):
         some = samples if count >= len(samples) else taken(samples, range(len(samples))[first : first + count])
-        with tempfile.TemporaryFile() as file:
-            places: dict[tuple[int, str], tuple[int, Array]] = {}
+        with Scratch() as scratch:
+            places: dict[tuple[int, str], tuple[int, np.dtype[Any], tuple[int, ...]]] = {}
             for i, arrays in apart(reference, list(pairs), some, _same):
                 for name, x in arrays.items():
-                    places[i, name] = file.tell(), np.empty((0, *x.shape), x.dtype)
-                    _write(file, x)
+                    places[i, name] = scratch.size, x.dtype, x.shape
+                    scratch.write(content_of(x))
             for i, arrays in apart(other, list(pairs.values()), some, _same):
                 for name, own in pairs.items():
                     if own in arrays:
-                        at, like = places[i, name]
-                        file.seek(at)
-                        total[name] += noise(np.fromfile(file, like.dtype, int(np.prod(like.shape[1:]))), arrays[own])
+                        total[name] += noise(scratch.array(*places[i, name]), arrays[own])
     return total
 
 
 def _same(_: int, arrays: Mapping[str, Array]) -> Mapping[str, Array]:
     return arrays
-
-
-def _write(file: BinaryIO, x: Array) -> None:
-    try:
-        file.write(content_of(x))
-    except OSError as e:
-        raise no_room(e, x.nbytes) from e
 
 
 def by_tensor(net: Network, samples: Samples, floats: Buffer | None = None) -> dict[str, Noise]:

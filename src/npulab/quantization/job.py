@@ -20,7 +20,7 @@ import numpy as np
 from npulab.errors import UsageError
 from npulab.exporters.onnx import to_view
 from npulab.program.files import write_atomically
-from npulab.program.pages import LARGE, Buffer, let_go
+from npulab.program.pages import Buffer, passing
 from npulab.quantization import datafree, precision, state
 from npulab.quantization.calibrate import Known, choose_activations, choose_weights, statistics
 from npulab.quantization.compare import SILENCE, noise
@@ -289,10 +289,9 @@ class Job:
 
     def _key(self) -> str:
         """What the outcome depends on: the model, the options, the samples (number, origin and some of them)."""
-        h, model = hashlib.sha256(), memoryview(self.reference())
-        for i in range(0, len(model), LARGE):
-            h.update(model[i : i + LARGE])
-            let_go(model[i : i + LARGE])
+        h = hashlib.sha256()
+        for piece in passing(self.reference()):
+            h.update(piece)
         h.update(repr((self.options, self.net.rules, len(self.every), self.every.origin)).encode())
         for feeds in self.check:
             for name in sorted(feeds):

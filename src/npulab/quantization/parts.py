@@ -7,19 +7,19 @@ that the same samples give the same numbers on every run. Samples that are too m
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from npulab.errors import InvariantError, UsageError
+from npulab.importers.onnx import grows
 from npulab.importers.onnx_parts import Thin, thin
-from npulab.program.pages import Buffer, content_of, no_room
+from npulab.program.pages import Buffer, Scratch, content_of
 from npulab.quantization.session import Progress, in_order, runner, workers
 from npulab.quantization.types import Array, Feeds, Samples
 
@@ -121,42 +121,40 @@ def _through(steps: Sequence[Part], samples: Iterable[tuple[int, Feeds]], work: 
 
 
 class _Between:
-    """Tensors of samples one behind the other, in a file without a name."""
+    """Tensors of samples one behind the other, on disk."""
 
     def __init__(self) -> None:
-        self.file: BinaryIO | None = None
+        self.scratch: Scratch | None = None
         self.kinds: list[tuple[str, np.dtype[Any], tuple[int, ...]]] = []
         self.count = 0
 
     def put(self, arrays: Mapping[str, Array]) -> None:
         """One more sample."""
         kinds = [(name, a.dtype, a.shape) for name, a in arrays.items()]
-        if not self.count:
-            self.kinds = kinds
+        if self.scratch is None:
+            self.scratch, self.kinds = Scratch(), kinds
         if kinds != self.kinds:
             raise InvariantError("tensors between parts of a network have other shapes from sample to sample",
                                  got=kinds, want=self.kinds)
         self.count += 1
-        if self.file is None:
-            self.file = tempfile.TemporaryFile()  # noqa: SIM115 - it is read later
-        try:
-            for a in arrays.values():
-                self.file.write(content_of(a))
-        except OSError as e:
-            raise no_room(e, self.count * sum(a.nbytes for a in arrays.values())) from e
+        for a in arrays.values():
+            self.scratch.write(content_of(a))
 
     def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
+        if self.scratch is not None:
+            self.scratch.close()
 
     def all(self) -> Iterator[Feeds]:
         """The samples again, once."""
-        if self.file is not None:
-            with self.file as f:
-                f.seek(0)
-                for _ in range(self.count):
-                    yield {name: np.fromfile(f, dtype, int(np.prod(shape))).reshape(shape)
-                           for name, dtype, shape in self.kinds}
+        at = 0
+        for _ in range(self.count):
+            feeds = {}
+            for name, dtype, shape in self.kinds:
+                assert self.scratch is not None
+                feeds[name] = self.scratch.array(at, dtype, shape)
+                at += feeds[name].nbytes
+            yield feeds
+        self.close()
 
 
 # where to cut
@@ -166,13 +164,14 @@ class _Between:
 class _Walk:
     """The nodes of a model that samples go through, in order, and when what they make is read for the last time.
 
-    fixed   names of initializers, and of what nodes make of these alone, with their bytes; `makers` of the latter.
+    fixed   names of initializers, and of what nodes make of these alone, with their bytes.
+    makers  the latter -> its node's place in the model.
     born    tensor -> its node's place in `nodes`, -1 for inputs.      last  that of its last reader.
     """
 
     nodes: list[onnx.NodeProto]
     fixed: dict[str, int]
-    makers: dict[str, onnx.NodeProto]
+    makers: dict[str, int]
     born: dict[str, int]
     last: dict[str, int]
 
@@ -182,11 +181,11 @@ class _Walk:
                       for t in graph.initializer}
         self.nodes, self.makers, self.last = [], {}, {}
         self.born = {i.name: -1 for i in graph.input if i.name not in self.fixed}
-        for n in graph.node:
+        for place, n in enumerate(graph.node):
             reads = list(reads_of(n))
             if (reads or n.op_type == "Constant") and all(name in self.fixed for name in reads):
-                for name in n.output:
-                    self.makers[name] = n
+                for name in filter(None, n.output):
+                    self.makers[name] = place
                     self.fixed[name] = sizes.get(name) or sum(self.fixed[r] for r in reads)
                 continue
             at = len(self.nodes)
@@ -217,7 +216,7 @@ def _parts(model: Thin, names: Sequence[str], count: int, together: bool = False
     end = len(walk.nodes)
     if together:
         walk.last.update((name, end) for name in names if name in walk.born)
-    places = [tuple(walk.born[name] for name in group) for group in groups]
+    places = [tuple(walk.born.get(name, 0) for name in group) for group in groups]
     own = set() if together else set(names)
     leaving = [sum(walk.fixed.get(name, 0) for name in n.input) + sum(sizes.get(o, 0) for o in n.output if o in own)
                for n in walk.nodes]
@@ -240,12 +239,12 @@ def _parts(model: Thin, names: Sequence[str], count: int, together: bool = False
 
 
 def _types(model: Thin) -> dict[str, tuple[onnx.TypeProto, int]]:
-    """Of tensors whose sizes are known: types, and bytes."""
+    """Of tensors of numbers that NumPy has, too, whose sizes are known: types, and bytes."""
     from onnx import helper
     from onnx.shape_inference import infer_shapes
 
     try:
-        graph = infer_shapes(model.proto, data_prop=True).graph
+        graph = infer_shapes(model.proto, data_prop=not grows(model.proto.graph, {})).graph
     except Exception:  # C++: it raises what it likes; the runtime will say what is wrong
         return {}
     found = {}
@@ -254,10 +253,11 @@ def _types(model: Thin) -> dict[str, tuple[onnx.TypeProto, int]]:
         dims = [d.dim_value for d in tensor.shape.dim]
         if v.type.HasField("tensor_type") and tensor.HasField("shape") and all(n > 0 for n in dims):
             try:
-                each = helper.tensor_dtype_to_np_dtype(tensor.elem_type).itemsize
+                dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type)
             except KeyError:
                 continue
-            found[v.name] = v.type, int(np.prod(dims)) * each
+            if dtype.kind in "biuf":  # ONNX Runtime does not give others away
+                found[v.name] = v.type, int(np.prod(dims)) * dtype.itemsize
     return found
 
 
@@ -280,7 +280,7 @@ def _cuts(walk: _Walk, sizes: Mapping[str, int], groups: Sequence[Sequence[int]]
         cost += costs[i]
         alive.update(name for name in n.output if walk.last.get(name, -1) > i)
         alive.difference_update(leaves.get(i, ()))
-        if cost < most // 2 or i in inside or i + 1 == len(walk.nodes):
+        if cost < most // 2 or i in inside or i + 1 == len(walk.nodes) or not alive:
             continue
         known = all(name in sizes and blocked.get(name, -1) <= i for name in alive)
         between = sum(sizes.get(name, 0) for name in alive)
@@ -297,24 +297,24 @@ def _part(model: Thin, walk: _Walk, first: int, behind: int, wanted: set[str],
     nodes = walk.nodes[first:behind]
     reads = {name for n in nodes for name in reads_of(n)} | wanted
     stack = [name for name in reads if name in walk.makers]
-    makers: dict[str, onnx.NodeProto] = {}
-    while stack:
-        n = walk.makers[stack.pop()]
-        if n.output[0] not in makers:
-            makers[n.output[0]] = n
-            stack += [name for name in n.input if name in walk.makers]
-            reads.update(n.input)
     old = model.proto.graph
+    makers: set[int] = set()
+    while stack:
+        place = walk.makers[stack.pop()]
+        if place not in makers:
+            makers.add(place)
+            own = set(reads_of(old.node[place]))
+            stack += own & walk.makers.keys()
+            reads |= own
     new = onnx.ModelProto(ir_version=model.proto.ir_version, opset_import=model.proto.opset_import,
                           functions=model.proto.functions)
     new.graph.name = old.name
-    new.graph.node.extend(n for n in old.node if n.output[0] in makers)
+    new.graph.node.extend(old.node[place] for place in sorted(makers))
     new.graph.node.extend(nodes)
     new.graph.initializer.extend(t for t in old.initializer if t.name in reads)
-    own = {i.name: i for i in old.input}
-    new.graph.input.extend(own.get(name) or onnx.ValueInfoProto(name=name, type=types[name][0])
-                           for name, born in walk.born.items() if born < first and (name in reads or (name in own and
-                                                                                    not first)))
+    given = {i.name: i for i in old.input}
+    inputs = [name for name, born in walk.born.items() if born < first and (name in reads or not first)]
+    new.graph.input.extend(given.get(name) or onnx.ValueInfoProto(name=name, type=types[name][0]) for name in inputs)
     made = {o for n in nodes for o in n.output}
     new.graph.output.extend(o for o in old.output if o.name in made)
     return Thin(new, {name: content for name, content in model.contents.items() if name in reads})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,13 +14,15 @@ import numpy as np
 
 from npulab.errors import UnsupportedError, UsageError
 from npulab.importers.onnx_parts import Thin, thin
-from npulab.program.pages import LARGE, Buffer, let_go, no_room
+from npulab.program.pages import LARGE, Buffer, Scratch
 from npulab.quantization.types import Array, Feeds
 
 T = TypeVar("T")
 S = TypeVar("S")
 Progress = Callable[[int, int], None]
 """Called with samples done and samples in all."""
+OPEN_FILES = "/proc/self/fd"
+"""Where Linux has the process's open files by number, those without a name too; not everywhere is /proc mounted."""
 
 
 def workers() -> int:
@@ -134,14 +135,7 @@ def runner(model: Buffer | Thin, names: Sequence[str], threads: int = 1, plain: 
 def _opened(model: Thin, session: Callable[[str | bytes], Any]) -> Any:
     """The session of a model. Large ones are read from a file without a name: as bytes they would be there twice."""
     size, pieces = model.pieces()
-    if size < LARGE or sys.platform != "linux":
+    if size < LARGE or not os.path.isdir(OPEN_FILES):
         return session(b"".join(pieces))
-    with tempfile.TemporaryFile() as f:
-        try:
-            for piece in pieces:
-                f.write(piece)
-                let_go(piece)
-            f.flush()
-        except OSError as e:
-            raise no_room(e, size) from e
-        return session(f"/proc/self/fd/{f.fileno()}")
+    with Scratch(pieces) as scratch:
+        return session(f"{OPEN_FILES}/{scratch.file.fileno()}")

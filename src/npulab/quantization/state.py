@@ -24,13 +24,6 @@ DAMAGED = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFil
 """What reading a file raises that is not whole."""
 
 
-def saved(net: Network, about: dict[str, Any], aim: Sequence[F32 | None] | None = None) -> bytes:
-    """What `save` writes."""
-    out = io.BytesIO()
-    save(out, net, about, aim)
-    return out.getvalue()
-
-
 def save(out: BinaryIO, net: Network, about: dict[str, Any], aim: Sequence[F32 | None] | None = None) -> None:
     """The network's weights, codes and params, and `about`, which is plain data. `aim`: the layers' biases before they
     were corrected."""
@@ -70,7 +63,7 @@ def about(data: bytes) -> dict[str, Any] | None:
 
 
 def aimed_at(data: bytes, net: Network) -> list[F32 | None] | None:
-    """`aim` of `saved`, of bytes that `restored` takes."""
+    """`aim` of `save`, of bytes that `restored` takes."""
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
         if not msgspec.json.decode(arrays["head"].tobytes())["aimed"]:
             return None
