@@ -521,6 +521,8 @@ def test_attention_of_any_size(device, batch, queries, keys, depth, width, causa
 def test_attention_without_room():
     with pytest.raises(CapacityError, match="no room in local memory"):
         attention.lower(Attention(1, 8, 8, 4096, 4096, 1.0), replace(GPU, local_bytes=1024))
+    with pytest.raises(CapacityError, match="no room on a thread's stack"):
+        attention.lower(Attention(1, 64, 64, 20000, 20000, 1.0), CPU)  # ended the process before it was refused
 
 
 def test_the_chain_has_no_mask():

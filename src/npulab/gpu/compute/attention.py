@@ -26,7 +26,7 @@ from npulab.gpu.compute.types import Argument, Buffer, Launch, Lowered, Traits
 def lower(what: Attention, traits: Traits, choice: Mapping[str, int] | None = None) -> Lowered:
     """choice: on a CPU "vectors" of queries and "keys" of a tile; on a GPU "across" work items for keys, "down" for
     queries, "each": keys and queries of each. Raises: UnsupportedError unless float32 or float16; CapacityError if
-    local memory has no room (a GPU's)."""
+    local memory (a GPU's) or a thread's stack (a CPU's) has no room."""
     scale = what.scale
     if traits.cpu:
         kernel, size, group = attention_cpu.kernel(what, traits, choice or {})

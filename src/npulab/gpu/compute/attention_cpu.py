@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from npulab.errors import CapacityError
 from npulab.gpu.compute import vectors
 from npulab.gpu.compute.problems import Attention
 from npulab.gpu.compute.types import Kernel, Traits
@@ -26,12 +27,15 @@ ROOM = 2 / 3
 """Of the first cache, for the scores of a tile and a line of each of its values: each part of the output reads them."""
 MOST = 4096.0
 """Of the sum of a tile's exponentials."""
+STACK = 1 << 20
+"""Bytes that a tile has on its thread's stack at most. Linux gives a thread 8 MiB unless told (`ulimit -s`)."""
 STEP_MOST = 32
 """A group with nothing to do takes 4 ns, a tile of 64 queries by 197 keys 17 us."""
 
 
 def kernel(what: Attention, traits: Traits, choice: Mapping[str, int]
            ) -> tuple[Kernel, tuple[int, ...], tuple[int, ...]]:
+    """(kernel, global size, local size). Raises: CapacityError for heads that a thread's stack has no room for."""
     w = vectors.fitting(traits, what.queries)
     wide, sums = WIDE if traits.registers >= 32 * traits.vector else NARROW
     many = min(choice.get("vectors", wide), -(-what.queries // w))
@@ -39,8 +43,12 @@ def kernel(what: Attention, traits: Traits, choice: Mapping[str, int]
     last = -(-rest // w)  # vectors of the last tile: fewer, if that is enough
     if last == many:
         tiles, last = tiles + 1, 0
+    kinds = [_Tile(what, w, n, sums, traits, choice.get("keys", 0)) for n in sorted({many, last or many})]
+    if (need := kinds[-1].stack_bytes) > STACK:
+        raise CapacityError("attention has no room on a thread's stack", got=f"{need} bytes for heads of {what.depth} "
+                            f"and {what.width}", want=f"at most {STACK}")
     text = vectors.FETCH + vectors.preamble(what.number, w) + vectors.exponential2(w) + vectors.transposition(w)
-    text += "".join(_Tile(what, w, n, sums, traits, choice.get("keys", 0)).text() for n in sorted({many, last or many}))
+    text += "".join(kind.text() for kind in kinds)
     end = f"else tile_{last}(q, k, v, o, {tiles * many * w}, queries, keys, scale);" if last else ""
     groups = tiles + bool(last)
     step = _step(groups * what.batch, traits.compute_units)
@@ -85,6 +93,13 @@ class _Tile:
             first = traits.caches[0] if traits.caches else 32 << 10
             keys = int(ROOM * first) // (4 * many * w + LINE) // self.rows * self.rows
         self.keys = max(self.rows, vectors.up(min(keys, what.keys), self.rows))
+
+    @property
+    def stack_bytes(self) -> int:
+        """Of the arrays that `text` declares."""
+        what, many, more = self.what, self.many, self.keys + self.rows
+        floats = more * what.depth + self.keys * what.width if self.half else 0
+        return 4 * (self.w * many * (what.depth + what.width + more) + floats)
 
     def text(self) -> str:
         what, many, rows, keys = self.what, self.many, self.rows, self.keys

@@ -130,7 +130,7 @@ def lowered(layer: Layer, traits: Traits, choose: Choose | None = None) -> Lower
 
             try:
                 return attention.lower(what, traits)
-            except CapacityError:  # no room in local memory
+            except CapacityError:  # no room in local memory, or on a thread's stack
                 return attention.unfused(what, traits)
         case moves.Map():
             return moves.lower_map(what, traits)
