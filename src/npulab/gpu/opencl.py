@@ -369,6 +369,11 @@ class OpenCL:
             raise UnsupportedError("neighbouring threads share what they load: parts are for devices without")
         return extras.stream_parts(self, footprint, width, way, parts)
 
+    def primed(self, footprint: int, behind: int) -> Timing:
+        if not self.one_by_one:
+            raise UnsupportedError("a device of many threads has no single one whose chase is all that is timed")
+        return extras.primed(self, footprint, behind, REPEATS)
+
     @shrinking
     def image(self, footprint: int) -> Timing:
         return extras.image(self, footprint)
