@@ -7,7 +7,7 @@ Each is of an `npulab.gpu.opencl.OpenCL`, is checked by what the host computes, 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -226,6 +226,15 @@ def map_buffer(bench: OpenCL, size: int, repeats: int) -> Timing:
     places = np.arange(1, repeats + 1) % cells
     wrong = "" if (seen[places[-cells:]] == np.arange(1, repeats + 1)[-cells:]).all() else "the device did not get it"
     return Timing(tuple(found[repeats // 8:]), {"bytes": float(size)}, wrong)
+
+
+def read_all(bench: OpenCL, data: Any, size: int) -> None:
+    """Begins to: nothing is waited for. What is left over beyond whole turns of all groups is not read."""
+    turns = size // (bench.full_groups * kernels.IN_TURN * LINE)
+    if turns:
+        out = bench._buffer(np.zeros(bench.full_groups, np.uint32))
+        bench._do(lambda: bench._kernel(PRIME, "prime")(bench.queue, (bench.full_groups,), (1,), data, out, np.uint32(0),
+                                                        np.uint32(turns)))
 
 
 def primed(bench: OpenCL, footprint: int, behind: int, repeats: int) -> Timing:

@@ -25,6 +25,9 @@ REPEATS = 7
 TURNS_MAX = 1 << 20
 CHASE_AT_ONCE = 1 << 15
 """Turns of a chase's first round that one launch does: drivers end those that take seconds."""
+READ_FIRST = 1 << 26
+"""Bytes that all threads of a processor read before a chase: one that misses a cache which others use is slow, and misses
+again for that alone, for good."""
 SCALES = 1.5
 """Twice the turns must take this many times as long at least."""
 GROUP = 256
@@ -165,6 +168,8 @@ class OpenCL:
         at = {int(x): i for i, x in enumerate(order[:1])}
         kernel = self._kernel(self.kernels.CHASE, "chase")
         data, out = self._buffer(cells), self._buffer(order[:1])
+        if self.one_by_one:
+            extras.read_all(self, data, min(cells.nbytes, READ_FIRST))
         del cells
         needed = -(-places // kernels.CHASED)  # turns for all of it once
         for begun in range(0, needed, CHASE_AT_ONCE):

@@ -26,7 +26,7 @@ LINE_MAX = 1024  # of places; lines are at most a quarter of it
 STEADY = 6  # attempts at a comparison during which the clock stays
 FALSE_ALARMS = 6
 RISE = 1.08  # a load that takes so much longer has left its level
-DISORDER = 0.15  # of a rise, by which loads further apart may take less
+DISORDER = 0.08, 0.04  # of a rise and of a load's time, both: loads further apart may take less by that
 KEPT = 0.2  # of loads that the level before may answer, and is known to
 APART = 1.6  # times a level's latency that the next one's is at least
 COARSE = 128  # bytes: the stride from COARSE_FROM on, where all places at smaller strides would take too long to touch
@@ -303,4 +303,5 @@ def _falls(times: Sequence[float], low: float) -> bool:
     """Loads that are further apart take clearly less: no line makes that, but a prefetcher that finds an order in few
     places."""
     before = np.maximum.accumulate(times)
-    return bool((before - times > DISORDER * (before[-1] - low)).any())
+    of_rise, of_all = DISORDER
+    return bool((before - times > np.maximum(of_rise * (before[-1] - low), of_all * before)).any())

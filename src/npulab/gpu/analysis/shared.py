@@ -18,6 +18,7 @@ from npulab.gpu.analysis.chase import LARGEST, Chase
 from npulab.gpu.analysis.cliffs import Cliff
 from npulab.gpu.analysis.meter import Objection, Refused
 from npulab.gpu.analysis.statistics import Estimate, estimate
+from npulab.gpu.types import Timing
 
 SMALLEST = 1 << 20  # bytes: less is a core's own
 BEHIND = 4  # times a footprint, read after it: a cache of any replacement has lost all but 2 % of one that filled it
@@ -73,8 +74,13 @@ def held(chase: Chase) -> Held:
 
 
 def _loads(chase: Chase, footprint: int, behind: int) -> float:
-    """Seconds of a load in the quickest repetition: each is of other lines, read anew."""
-    return chase.meter.quickest(lambda: chase.meter.extra.primed(footprint, behind), "loads", "alone")
+    """Seconds of a load; of what is there in the quickest repetition, each of which is of other lines, read anew."""
+    def ask() -> Timing:
+        return chase.meter.extra.primed(footprint, behind)
+
+    if behind:
+        return chase.meter.seconds(ask, "loads", "alone").value
+    return chase.meter.quickest(ask, "loads", "alone")
 
 
 def concluded(seen: Sequence[Seen]) -> Held:
