@@ -154,6 +154,44 @@ def test_streams_on_a_processor_are_in_parts_where_they_can_be(bench, unhurried,
         bench.stream_parts(1 << 14, 64, "read", 8)
 
 
+@pytest.mark.parametrize(("footprint", "most", "pages"), [(1 << 20, 8, 256), (3 << 20, 8, 768), (1 << 26, 3, 768)])
+def test_a_sample_is_of_lines_whose_pages_were_touched_before(footprint, most, pages):
+    order = extras.samples(footprint, most)
+    assert len(set(order)) == len(order) == pages * (1 + extras.A_PAGE)
+    assert (order % (extras.LINE // 4) == 0).all()
+    of = (order // (extras.PAGE // 4)).reshape(pages // 256, -1)
+    assert of.max() < footprint // extras.PAGE
+    for sample in of:
+        touched, loaded = sample[:256], sample[256:]
+        assert (np.bincount(loaded)[touched] == extras.A_PAGE).all()
+    assert len(np.unique(of)) == pages
+
+
+def test_a_sample_of_what_all_threads_read_is_timed(bench, unhurried, monkeypatch):
+    if not bench.one_by_one:
+        pytest.skip("for devices that do a group's threads one by one")
+    for behind in (0, 1 << 20):
+        found = bench.primed(1 << 21, behind)
+        assert (found.wrong, found.work, len(found.seconds)) == ("", {"loads": extras.SAMPLED}, 2)
+    with pytest.raises(UnsupportedError, match="has no room"):
+        bench.primed(1 << 16, 0)
+    monkeypatch.setattr(bench, "one_by_one", False)
+    with pytest.raises(UnsupportedError, match="no single one"):
+        bench.primed(1 << 21, 0)
+
+
+@pytest.mark.parametrize(("module", "what", "old", "new"), [
+    (extras, "PRIME", "x1 += data[at + k + 1];", ""), (extras, "PRIME", "i < turns", "i < turns / 2"),
+    (extras, "PRIME", "at += 16", "at += 0"), (kernels, "CHASE", "out[0] = p", "out[0] = next[0]")])
+def test_a_sample_of_what_was_not_read_is_not_believed(bench, unhurried, monkeypatch, module, what, old, new):
+    if not bench.one_by_one:
+        pytest.skip("for devices that do a group's threads one by one")
+    source = getattr(module, what)
+    assert old in source
+    monkeypatch.setattr(module, what, source.replace(old, new))
+    assert bench.primed(1 << 21, 1 << 20).wrong != ""
+
+
 def test_the_devices_own_dot_product_is_used(bench, unhurried, monkeypatch):
     """PoCL has none: one in plain C stands for it, whose result is right and whose code has no such product."""
     own = ("uint dot_4x8packed_uu_uint(uint x, uint y) { uchar4 a = as_uchar4(x), b = as_uchar4(y);"

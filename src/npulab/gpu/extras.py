@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from npulab.errors import UnsupportedError
 from npulab.gpu import counting, kernels
-from npulab.gpu.counting import Asked, Counted
+from npulab.gpu.counting import Asked
 from npulab.gpu.types import Timing, Way
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ READ = 4
 PAGE, LINE = 4096, 64
 """Bytes of a processor's smallest page and of a load of PRIME: no processor's lines are shorter."""
 SAMPLED, A_PAGE = 1024, 4
-"""Loads of `primed`: few beside what a cache holds that is worth it, and few of the lines of a page, so that prefetchers
-find no order."""
+"""Loads of `primed`: few beside what a large cache holds, and few of the lines of a page, so that prefetchers find no
+order."""
 WORDS = 1024
 """Of constant memory: 4 KiB of the 64 that each device has at least (OpenCL 1.2, table 4.3)."""
 
@@ -233,8 +233,8 @@ def read_all(bench: OpenCL, data: Any, size: int) -> None:
     turns = size // (bench.full_groups * kernels.IN_TURN * LINE)
     if turns:
         out = bench._buffer(np.zeros(bench.full_groups, np.uint32))
-        bench._do(lambda: bench._kernel(PRIME, "prime")(bench.queue, (bench.full_groups,), (1,), data, out, np.uint32(0),
-                                                        np.uint32(turns)))
+        read = bench._kernel(PRIME, "prime")
+        bench._do(lambda: read(bench.queue, (bench.full_groups,), (1,), data, out, np.uint32(0), np.uint32(turns)))
 
 
 def primed(bench: OpenCL, footprint: int, behind: int, repeats: int) -> Timing:
@@ -270,14 +270,14 @@ def primed(bench: OpenCL, footprint: int, behind: int, repeats: int) -> Timing:
     found = [once() for _ in range(1 + repeats)][1:]
     counted, _ = bench._count()
     wrong = next((w for _, w in found if w), counting.objection(counted, asked))
-    return Timing(tuple(s for s, _ in found), {"loads": counting.work(counted, asked) * SAMPLED / kernels.CHASED}, wrong,
-                  "", counting.source(counted))
+    loads = counting.work(counted, asked) * SAMPLED / kernels.CHASED
+    return Timing(tuple(s for s, _ in found), {"loads": loads}, wrong, "", counting.source(counted))
 
 
 def samples(footprint: int, most: int) -> NDArray[np.uint32]:
-    """Words of `footprint` bytes, in `most` samples as far as there are pages: one a page of SAMPLED / A_PAGE pages, then
-    SAMPLED in other lines of these. What was loaded once is kept longer than what is read side by side: each sample has
-    pages of its own."""
+    """Words of `footprint` bytes, in `most` samples as far as there are pages: a word a page of SAMPLED / A_PAGE pages,
+    then SAMPLED in other lines of these. What was loaded once is kept longer than what is read side by side, so that
+    each sample has pages of its own."""
     r = np.random.default_rng(footprint)
     each = SAMPLED // A_PAGE
     found = []

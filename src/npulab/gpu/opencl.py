@@ -26,8 +26,8 @@ TURNS_MAX = 1 << 20
 CHASE_AT_ONCE = 1 << 15
 """Turns of a chase's first round that one launch does: drivers end those that take seconds."""
 READ_FIRST = 1 << 26
-"""Bytes that all threads of a processor read before a chase: one that misses a cache which others use is slow, and misses
-again for that alone, for good."""
+"""Bytes that all threads of a processor read before a chase: one that misses a cache which others use is slow, and
+misses again for that alone, for good."""
 SCALES = 1.5
 """Twice the turns must take this many times as long at least."""
 GROUP = 256

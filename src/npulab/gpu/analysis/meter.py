@@ -118,8 +118,8 @@ class Meter:
                 return found
 
     def quickest(self, ask: Callable[[], Timing], of: str, kind: Kind = "core") -> float:
-        """Seconds of a unit of work in the quickest repetition: where others take from what is measured, and nothing adds
-        to it. Raises: Refused, and what the bench raises."""
+        """Seconds of a unit of work in the quickest repetition: for what others take from, and nothing adds to.
+        Raises: Refused, and what the bench raises."""
         return min(self._once(ask, of, kind, 0.0))
 
     def _once(self, ask: Callable[[], Timing], of: str, kind: Kind, through: float) -> list[float]:

@@ -1,8 +1,8 @@
 """The last level of a cache that others use, too: how much of what was read at full speed is still there.
 
-A chase loads a line at a time. Until it comes to the same line again others have read through much of the cache, and it
-finds room for a part: of C bytes about C v / (v + r), where it loads v bytes a second and the others r. All threads that
-read at once are ten times and more as quick, and keep nearly all.
+A chase loads a line at a time. Until it comes to the same line again others have read through much of the cache, and
+it finds room for a part: of C bytes about C v / (v + r), where it loads v bytes a second and the others r. What it does
+not find there slows it further. All threads that read at once are ten times and more as quick, and keep most of it.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def concluded(seen: Sequence[Seen]) -> Held:
     best = max((one for one in seen if one.share(hit) >= LEAST), key=lambda one: one.share(hit) * one.footprint)
     size = int(best.share(hit) * best.footprint) // 64 * 64
     memory = estimate([t for one in seen if BEHIND * one.footprint >= size for t in one.gone])
-    return Held(Cliff(size, (size / math.sqrt(2), size * math.sqrt(2)), "gradual",
-                      f"{best.share(hit):.0%} of {best.footprint} bytes are still there after all threads have read them "
-                      f"({hit * 1e9:.4g} ns a load, {memory.value * 1e9:.4g} where {BEHIND} times as much was read "
-                      "since), and no footprint leaves more: half an octave to each side"), hit, memory)
+    why = (f"{best.share(hit):.0%} of {best.footprint} bytes are still there after all threads have read them "
+           f"({hit * 1e9:.4g} ns a load, {memory.value * 1e9:.4g} where {BEHIND} times as much was read since), and no "
+           "footprint leaves more: half an octave to each side, as others may have a part")
+    return Held(Cliff(size, (size / math.sqrt(2), size * math.sqrt(2)), "gradual", why), hit, memory)
