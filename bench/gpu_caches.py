@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -196,9 +197,10 @@ static double middle(size_t size) {  /* of the loads after all have read `size` 
     return took[SAMPLE / 2];
 }
 
-int main(void) {
+int main(int count, char **args) {
     size_t largest = (size_t)512 << 20;
-    cores = sysconf(_SC_NPROCESSORS_ONLN) < MOST ? sysconf(_SC_NPROCESSORS_ONLN) : MOST;
+    long have = sysconf(_SC_NPROCESSORS_ONLN), most = count > 1 ? atol(args[1]) : MOST;
+    cores = have < most ? have : most;
     data = mmap(0, largest, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (data == MAP_FAILED) return 1;
     madvise(data, largest, MADV_HUGEPAGE);
@@ -210,8 +212,9 @@ int main(void) {
     double hit = 1e30, miss = middle(largest);
     for (int i = 0; i < TRIES; i++) { double t = middle((size_t)2 << 20); if (t < hit) hit = t; }
     printf("%.1f %.1f\n", hit, miss);
-    for (int f = 0; f < FOOTPRINTS; f++) {
-        size_t size = (size_t)((4 << 20) * __builtin_pow(1.2968395546510096, f));  /* 3/8 of an octave; to 330 MiB */
+    double footprint = 4 << 20;
+    for (int f = 0; f < FOOTPRINTS; f++, footprint *= 1.296839555) {  /* 3/8 of an octave; to 332 MiB */
+        size_t size = (size_t)footprint;
         double share[TRIES];
         for (int i = 0; i < TRIES; i++) {
             int hits = 0;
@@ -231,11 +234,11 @@ int main(void) {
 """
 
 
-def held() -> tuple[float, float, list[tuple[int, float, float]]]:
+def held(cores: int) -> tuple[float, float, list[tuple[int, float, float]]]:
     """(ns of a load that the last cache answers, of one that memory does, [(bytes, the share that is still there after
-    all cores have read them twice at once: median of tries, most)]). Loads are timed one by one, which shows hits and
-    misses as they are, with the clock's own time. Raises: OSError, subprocess.SubprocessError, ValueError."""
-    out = _ran(HELD, "-pthread")
+    so many cores have read them twice at once: median of tries, most)]). Loads are timed one by one, which shows hits
+    and misses as they are, with the clock's own time. Raises: OSError, subprocess.SubprocessError, ValueError."""
+    out = _ran(HELD, "-pthread", arguments=[str(cores)])
     rows = zip(out[2::3], out[3::3], out[4::3], strict=True)
     return float(out[0]), float(out[1]), [(int(b), float(m), float(most)) for b, m, most in rows]
 
@@ -331,20 +334,21 @@ def main() -> int:
         print("  leaves " + ("; ".join(f"{x / 1024:.0f} KiB, from {a:.3g} to {b:.3g} ns" for x, a, b in left)
                              or "no level"))
         print("  " + compared([x for x, _, _ in left], known, []))
-    if witness:
+    for cores in (1, os.cpu_count() or 1) if witness else ():
         try:
-            hit, miss, shares = held()
+            hit, miss, shares = held(cores)
         except (OSError, subprocess.SubprocessError, ValueError) as e:
-            print(f"what all cores read at once, in C: skipped: {e}")
-        else:
-            most = max(b * best for b, _, best in shares if best >= WORTH)
-            print("what all cores read twice at once and is still there, in C, MiB: MiB by the median of 24 tries, the "
-                  f"most ({hit:.0f} and {miss:.0f} ns with the clock's own)")
-            print(textwrap.fill("  ".join(f"{b / 2**20:.0f}:\xa0{b * m / 2**20:.1f},\xa0{b * best / 2**20:.1f}"
-                                          for b, m, best in shares), 100, initial_indent="  ",
-                                subsequent_indent="  ").replace("\xa0", " "))
-            print(f"  {most / 2**20:.1f} MiB" + (f" ({steps(most, known[-1][1])} of stated)" if known else ""))
-            witness = [*witness[:len(known) - 1], most] if known else witness
+            print(f"what is read at once, in C: skipped: {e}")
+            break
+        middle, most = (max(b * found[i] for b, *found in shares if found[i] >= WORTH) for i in (0, 1))
+        print(f"read twice by {cores} core{'s' if cores > 1 else ''} and still there, in C, MiB: median of 24 tries, most "
+              f"({hit:.0f} and {miss:.0f} ns a load with the clock's own)")
+        print(textwrap.fill("  ".join(f"{b / 2**20:.0f}:\xa0{b * m / 2**20:.1f},\xa0{b * best / 2**20:.1f}"
+                                      for b, m, best in shares), 100, initial_indent="  ",
+                            subsequent_indent="  ").replace("\xa0", " "))
+        print(f"  {middle / 2**20:.1f} and {most / 2**20:.1f} MiB" + (
+            f" ({steps(middle, known[-1][1])} and {steps(most, known[-1][1])} of stated)" if known else ""))
+        witness = [*witness[:len(known) - 1], most] if known else witness
     try:
         bench = open_device(args.device)
     except NpulabError as e:

@@ -154,6 +154,13 @@ def test_streams_on_a_processor_are_in_parts_where_they_can_be(bench, unhurried,
         bench.stream_parts(1 << 14, 64, "read", 8)
 
 
+@pytest.mark.parametrize("way", ["read", "copy"])
+@pytest.mark.parametrize("footprint", [(1 << 18) + 4, (1 << 18) + 3])
+def test_a_stream_through_part_of_a_load_leaves_it_out(bench, unhurried, footprint, way):
+    """A gradual cliff is at no multiple of anything, nor are footprints that are made of it."""
+    assert bench.stream(footprint, 1, 16, way).wrong == ""
+
+
 @pytest.mark.parametrize(("footprint", "most", "pages"), [(1 << 20, 8, 256), (3 << 20, 8, 768), (1 << 26, 3, 768)])
 def test_a_sample_is_of_lines_whose_pages_were_touched_before(footprint, most, pages):
     order = extras.samples(footprint, most)

@@ -193,14 +193,13 @@ class OpenCL:
         group = 1 if self.one_by_one else self.group  # neighbouring loads follow each other, as a CPU likes them
         if size < 1 or width not in (4, 8, 16, 32, 64):
             raise UnsupportedError("a stream has no room", got=f"{footprint} bytes in vectors of {width}")
-        groups = self.full_groups
-        data = (np.arange(footprint // 4, dtype=np.uint32) * np.uint32(2654435761)) >> np.uint32(7)
+        groups, lanes = self.full_groups, width // 4
+        data = (np.arange(size * lanes, dtype=np.uint32) * np.uint32(2654435761)) >> np.uint32(7)
         buffer = self._buffer(data if way != "copy" else np.concatenate([data, np.zeros_like(data)]))
         out = self._buffer(np.zeros(groups * group, np.uint32))
         kernel = self._kernel(self.kernels.stream(width), way)
         offset = max(1, size // groups)
         step = group * stride % size
-        lanes = width // 4
         sums = data.reshape(size, lanes).sum(axis=1, dtype=np.uint32)
         spots = np.random.default_rng(0).integers(0, groups * group, SPOT_CHECKS)
 
