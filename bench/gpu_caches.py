@@ -341,8 +341,8 @@ def main() -> int:
             print(f"what is read at once, in C: skipped: {e}")
             break
         middle, most = (max(b * found[i] for b, *found in shares if found[i] >= WORTH) for i in (0, 1))
-        print(f"read twice by {cores} core{'s' if cores > 1 else ''} and still there, in C, MiB: median of 24 tries, most "
-              f"({hit:.0f} and {miss:.0f} ns a load with the clock's own)")
+        print(f"read twice by {cores} of the cores and still there, in C, MiB: median of 24 tries, most ({hit:.0f} and "
+              f"{miss:.0f} ns a load with the clock's own)")
         print(textwrap.fill("  ".join(f"{b / 2**20:.0f}:\xa0{b * m / 2**20:.1f},\xa0{b * best / 2**20:.1f}"
                                       for b, m, best in shares), 100, initial_indent="  ",
                             subsequent_indent="  ").replace("\xa0", " "))
