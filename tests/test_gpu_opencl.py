@@ -154,6 +154,15 @@ def test_streams_on_a_processor_are_in_parts_where_they_can_be(bench, unhurried,
         bench.stream_parts(1 << 14, 64, "read", 8)
 
 
+@pytest.mark.parametrize("step", [1, 2, 3, 7])
+def test_what_places_add_up_to_is_as_if_each_were_gone_to(step):
+    sums = np.random.default_rng(0).integers(0, 1 << 32, 7 * 6, np.uint32)
+    for first in (0, 1, 30, 41):
+        for count in (0, 1, 11, 12, 41, 42):
+            want = sum(int(sums[(first + i * step) % 42]) for i in range(count))
+            assert opencl._added(sums, first, step, count) == want
+
+
 @pytest.mark.parametrize("way", ["read", "copy"])
 @pytest.mark.parametrize("footprint", [(1 << 18) + 4, (1 << 18) + 3])
 def test_a_stream_through_part_of_a_load_leaves_it_out(bench, unhurried, footprint, way):

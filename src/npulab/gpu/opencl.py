@@ -58,6 +58,15 @@ def shuffled(places: int, piece: int) -> NDArray[np.uint32]:
     return order[order < places]
 
 
+def _added(sums: NDArray[np.uint32], first: int, step: int, count: int) -> int:
+    """What `count` places add up to, from `first` on and round again."""
+    if step == 1:  # neighbours need no list of places, which for a large memory takes longer than the device
+        end = first + count
+        return int(sums[first:end].sum(dtype=np.uint64)) + int(sums[:max(0, end - len(sums))].sum(dtype=np.uint64))
+    places = (first + np.arange(count, dtype=np.int64) * step) % len(sums)
+    return int(sums[places].sum(dtype=np.uint64))
+
+
 def _devices() -> list[Any]:
     try:
         import pyopencl as cl
@@ -227,9 +236,7 @@ class OpenCL:
                 continue
             period = size // np.gcd(size, step) if step else 1  # the places repeat
             whole, rest = divmod(many, period)
-            places = (first + np.arange(min(many, period), dtype=np.int64) * step) % size
-            read = sums[places]
-            total = (int(read.sum(dtype=np.uint64)) * whole if whole else 0) + int(read[:rest].sum(dtype=np.uint64))
+            total = (_added(sums, first, step, period) * whole if whole else 0) + _added(sums, first, step, rest)
             if int(found[spot]) != total % (1 << 32):
                 return f"thread {spot} did not read what is there"
         return ""

@@ -31,8 +31,8 @@ def warp_width(meter: Meter) -> Quantity:
         raise Refused(f"two ways take {slow:.1f} times as long as one, where 2 was to be expected")
     again = took(width // 2) / took(width)
     if again < STAYS:
-        raise Refused(f"the step does not stay: turns every {width // 2} threads took {slow:.2f} times as long as every "
-                      f"{width}, and {again:.2f} times asked once more")
+        raise Refused(f"the step does not stay: turns every {width // 2} threads took {slow:.2f} times as long as "
+                      f"every {width}, and {again:.2f} times asked once more")
     return Quantity("warp width", width, "threads", None, "measured",
                     f"two ways cost {slow:.2f} times as much if they turn every {width // 2} threads, "
                     f"nothing from {width} on"
