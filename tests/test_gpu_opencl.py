@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from npulab.errors import CapacityError, DeviceError, UnsupportedError, UsageError
-from npulab.gpu import extras, kernels, opencl
+from npulab.gpu import counting, extras, kernels, opencl
 from npulab.gpu.exact import DOTTED, chained, congruential, dotted, operands
 
 
@@ -134,6 +134,23 @@ def test_sabotaged_streams_in_parts_are_not_believed(bench, unhurried, monkeypat
     assert old in source
     monkeypatch.setattr(kernels, "parts", lambda *_: source.replace(old, new))
     assert reason in bench.stream_parts(100_352, 64, way, 8).wrong
+
+
+def test_loads_of_64_bytes_are_one_instruction_where_a_processor_has_it(bench, unhurried, monkeypatch):
+    """Of a turn's 16 and no more; the counted instructions say nothing of their width."""
+    if "avx512" not in bench.identity.version:
+        pytest.skip("for PoCL on a processor with AVX-512")
+    capstone = pytest.importorskip("capstone", reason="reads machine code: pip install 'npulab[gpu]'")
+    binaries = []
+    monkeypatch.setattr(counting.opencl.pocl, "count", lambda binary, *more, real=counting.opencl.pocl.count: (
+        binaries.append(binary), real(binary, *more))[1])
+    monkeypatch.setattr(bench, "_counts", {})
+    assert bench.stream_parts(1 << 14, 64, "read", 1).wrong == ""
+    code = binaries[0][binaries[0].index(b"\x7fELF"):]
+    reader = capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)
+    reader.skipdata = True
+    loads = [i.op_str for i in reader.disasm(code, 0) if i.mnemonic == "vpaddd" and "zmmword ptr" in i.op_str]
+    assert len(loads) >= kernels.IN_TURN
 
 
 def test_streams_on_a_processor_are_in_parts_where_they_can_be(bench, unhurried, monkeypatch):
