@@ -279,7 +279,7 @@ def _line(chase: Chase, footprint: int, inside: int, stride: int, level: Before 
         before = chase.meter.pace()
         low = chase.again(inside, strides[0], 3)
         times = [asked(footprint, s) for s in strides]
-        while chase.pieces and piece < PIECE and _falls(times, low):
+        while chase.pieces and piece < PIECE and _dips(times, low):
             piece = min(PIECE, 2 * piece)
             times = [asked(footprint, s) for s in strides]
         ends = [asked(wide, s) for s in far] if far != strides[-2:] else times[-2:]
@@ -299,9 +299,10 @@ def _line(chase: Chase, footprint: int, inside: int, stride: int, level: Before 
     return line, slope * line
 
 
-def _falls(times: Sequence[float], low: float) -> bool:
-    """Loads that are further apart take clearly less: no line makes that, but a prefetcher that finds an order in few
-    places."""
-    before = np.maximum.accumulate(times)
+def _dips(times: Sequence[float], low: float) -> bool:
+    """Loads that are further apart take clearly less, and still further apart more again: no line makes that, nor lines
+    that are so few that the cache holds them, but a prefetcher that finds an order in few places."""
+    before, after = np.maximum.accumulate(times), np.maximum.accumulate(times[::-1])[::-1]
     of_rise, of_all = DISORDER
-    return bool((before - times > np.maximum(of_rise * (before[-1] - low), of_all * before)).any())
+    least = np.minimum(before, after)
+    return bool((least - times > np.maximum(of_rise * (max(times) - low), of_all * least)).any())
