@@ -1,17 +1,18 @@
-"""Cache sizes of this CPU three ways in one run: `python bench/gpu_caches.py [DEVICE] [RUNS] [--full]`.
+"""Cache sizes of this CPU four ways in one run: `python bench/gpu_caches.py [DEVICE] [RUNS] [--full]`.
 
 What the system states; what a pointer chase in plain C sees (compiled now, pages of 2 MiB where the system gives them,
-one thread, no OpenCL and nothing of npulab's analysis); what RUNS probes (1 unless told otherwise, quick ones unless
---full) of the hierarchy find on OpenCL device DEVICE. Every run is printed, a step is half an octave. Where the C
-program sees loads leave a level long before its stated size, a probe cannot find more: a virtual machine may have but a
-share of the last level, or share a core with a neighbour. Skips, with the reason, what needs a C compiler, Linux or
-pyopencl. About two minutes on two cores for each probe and one for the chase.
+one thread, no OpenCL and nothing of npulab's analysis); what is left of memory that all cores have read at once, in C,
+too, load by load; what RUNS probes (1 unless told otherwise, quick ones unless --full) of the hierarchy find on OpenCL
+device DEVICE. Every run is printed, a step is half an octave. A chase finds less of a cache that neighbours use, the
+slower it is the less; what is read at once is quick. Skips, with the reason, what needs a C compiler, Linux or
+pyopencl. About two minutes on two cores for each probe and one for the C programs.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,7 @@ PASSES = 8
 PATIENCE = 170  # seconds for the C program
 UP = 1.04  # a step of the curve that is part of a rise
 LEAVES = 1.4  # a rise, in all
+WORTH = 0.3  # of a footprint that is still there: less is within what a sample of 400 errs by
 CHASE = r"""
 #define _GNU_SOURCE
 #include <stdint.h>
@@ -121,16 +123,139 @@ int main(int count, char **args) {
 }
 """
 
+HELD = r"""
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { LINE = 64, PAGE = 4096, SAMPLE = 400, TRIES = 24, FOOTPRINTS = 18, MOST = 64 };
+static uint64_t state = 88172645463325252u;
+static char *data;
+static size_t bytes;
+static long cores;
+static volatile long turn, finished;
+static volatile uint64_t sink;
+
+static uint64_t below(uint64_t n) {  /* xorshift: Marsaglia, 2003 */
+    state ^= state << 13; state ^= state >> 7; state ^= state << 17;
+    return state % n;
+}
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1e9 + t.tv_nsec;
+}
+
+static void read_share(long core) {
+    size_t first = bytes / cores * core, last = first + bytes / cores;
+    uint64_t sum = 0;
+    for (size_t i = first; i + LINE <= last; i += LINE) sum += *(volatile uint64_t *)(data + i);
+    sink = sum;
+}
+
+static void *helper(void *core) {
+    for (long seen = 0;; seen++) {
+        while (turn == seen) {}
+        read_share((long)core);
+        __sync_fetch_and_add(&finished, 1);
+    }
+    return 0;
+}
+
+static void read_all(size_t size) {
+    bytes = size / LINE / cores * LINE * cores; finished = 0;
+    __sync_synchronize();
+    turn++;
+    read_share(0);
+    while (finished < cores - 1) {}
+}
+
+static double one(size_t size) {  /* ns of a load and of the clock; a neighbour's load has translated the page before */
+    size_t line = below(size / LINE), beside = line / (PAGE / LINE) * (PAGE / LINE) + below(PAGE / LINE);
+    *(volatile char *)(data + beside * LINE);
+    if (beside == line) return -1;
+    __sync_synchronize();
+    double begun = now();
+    *(volatile char *)(data + line * LINE);
+    __sync_synchronize();  /* the load is done before the clock is read again */
+    return now() - begun;
+}
+
+static int order(const void *a, const void *b) { double x = *(double *)a, y = *(double *)b; return (x > y) - (x < y); }
+
+static double middle(size_t size) {  /* of the loads after all have read `size` bytes twice */
+    static double took[SAMPLE];
+    read_all(size); read_all(size);
+    for (int i = 0; i < SAMPLE; i++) while ((took[i] = one(size)) < 0) {}
+    qsort(took, SAMPLE, sizeof *took, order);
+    return took[SAMPLE / 2];
+}
+
+int main(int count, char **args) {
+    size_t largest = (size_t)512 << 20;
+    long have = sysconf(_SC_NPROCESSORS_ONLN), most = count > 1 ? atol(args[1]) : MOST;
+    cores = have < most ? have : most;
+    data = mmap(0, largest, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (data == MAP_FAILED) return 1;
+    madvise(data, largest, MADV_HUGEPAGE);
+    for (size_t i = 0; i < largest; i += LINE) data[i] = 1;
+    for (long core = 1; core < cores; core++) {
+        pthread_t thread;
+        if (pthread_create(&thread, 0, helper, (void *)core)) return 1;
+    }
+    double hit = 1e30, miss = middle(largest);
+    for (int i = 0; i < TRIES; i++) { double t = middle((size_t)2 << 20); if (t < hit) hit = t; }
+    printf("%.1f %.1f\n", hit, miss);
+    double footprint = 4 << 20;
+    for (int f = 0; f < FOOTPRINTS; f++, footprint *= 1.296839555) {  /* 3/8 of an octave; to 332 MiB */
+        size_t size = (size_t)footprint;
+        double share[TRIES];
+        for (int i = 0; i < TRIES; i++) {
+            int hits = 0;
+            read_all(size); read_all(size);
+            for (int k = 0; k < SAMPLE; k++) {
+                double t;
+                while ((t = one(size)) < 0) {}
+                hits += t < (hit + miss) / 2;
+            }
+            share[i] = (double)hits / SAMPLE;
+        }
+        qsort(share, TRIES, sizeof *share, order);
+        printf("%zu %.4f %.4f\n", size, share[TRIES / 2], share[TRIES - 1]);
+    }
+    return 0;
+}
+"""
+
+
+def held(cores: int) -> tuple[float, float, list[tuple[int, float, float]]]:
+    """(ns of a load that the last cache answers, of one that memory does, [(bytes, the share that is still there after
+    so many cores have read them twice at once: median of tries, most)]). Loads are timed one by one, which shows hits
+    and misses as they are, with the clock's own time. Raises: OSError, subprocess.SubprocessError, ValueError."""
+    out = _ran(HELD, "-pthread", arguments=[str(cores)])
+    rows = zip(out[2::3], out[3::3], out[4::3], strict=True)
+    return float(out[0]), float(out[1]), [(int(b), float(m), float(most)) for b, m, most in rows]
+
+
+def _ran(source: str, *options: str, arguments: Sequence[str] = ()) -> list[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        code, program = Path(folder) / "witness.c", Path(folder) / "witness"
+        code.write_text(source)
+        subprocess.run(["cc", "-O1", *options, "-o", program, code], check=True, capture_output=True, timeout=60)
+        return subprocess.run([program, *arguments], check=True, capture_output=True, timeout=PATIENCE,
+                              text=True).stdout.split()
+
 
 def chased(passes: int, piece: int = 0) -> tuple[int, list[tuple[int, float]]]:
     """(bytes of the largest footprint in pages of 2 MiB, [(bytes, ns of a load, the least of `passes`)]), at random
     through all, or in pieces of so many bytes. Raises: OSError, subprocess.SubprocessError, ValueError."""
-    with tempfile.TemporaryDirectory() as folder:
-        source, program = Path(folder) / "chase.c", Path(folder) / "chase"
-        source.write_text(CHASE)
-        subprocess.run(["cc", "-O1", "-o", program, source], check=True, capture_output=True, timeout=60)
-        out = subprocess.run([program, str(passes), *([str(piece)] if piece else [])], check=True, capture_output=True,
-                             timeout=PATIENCE, text=True).stdout.split()
+    out = _ran(CHASE, arguments=[str(passes), *([str(piece)] if piece else [])])
     return int(out[0]) << 10, [(int(b), float(t)) for b, t in zip(out[1::2], out[2::2], strict=True)]
 
 
@@ -209,6 +334,21 @@ def main() -> int:
         print("  leaves " + ("; ".join(f"{x / 1024:.0f} KiB, from {a:.3g} to {b:.3g} ns" for x, a, b in left)
                              or "no level"))
         print("  " + compared([x for x, _, _ in left], known, []))
+    for cores in (1, os.cpu_count() or 1) if witness else ():
+        try:
+            hit, miss, shares = held(cores)
+        except (OSError, subprocess.SubprocessError, ValueError) as e:
+            print(f"what is read at once, in C: skipped: {e}")
+            break
+        middle, most = (max(b * found[i] for b, *found in shares if found[i] >= WORTH) for i in (0, 1))
+        print(f"read twice by {cores} of the cores and still there, in C, MiB: median of 24 tries, most ({hit:.0f} and "
+              f"{miss:.0f} ns a load with the clock's own)")
+        print(textwrap.fill("  ".join(f"{b / 2**20:.0f}:\xa0{b * m / 2**20:.1f},\xa0{b * best / 2**20:.1f}"
+                                      for b, m, best in shares), 100, initial_indent="  ",
+                            subsequent_indent="  ").replace("\xa0", " "))
+        print(f"  {middle / 2**20:.1f} and {most / 2**20:.1f} MiB" + (
+            f" ({steps(middle, known[-1][1])} and {steps(most, known[-1][1])} of stated)" if known else ""))
+        witness = [*witness[:len(known) - 1], most] if known else witness
     try:
         bench = open_device(args.device)
     except NpulabError as e:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from npulab.errors import CapacityError, DeviceError, UnsupportedError, UsageError
-from npulab.gpu import extras, kernels, opencl
+from npulab.gpu import counting, extras, kernels, opencl
 from npulab.gpu.exact import DOTTED, chained, congruential, dotted, operands
 
 
@@ -136,6 +136,23 @@ def test_sabotaged_streams_in_parts_are_not_believed(bench, unhurried, monkeypat
     assert reason in bench.stream_parts(100_352, 64, way, 8).wrong
 
 
+def test_loads_of_64_bytes_are_one_instruction_where_a_processor_has_it(bench, unhurried, monkeypatch):
+    """Of a turn's 16 and no more; the counted instructions say nothing of their width."""
+    if "avx512" not in bench.identity.version:
+        pytest.skip("for PoCL on a processor with AVX-512")
+    capstone = pytest.importorskip("capstone", reason="reads machine code: pip install 'npulab[gpu]'")
+    binaries = []
+    monkeypatch.setattr(counting.opencl.pocl, "count", lambda binary, *more, real=counting.opencl.pocl.count: (
+        binaries.append(binary), real(binary, *more))[1])
+    monkeypatch.setattr(bench, "_counts", {})
+    assert bench.stream_parts(1 << 14, 64, "read", 1).wrong == ""
+    code = binaries[0][binaries[0].index(b"\x7fELF"):]
+    reader = capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)
+    reader.skipdata = True
+    loads = [i.op_str for i in reader.disasm(code, 0) if i.mnemonic == "vpaddd" and "zmmword ptr" in i.op_str]
+    assert len(loads) >= kernels.IN_TURN
+
+
 def test_streams_on_a_processor_are_in_parts_where_they_can_be(bench, unhurried, monkeypatch):
     if not bench.one_by_one:
         pytest.skip("for devices that do a group's threads one by one")
@@ -152,6 +169,60 @@ def test_streams_on_a_processor_are_in_parts_where_they_can_be(bench, unhurried,
     monkeypatch.setattr(bench, "one_by_one", False)
     with pytest.raises(UnsupportedError, match="parts are for devices without"):
         bench.stream_parts(1 << 14, 64, "read", 8)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 7])
+def test_what_places_add_up_to_is_as_if_each_were_gone_to(step):
+    sums = np.random.default_rng(0).integers(0, 1 << 32, 7 * 6, np.uint32)
+    for first in (0, 1, 30, 41):
+        for count in (0, 1, 11, 12, 41, 42):
+            want = sum(int(sums[(first + i * step) % 42]) for i in range(count))
+            assert opencl._added(sums, first, step, count) == want
+
+
+@pytest.mark.parametrize("way", ["read", "copy"])
+@pytest.mark.parametrize("footprint", [(1 << 18) + 4, (1 << 18) + 3])
+def test_a_stream_through_part_of_a_load_leaves_it_out(bench, unhurried, footprint, way):
+    """A gradual cliff is at no multiple of anything, nor are footprints that are made of it."""
+    assert bench.stream(footprint, 1, 16, way).wrong == ""
+
+
+@pytest.mark.parametrize(("footprint", "most", "pages"), [(1 << 20, 8, 256), (3 << 20, 8, 768), (1 << 26, 3, 768)])
+def test_a_sample_is_of_lines_whose_pages_were_touched_before(footprint, most, pages):
+    order = extras.samples(footprint, most)
+    assert len(set(order)) == len(order) == pages * (1 + extras.A_PAGE)
+    assert (order % (extras.LINE // 4) == 0).all()
+    of = (order // (extras.PAGE // 4)).reshape(pages // 256, -1)
+    assert of.max() < footprint // extras.PAGE
+    for sample in of:
+        touched, loaded = sample[:256], sample[256:]
+        assert (np.bincount(loaded)[touched] == extras.A_PAGE).all()
+    assert len(np.unique(of)) == pages
+
+
+def test_a_sample_of_what_all_threads_read_is_timed(bench, unhurried, monkeypatch):
+    if not bench.one_by_one:
+        pytest.skip("for devices that do a group's threads one by one")
+    for behind in (0, 1 << 20):
+        found = bench.primed(1 << 21, behind)
+        assert (found.wrong, found.work, len(found.seconds)) == ("", {"loads": extras.SAMPLED}, 2)
+    with pytest.raises(UnsupportedError, match="has no room"):
+        bench.primed(1 << 16, 0)
+    monkeypatch.setattr(bench, "one_by_one", False)
+    with pytest.raises(UnsupportedError, match="no single one"):
+        bench.primed(1 << 21, 0)
+
+
+@pytest.mark.parametrize(("module", "what", "old", "new"), [
+    (extras, "PRIME", "x1 += data[at + k + 1];", ""), (extras, "PRIME", "i < turns", "i < turns / 2"),
+    (extras, "PRIME", "at += 16", "at += 0"), (kernels, "CHASE", "out[0] = p", "out[0] = next[0]")])
+def test_a_sample_of_what_was_not_read_is_not_believed(bench, unhurried, monkeypatch, module, what, old, new):
+    if not bench.one_by_one:
+        pytest.skip("for devices that do a group's threads one by one")
+    source = getattr(module, what)
+    assert old in source
+    monkeypatch.setattr(module, what, source.replace(old, new))
+    assert bench.primed(1 << 21, 1 << 20).wrong != ""
 
 
 def test_the_devices_own_dot_product_is_used(bench, unhurried, monkeypatch):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from npulab.gpu.analysis import rates
+from npulab.gpu.analysis import groups, rates
 from npulab.gpu.analysis.caches import Hierarchy, Level
 from npulab.gpu.analysis.cliffs import Cliff
 from npulab.gpu.analysis.meter import Meter, Refused
@@ -90,3 +90,18 @@ def test_transfers_of_what_is_copied_in_two_ways_are_no_faster_than_the_large_on
     assert bandwidth.value == pytest.approx(10, rel=1e-3)
     assert cost.value == pytest.approx(20e-6, rel=0.03)
     assert ("not in proportion" in bandwidth.why) == (slow != 1)
+
+
+@pytest.mark.parametrize(("slow", "said"), [(lambda period, asked: period < 32, None),
+                                            (lambda period, asked: asked <= 4, "the step does not stay: .* once more")])
+def test_a_device_that_was_slow_at_first_has_no_warps(monkeypatch, slow, said):
+    """What a neighbour took while the first turns were timed looks as warps do."""
+    asked = itertools.count(1)
+    monkeypatch.setattr(InParts, "diverge", lambda _, period: Timing(
+        ((2e-3 if slow(period, next(asked)) else 1e-3),) * 9, {"operations": 1e6}), raising=False)
+    meter = Meter(InParts(), quick=True)
+    if said:
+        with pytest.raises(Refused, match=said):
+            groups.warp_width(meter)
+    else:
+        assert groups.warp_width(meter).value == 32

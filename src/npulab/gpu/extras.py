@@ -1,5 +1,5 @@
-"""Experiments that not every OpenCL device has room for, or use of: streams in parts, images, constant memory, stores
-to local memory, mapping.
+"""Experiments that not every OpenCL device has room for, or use of: streams in parts, samples of what was read, images,
+constant memory, stores to local memory, mapping.
 
 Each is of an `npulab.gpu.opencl.OpenCL`, is checked by what the host computes, and follows `npulab.gpu.types.Extra`.
 """
@@ -7,12 +7,13 @@ Each is of an `npulab.gpu.opencl.OpenCL`, is checked by what the host computes, 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from npulab.errors import UnsupportedError
-from npulab.gpu import kernels
+from npulab.gpu import counting, kernels
 from npulab.gpu.counting import Asked
 from npulab.gpu.types import Timing, Way
 
@@ -27,6 +28,11 @@ SMALL = 16
 a hundred instructions for a texel."""
 READ = 4
 """Texels, words or stores of a turn of each kernel."""
+PAGE, LINE = 4096, 64
+"""Bytes of a processor's smallest page and of a load of PRIME: no processor's lines are shorter."""
+SAMPLED, A_PAGE = 1024, 4
+"""Loads of `primed`: few beside what a large cache holds, and few of the lines of a page, so that prefetchers find no
+order."""
 WORDS = 1024
 """Of constant memory: 4 KiB of the 64 that each device has at least (OpenCL 1.2, table 4.3)."""
 
@@ -78,6 +84,23 @@ __kernel void local_stores(__global uint *out, uint turns, uint stride) {{
     for (uint i = lid; i < WORDS; i += get_local_size(0)) x += cells[i] + 1;
     out[get_global_id(0)] = x;
 }}
+"""
+
+PRIME = """
+__kernel void prime(__global const uint16 *data, __global uint *out, uint first, uint turns) {
+    uint at = first + get_group_id(0) * turns * 16;
+    uint16 x0 = (uint16)(0), x1 = x0, x2 = x0, x3 = x0;
+    for (uint i = 0; i < turns; i++) {
+        for (uint k = 0; k < 16; k += 4) {
+            x0 += data[at + k]; x1 += data[at + k + 1]; x2 += data[at + k + 2]; x3 += data[at + k + 3];
+        }
+        at += 16;
+    }
+    x0 += x1 + x2 + x3;
+    x0.s01234567 += x0.s89abcdef;
+    x0.s0123 += x0.s4567;
+    out[get_group_id(0)] = x0.s0 + x0.s1 + x0.s2 + x0.s3;
+}
 """
 
 
@@ -203,3 +226,63 @@ def map_buffer(bench: OpenCL, size: int, repeats: int) -> Timing:
     places = np.arange(1, repeats + 1) % cells
     wrong = "" if (seen[places[-cells:]] == np.arange(1, repeats + 1)[-cells:]).all() else "the device did not get it"
     return Timing(tuple(found[repeats // 8:]), {"bytes": float(size)}, wrong)
+
+
+def read_all(bench: OpenCL, data: Any, size: int) -> None:
+    """Begins to: nothing is waited for. What is left over beyond whole turns of all groups is not read."""
+    turns = size // (bench.full_groups * kernels.IN_TURN * LINE)
+    if turns:
+        out = bench._buffer(np.zeros(bench.full_groups, np.uint32))
+        read = bench._kernel(PRIME, "prime")
+        bench._do(lambda: read(bench.queue, (bench.full_groups,), (1,), data, out, np.uint32(0), np.uint32(turns)))
+
+
+def primed(bench: OpenCL, footprint: int, behind: int, repeats: int) -> Timing:
+    each = bench.full_groups * kernels.IN_TURN * LINE
+    footprint, behind = (-(-size // each) * each for size in (footprint, behind))  # whole turns of all groups
+    if footprint < SAMPLED // A_PAGE * PAGE:
+        raise UnsupportedError("a sample has no room", got=f"{footprint} bytes")
+    order = samples(footprint, 1 + repeats)
+    cells = (np.arange((footprint + behind) // 4, dtype=np.uint32) * np.uint32(2654435761)) >> np.uint32(7)
+    cells[order] = np.roll(order, -1)
+    data, at, done = bench._buffer(cells), bench._buffer(order[:1]), 0
+    read, chase = bench._kernel(PRIME, "prime"), bench._kernel(kernels.CHASE, "chase")
+    asked = Asked("loads", {"load bytes": 4 * kernels.CHASED}, 4)
+    pieces = [(first // LINE, size // each, bench._buffer(np.zeros(bench.full_groups, np.uint32)), part.reshape(
+        bench.full_groups, -1).sum(axis=1, dtype=np.uint32)) for first, size, part in (
+            (0, footprint, cells[:footprint // 4]), (footprint, behind, cells[footprint // 4:])) if size]
+
+    def once() -> tuple[float, str]:
+        nonlocal done
+        def begun() -> None:  # nothing is waited for: meanwhile others take from the cache
+            for first, turns, out, _ in (pieces[0], *pieces):
+                read(bench.queue, (bench.full_groups,), (1,), data, out, np.uint32(first), np.uint32(turns))
+            chase(bench.queue, (1,), (1,), data, at, np.uint32(SAMPLED // A_PAGE // kernels.CHASED))
+
+        bench._do(begun)
+        seconds = bench._time(chase, (1,), (1,), data, at, np.uint32(SAMPLED // kernels.CHASED))
+        done += SAMPLED // A_PAGE + SAMPLED
+        # looked at last: the host's reading would throw out what is to be found
+        if any((bench._read(out, bench.full_groups) != want).any() for _, _, out, want in pieces):
+            return seconds, "threads did not read what is there"
+        return seconds, "" if bench._read(at, 1)[0] == order[done % len(order)] else "the chase ended at another place"
+
+    found = [once() for _ in range(1 + repeats)][1:]
+    counted, _ = bench._count()
+    wrong = next((w for _, w in found if w), counting.objection(counted, asked))
+    loads = counting.work(counted, asked) * SAMPLED / kernels.CHASED
+    return Timing(tuple(s for s, _ in found), {"loads": loads}, wrong, "", counting.source(counted))
+
+
+def samples(footprint: int, most: int) -> NDArray[np.uint32]:
+    """Words of `footprint` bytes, in `most` samples as far as there are pages: a word a page of SAMPLED / A_PAGE pages,
+    then SAMPLED in other lines of these. What was loaded once is kept longer than what is read side by side, so that
+    each sample has pages of its own."""
+    r = np.random.default_rng(footprint)
+    each = SAMPLED // A_PAGE
+    found = []
+    for pages in r.permutation(footprint // PAGE)[:min(most, footprint // PAGE // each) * each].reshape(-1, each):
+        lines = np.argsort(r.random((each, PAGE // LINE), np.float32), axis=1)[:, :1 + A_PAGE]
+        places = (pages[:, None] * (PAGE // LINE) + lines) * (LINE // 4)
+        found += [places[:, 0], r.permutation(places[:, 1:].ravel())]
+    return np.concatenate(found).astype(np.uint32)

@@ -133,7 +133,9 @@ def parts(width: int, number: int) -> str:
     places that are known when it begins, in as many parts of the memory, `size` vectors each, and four sums that do not
     wait for each other. size and offset: multiples of IN_TURN / number.
 
-    number: 1, 2, 4, 8, 16. A prefetcher follows several ways through memory at once, each until a page ends.
+    number: 1, 2, 4, 8, 16. A prefetcher follows several ways through memory at once, each until a page ends. A sum
+    begins with a function's result: for processors that have registers of 64 bytes compilers take those of 32 (LLVM
+    prefers them for skylake-avx512, for which PoCL compiles) unless a function of whole vectors was called.
     """
     lanes, row = width // 4, IN_TURN // number
     at = [f"at + {j}u * size + {k}u" for k in range(row) for j in range(number)]
@@ -157,7 +159,7 @@ __kernel void {way}(__global {const}T *data, __global uint *out, uint size, uint
 """
 
     return f"typedef {vector} T;" + "".join((
-        kernel("read", "const ", "T x0 = (T)(0), x1 = (T)(0), x2 = (T)(0), x3 = (T)(0);", read,
+        kernel("read", "const ", "T x0 = min((T)(0), (T)(turns)), x1 = x0, x2 = x0, x3 = x0;", read,
                f"x0 += x1 + x2 + x3; out[get_global_id(0)] = {total}"),
         kernel("write", "", "T x = (T)(7);", write, "out[get_global_id(0)] = at"),
         kernel("copy", "", "", copy, "out[get_global_id(0)] = at")))

@@ -25,6 +25,9 @@ REPEATS = 7
 TURNS_MAX = 1 << 20
 CHASE_AT_ONCE = 1 << 15
 """Turns of a chase's first round that one launch does: drivers end those that take seconds."""
+READ_FIRST = 1 << 26
+"""Bytes that all threads of a processor read before a chase: one that misses a cache which others use is slow, and
+misses again for that alone, for good."""
 SCALES = 1.5
 """Twice the turns must take this many times as long at least."""
 GROUP = 256
@@ -53,6 +56,15 @@ def shuffled(places: int, piece: int) -> NDArray[np.uint32]:
     within = np.argsort(r.random((pieces, piece), np.float32), axis=1).astype(np.uint32)
     order = (within + (np.arange(pieces, dtype=np.uint32) * np.uint32(piece))[:, None])[r.permutation(pieces)].ravel()
     return order[order < places]
+
+
+def _added(sums: NDArray[np.uint32], first: int, step: int, count: int) -> int:
+    """What `count` places add up to, from `first` on and round again."""
+    if step == 1:  # neighbours need no list of places, which for a large memory takes longer than the device
+        end = first + count
+        return int(sums[first:end].sum(dtype=np.uint64)) + int(sums[:max(0, end - len(sums))].sum(dtype=np.uint64))
+    places = (first + np.arange(count, dtype=np.int64) * step) % len(sums)
+    return int(sums[places].sum(dtype=np.uint64))
 
 
 def _devices() -> list[Any]:
@@ -165,6 +177,8 @@ class OpenCL:
         at = {int(x): i for i, x in enumerate(order[:1])}
         kernel = self._kernel(self.kernels.CHASE, "chase")
         data, out = self._buffer(cells), self._buffer(order[:1])
+        if self.one_by_one:
+            extras.read_all(self, data, min(cells.nbytes, READ_FIRST))
         del cells
         needed = -(-places // kernels.CHASED)  # turns for all of it once
         for begun in range(0, needed, CHASE_AT_ONCE):
@@ -188,14 +202,13 @@ class OpenCL:
         group = 1 if self.one_by_one else self.group  # neighbouring loads follow each other, as a CPU likes them
         if size < 1 or width not in (4, 8, 16, 32, 64):
             raise UnsupportedError("a stream has no room", got=f"{footprint} bytes in vectors of {width}")
-        groups = self.full_groups
-        data = (np.arange(footprint // 4, dtype=np.uint32) * np.uint32(2654435761)) >> np.uint32(7)
+        groups, lanes = self.full_groups, width // 4
+        data = (np.arange(size * lanes, dtype=np.uint32) * np.uint32(2654435761)) >> np.uint32(7)
         buffer = self._buffer(data if way != "copy" else np.concatenate([data, np.zeros_like(data)]))
         out = self._buffer(np.zeros(groups * group, np.uint32))
         kernel = self._kernel(self.kernels.stream(width), way)
         offset = max(1, size // groups)
         step = group * stride % size
-        lanes = width // 4
         sums = data.reshape(size, lanes).sum(axis=1, dtype=np.uint32)
         spots = np.random.default_rng(0).integers(0, groups * group, SPOT_CHECKS)
 
@@ -223,9 +236,7 @@ class OpenCL:
                 continue
             period = size // np.gcd(size, step) if step else 1  # the places repeat
             whole, rest = divmod(many, period)
-            places = (first + np.arange(min(many, period), dtype=np.int64) * step) % size
-            read = sums[places]
-            total = (int(read.sum(dtype=np.uint64)) * whole if whole else 0) + int(read[:rest].sum(dtype=np.uint64))
+            total = (_added(sums, first, step, period) * whole if whole else 0) + _added(sums, first, step, rest)
             if int(found[spot]) != total % (1 << 32):
                 return f"thread {spot} did not read what is there"
         return ""
@@ -368,6 +379,11 @@ class OpenCL:
         if not self.one_by_one:
             raise UnsupportedError("neighbouring threads share what they load: parts are for devices without")
         return extras.stream_parts(self, footprint, width, way, parts)
+
+    def primed(self, footprint: int, behind: int) -> Timing:
+        if not self.one_by_one:
+            raise UnsupportedError("a device of many threads has no single one whose chase is all that is timed")
+        return extras.primed(self, footprint, behind, REPEATS)
 
     @shrinking
     def image(self, footprint: int) -> Timing:

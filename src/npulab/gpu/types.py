@@ -137,6 +137,12 @@ class Extra(Protocol):
         `parts` (1, 2, 4, 8, 16) parts of the footprint at once. Of devices that do a group's threads one by one."""
         ...
 
+    def primed(self, footprint: int, behind: int) -> Timing:
+        """All threads read `footprint` bytes twice, side by side, then `behind` bytes once; then one loads lines of the
+        `footprint` bytes at random, which alone is timed, without translation. work: "loads". Of devices that share a
+        cache with others: what chases leave behind is thrown out before they come again, this is read too quickly."""
+        ...
+
     def image(self, footprint: int) -> Timing:
         """All threads read `footprint` bytes of a two-dimensional image (four 32-bit integers a texel) again and again,
         a group side by side. work: "bytes"."""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from npulab.errors import CapacityError, NpulabError
 from npulab.gpu.analysis.chase import PIECE, Chase
 from npulab.gpu.analysis.cliffs import Broad, Cliff, NoRise, cliff
-from npulab.gpu.analysis.curve import FLAT, rises
+from npulab.gpu.analysis.curve import FLAT, end, rises
 from npulab.gpu.analysis.kept import Before
 from npulab.gpu.analysis.latency import latency
 from npulab.gpu.analysis.meter import STILL, Meter, Refused, reason
+from npulab.gpu.analysis.shared import BEHIND, Held, held
 from npulab.gpu.analysis.statistics import Estimate
 
 SMALLEST = 1 << 10  # bytes of a footprint
@@ -24,7 +26,9 @@ LINE_MAX = 1024  # of places; lines are at most a quarter of it
 STEADY = 6  # attempts at a comparison during which the clock stays
 FALSE_ALARMS = 6
 RISE = 1.08  # a load that takes so much longer has left its level
+DISORDER = 0.08, 0.04  # of a rise and of a load's time, both: loads further apart may take less by that
 KEPT = 0.2  # of loads that the level before may answer, and is known to
+APART = 1.6  # times a level's latency that the next one's is at least
 COARSE = 128  # bytes: the stride from COARSE_FROM on, where all places at smaller strides would take too long to touch
 COARSE_FROM = 1 << 25
 
@@ -58,6 +62,7 @@ def hierarchy(meter: Meter) -> Hierarchy:
     """Raises: Refused if there is no plateau at all."""
     chase = Chase(meter)
     levels: list[Level] = []
+    whole: Held | None = None
     at, stride, false_alarms = SMALLEST, STRIDE, 0
     while len(levels) < LEVELS:
         flat = None
@@ -74,6 +79,8 @@ def hierarchy(meter: Meter) -> Hierarchy:
             continue
         except Broad as e:
             fault = _gradual(chase, levels, max(at, int(flat or at) // 4), max(stride, *e.args))
+            if levels and (whole := _shared(chase, levels)):
+                fault = ""
             if fault or not levels:
                 return _ended(levels, fault or "no footprint takes longer than a smaller one, for good")
             break
@@ -88,6 +95,8 @@ def hierarchy(meter: Meter) -> Hierarchy:
         stride = level.line
     if not levels:
         raise Refused("every footprint takes the same time a load")
+    if whole:
+        return Hierarchy(tuple(levels), whole.memory, "", f"random loads of what {BEHIND} times as much was read after")
     largest = chase.largest
     if levels[-1].size * 2 > largest:
         return Hierarchy(tuple(levels), None, f"no footprint until {largest} bytes is large enough to miss all caches")
@@ -130,6 +139,42 @@ def _gradual(chase: Chase, levels: list[Level], start: int, stride: int) -> str:
                             + (f"; {less}" if less else "")))
         stride = line
     return fault
+
+
+def _shared(chase: Chase, levels: list[Level]) -> Held | None:
+    """The last level as large as what all threads read at once leaves of itself in it, where chases found less or none;
+    None if nothing is known of that."""
+    try:
+        whole = held(chase)
+        mine = [level for level in levels if level.latency.value * APART < whole.seconds]
+        if not mine:
+            return None
+        last = levels[len(mine)] if levels[len(mine):] else None  # what chases found beyond are parts of it
+        if not last:
+            mine[-1] = _narrowed(chase, mine[-1], whole)
+            inside = int(math.sqrt(2 * mine[-1].size * whole.cliff.size / 2))
+            took, less = latency(chase, inside, mine[-1].line, _before(mine))
+            last = Level(whole.cliff, mine[-1].line, took, f"random chase through {inside} bytes, one thread"
+                         + (f"; {less}" if less else ""))
+    except (Refused, NpulabError):
+        return None
+    if last.latency.value > APART * whole.seconds:  # others had taken what the chase came back to
+        took = Estimate(whole.seconds, whole.seconds / FLAT, whole.seconds * FLAT)
+        last = replace(last, latency=took, rests="random loads of what all threads have read")
+    if whole.cliff.size > max(level.size for level in (last, *levels[len(mine):])):
+        last = replace(last, cliff=whole.cliff)
+    levels[:] = [*mine, last]
+    return whole
+
+
+def _narrowed(chase: Chase, level: Level, whole: Held) -> Level:
+    """A level whose cliff chases saw as one with that of the level after it ends where half of its own rise is done."""
+    middle = end(chase, level.size, level.line, (level.latency.value + whole.seconds) / 2)
+    if middle >= level.size:
+        return level
+    why = (f"load time rises from {level.latency.value * 1e9:.4g} to {whole.seconds * 1e9:.4g} ns, in chases higher "
+           "without a plateau: the middle of the former, half an octave to each side")
+    return replace(level, cliff=Cliff(middle, (middle / math.sqrt(2), middle * math.sqrt(2)), "gradual", why))
 
 
 def _before(levels: list[Level]) -> Before | None:
@@ -212,9 +257,11 @@ def _line(chase: Chase, footprint: int, inside: int, stride: int, level: Before 
         found = level.kept(footprint // stride, stride) if level else 0.0
         return 1.0 if found is None else found
 
+    # pieces that the cache holds: of a line's places the first misses, once a turn, and the others hit
+    piece = min(PIECE, max(inside // 2, 4 * stride))
+
     def asked(footprint: int, stride: int) -> float:
-        # pieces that the cache holds: of a line's places the first misses, once a turn, and the others hit
-        t, k = chase.again(footprint, stride, 3, min(PIECE, max(inside // 2, 4 * stride))), kept(footprint, stride)
+        t, k = chase.again(footprint, stride, 3, max(piece, 4 * stride)), kept(footprint, stride)
         return (t - k * level.seconds) / (1 - k) if level and k <= KEPT else t
 
     strides: list[int] = []
@@ -232,6 +279,9 @@ def _line(chase: Chase, footprint: int, inside: int, stride: int, level: Before 
         before = chase.meter.pace()
         low = chase.again(inside, strides[0], 3)
         times = [asked(footprint, s) for s in strides]
+        while chase.pieces and piece < PIECE and _dips(times, low):
+            piece = min(PIECE, 2 * piece)
+            times = [asked(footprint, s) for s in strides]
         ends = [asked(wide, s) for s in far] if far != strides[-2:] else times[-2:]
         if abs(chase.meter.pace() / before - 1) < 0.02:
             break
@@ -247,3 +297,12 @@ def _line(chase: Chase, footprint: int, inside: int, stride: int, level: Before 
     short = 0.25 if chase.pieces else 0.08
     line = next(s for s, t in zip(strides, times, strict=True) if t > most - short * (most - low))
     return line, slope * line
+
+
+def _dips(times: Sequence[float], low: float) -> bool:
+    """Loads that are further apart take clearly less, and still further apart more again: no line makes that, nor lines
+    that are so few that the cache holds them, but a prefetcher that finds an order in few places."""
+    before, after = np.maximum.accumulate(times), np.maximum.accumulate(times[::-1])[::-1]
+    of_rise, of_all = DISORDER
+    least = np.minimum(before, after)
+    return bool((least - times > np.maximum(of_rise * (max(times) - low), of_all * least)).any())

@@ -55,6 +55,13 @@ def rises(chase: Chase, start: int, line: int) -> tuple[list[Rise], str]:
     return [_at_random(chase, r, line, PASSES_OF_RISES // less) for r in found], fault
 
 
+def end(chase: Chase, size: int, line: int, limit: float) -> int:
+    """Bytes up to which a load takes less than `limit`, within an octave and a half below `size`. Raises: Refused."""
+    footprints = [int(size * 2 ** (i / STEPS)) // line * line for i in range(-6, 2)]
+    seen = least(chase, footprints, line, (PASSES + PASSES_OF_RISES) // (2 if chase.meter.quick else 1))
+    return int(_at(list(seen), undisturbed(seen), limit)) // 64 * 64
+
+
 def least(chase: Chase, footprints: Sequence[int], line: int, passes: int,
           known: Mapping[int, float] | None = None, at_random: bool = False) -> dict[int, float]:
     """Seconds of a load by footprint, the least of several passes through all, each in other memory, and of `known`.
