@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 from npulab.errors import CapacityError, NpulabError, UnsupportedError
 from npulab.gpu import bounds
 from npulab.gpu.analysis.statistics import Estimate, estimate
-from npulab.gpu.types import Bench, Extra, Timing
+from npulab.gpu.types import Bench, Element, Extra, Operation, Timing
 
 Kind = Literal["core", "alone", "memory", "host"]
 ATTEMPTS = 3
@@ -69,6 +69,7 @@ class Meter:
         self.faults: dict[Kind, str] = {}
         self.seen: dict[str, list[float]] = {}  # units of work a second, of this task
         self.counted: set[str] = set()  # where its work was counted
+        self.shapes: dict[tuple[Operation, Element], dict[str, int]] = {}  # that reach most operations a second
         self.cores_bound = 0.0  # seconds of a byte at first that the caches take: streams through memory wait for them
         self._streamed = min(MEMORY_FOOTPRINT // (8 if quick else 1), self.limits.buffer_max // 2)
         self._source = ""
