@@ -657,3 +657,25 @@ def test_more_than_a_step_a_cycle_is_refused():
         assert found[name].status == "refused"
         assert "cycles of the stated 1 GHz: steps were put together, or not done" in found[name].why
     assert found["warp width"].status == found["L1 size"].status == "measured"
+
+
+def test_bandwidths_of_known_levels_are_found_or_refused():
+    """Another process went on: sizes are known, but what bandwidths need of them is not."""
+    before = conclude(Simulated(QUIET, 0))
+    names = [q.name for q in before]
+    assert names.index("L2 write bandwidth") < names.index("memory bandwidth")
+    known = [q for q in before[:names.index("L1 bandwidth")] if q.name != "warp width"]
+    again = named(conclude(Simulated(QUIET, 1), quick=True, known=known))
+    assert again["L2 bandwidth"].value == pytest.approx(named(before)["L2 bandwidth"].value, rel=0.03)
+
+    class Lost(Simulated):
+        def chase(self, *_):
+            raise DeviceError("the device is lost")
+
+        chase_pieces = chase
+
+    lost = named(conclude(Lost(QUIET, 1), quick=True, known=known))
+    for name in ("L1 bandwidth", "L2 bandwidth"):
+        assert lost[name].why == ("needs the caches, whose levels were not found again: the level after 1024 bytes: "
+                                  "the device is lost")
+    assert lost["memory bandwidth"].status == "measured"

@@ -9,7 +9,7 @@ from npulab.errors import NpulabError
 from npulab.gpu import bounds
 from npulab.gpu.analysis import caches, drift, groups, local, rates, registers
 from npulab.gpu.analysis.meter import Meter, Refused, reason
-from npulab.gpu.types import Bench, Quantity
+from npulab.gpu.types import Bench, Quantity, Way
 
 Progress = Callable[[str, float], None]
 Keep = Callable[[list[Quantity]], None]
@@ -46,7 +46,12 @@ def conclude(bench: Bench, progress: Progress | None = None, quick: bool = False
         hierarchy.append(caches.hierarchy(meter))
         return _of(hierarchy[0])
 
-    tasks: list[Task] = [
+    def bandwidth(index: int, way: Way) -> list[Quantity]:
+        if not hierarchy:
+            raise Refused(f"needs the caches, whose levels were not found again: {again}")
+        return [rates.level_bandwidth(meter, hierarchy[0], index, way)]
+
+    first: list[Task] = [
         ("warp width", "threads", width),
         ("register file", "bytes a core", held),
         ("local memory banks", "words", lambda: [local.banks(meter)]),
@@ -56,6 +61,8 @@ def conclude(bench: Bench, progress: Progress | None = None, quick: bool = False
         ("transfer to device bandwidth", "GB/s", lambda: rates.transfers(meter, True)),
         ("transfer from device bandwidth", "GB/s", lambda: rates.transfers(meter, False)),
         ("L1 size", "bytes", levels),
+    ]
+    then: list[Task] = [
         ("memory bandwidth", "GB/s", lambda: [rates.memory_bandwidth(meter, _one(hierarchy), "read")]),
         ("memory write bandwidth", "GB/s", lambda: [rates.memory_bandwidth(meter, _one(hierarchy), "write")]),
         ("memory copy bandwidth", "GB/s", lambda: [rates.memory_bandwidth(meter, _one(hierarchy), "copy")]),
@@ -78,16 +85,17 @@ def conclude(bench: Bench, progress: Progress | None = None, quick: bool = False
         if keep:
             keep(made)
 
-    for i, (name, unit, task) in enumerate(tasks):
-        do(name, unit, task, i / len(tasks))
-    if not hierarchy and any(q.name == "L1 size" and q.status == "measured" for q in known):
-        tried(meter, "L1 size", "bytes", levels)  # what was known of it is not all that follows needs
-    for i in range(len(hierarchy[0].levels) if hierarchy else 0):
-        do(f"L{i + 1} bandwidth", "GB/s",
-           lambda i=i: [rates.level_bandwidth(meter, hierarchy[0], i)], 1.0)  # type: ignore[misc]
-        if not quick:
-            do(f"L{i + 1} write bandwidth", "GB/s",
-               lambda i=i: [rates.level_bandwidth(meter, hierarchy[0], i, "write")], 1.0)  # type: ignore[misc]
+    total, again = len(first) + len(then), ""
+    for i, (name, unit, task) in enumerate(first):
+        do(name, unit, task, i / total)
+    ways: tuple[Way, ...] = ("read",) if quick else ("read", "write")
+    of_levels = [(rates.name_of(i, way), i, way) for i in range(_levels(found)) for way in ways]
+    if not hierarchy and not done.issuperset(name for name, *_ in of_levels):
+        again = tried(meter, "L1 size", "bytes", levels)[0].why  # what was known of it is not all that follows needs
+    for name, index, way in of_levels:
+        do(name, "GB/s", lambda index=index, way=way: bandwidth(index, way), len(first) / total)  # type: ignore[misc]
+    for i, (name, unit, task) in enumerate(then, len(first)):
+        do(name, unit, task, i / total)
     do("lowest clock", "of the first", lambda: [drift.drift(meter)], 1.0)
     if progress:
         progress("done", 1.0)
@@ -127,6 +135,11 @@ def _sourced(meter: Meter, found: Quantity) -> Quantity:
     """Saying where the work was counted."""
     said = "; ".join(sorted(meter.counted))
     return replace(found, why="; ".join(filter(None, (found.why, said)))) if found.status == "measured" else found
+
+
+def _levels(found: Sequence[Quantity]) -> int:
+    """Of caches whose size is known."""
+    return sum(q.name.startswith("L") and q.name.endswith(" size") and q.status == "measured" for q in found)
 
 
 def _one(hierarchy: list[caches.Hierarchy]) -> caches.Hierarchy | None:

@@ -69,7 +69,8 @@ class Meter:
         self.faults: dict[Kind, str] = {}
         self.seen: dict[str, list[float]] = {}  # units of work a second, of this task
         self.counted: set[str] = set()  # where its work was counted
-        self.shapes: dict[tuple[Operation, Element], dict[str, int]] = {}  # that reach most operations a second
+        # width, chains and threads that reach most operations a second
+        self.shapes: dict[tuple[Operation, Element], tuple[int, int, int]] = {}
         self.cores_bound = 0.0  # seconds of a byte at first that the caches take: streams through memory wait for them
         self._streamed = min(MEMORY_FOOTPRINT // (8 if quick else 1), self.limits.buffer_max // 2)
         self._source = ""

@@ -66,7 +66,7 @@ def rate(meter: Meter, operation: Operation, element: Element) -> Quantity:
                 continue
             if now < 0.99 * best:
                 best, shape = now, other
-    meter.shapes[operation, element] = shape
+    meter.shapes[operation, element] = shape["width"], shape["chains"], shape["threads"]
     why = f"{shape['threads']} threads of {shape['chains']} chains of vectors of {shape['width']}, on the whole device"
     for _ in range(1 + ATTEMPTS):
         took = meter.seconds(ask(shape), "operations", calls=3, spread=0.005)  # anew: the best of many is flattered
@@ -117,15 +117,19 @@ def _in_turns(meter: Meter) -> float | None:
     if fma is None or mul is None:
         return None
 
-    def took(operation: Operation, shape: dict[str, int]) -> float:
-        return meter.seconds(lambda: meter.bench.chain(operation, "float32", **shape), "operations").value
+    def took(operation: Operation, shape: tuple[int, int, int]) -> float:
+        return meter.seconds(lambda: meter.bench.chain(operation, "float32", *shape), "operations").value
 
     return float(np.median([took("mul", mul) / took("fma", fma) for _ in range(IN_TURNS)]))
 
 
+def name_of(index: int, way: Way) -> str:
+    """The bandwidth's of level `index`, 0 the first."""
+    return f"L{index + 1} bandwidth" if way == "read" else f"L{index + 1} {way} bandwidth"
+
+
 def level_bandwidth(meter: Meter, found: Hierarchy, index: int, way: Way = "read") -> Quantity:
     """Of level `index` of the hierarchy: footprints that it holds and the one before does not must agree."""
-    name = f"L{index + 1} bandwidth" if way == "read" else f"L{index + 1} {way} bandwidth"
     size = found.levels[index].size
     inner = found.levels[index - 1].size if index else 0
     gradual = found.levels[index].cliff.shape == "gradual"
@@ -139,7 +143,8 @@ def level_bandwidth(meter: Meter, found: Hierarchy, index: int, way: Way = "read
         rates = ", ".join(f"{1e-9 / t.value:.4g}" for t in times)
         raise Refused(f"no plateau: footprints of {', '.join(map(str, footprints))} bytes reach {rates} GB/s")
     took = min(times, key=lambda t: t.spread)
-    return _per_second(name, took, f"{way}, {_spoken(shape)}, {footprints[times.index(took)]} bytes again and again")
+    why = f"{way}, {_spoken(shape)}, {footprints[times.index(took)]} bytes again and again"
+    return _per_second(name_of(index, way), took, why)
 
 
 def memory_bandwidth(meter: Meter, found: Hierarchy | None, way: Way, width: int = 16, stride: int = 1) -> Quantity:
