@@ -78,9 +78,12 @@ def hierarchy(meter: Meter) -> Hierarchy:
             at = int(flat or at) * 3 // 2
             continue
         except Broad as e:
+            whole = _kept(chase)  # first: chases that lose to neighbours may leave no time for it
             fault = _gradual(chase, levels, max(at, int(flat or at) // 4), max(stride, *e.args))
-            if levels and (whole := _shared(chase, levels)):
+            if levels and whole and _shared(chase, levels, whole):
                 fault = ""
+            else:
+                whole = None
             if fault or not levels:
                 return _ended(levels, fault or "no footprint takes longer than a smaller one, for good")
             break
@@ -141,14 +144,21 @@ def _gradual(chase: Chase, levels: list[Level], start: int, stride: int) -> str:
     return fault
 
 
-def _shared(chase: Chase, levels: list[Level]) -> Held | None:
-    """The last level as large as what all threads read at once leaves of itself in it, where chases found less or none;
-    None if nothing is known of that."""
+def _kept(chase: Chase) -> Held | None:
+    """What all threads read at once leaves in the last level; None if nothing is known of that."""
     try:
-        whole = held(chase)
+        return held(chase)
+    except (Refused, NpulabError):
+        return None
+
+
+def _shared(chase: Chase, levels: list[Level], whole: Held) -> bool:
+    """The last level as large as what all threads read at once leaves of itself in it, where chases found less or none;
+    False if they have found none below memory."""
+    try:
         mine = [level for level in levels if level.latency.value * APART < whole.seconds]
         if not mine:
-            return None
+            return False
         last = levels[len(mine)] if levels[len(mine):] else None  # what chases found beyond are parts of it
         if not last:
             mine[-1] = _narrowed(chase, mine[-1], whole)
@@ -157,14 +167,14 @@ def _shared(chase: Chase, levels: list[Level]) -> Held | None:
             last = Level(whole.cliff, mine[-1].line, took, f"random chase through {inside} bytes, one thread"
                          + (f"; {less}" if less else ""))
     except (Refused, NpulabError):
-        return None
+        return False
     if last.latency.value > APART * whole.seconds:  # others had taken what the chase came back to
         took = Estimate(whole.seconds, whole.seconds / FLAT, whole.seconds * FLAT)
         last = replace(last, latency=took, rests="random loads of what all threads have read")
     if whole.cliff.size > max(level.size for level in (last, *levels[len(mine):])):
         last = replace(last, cliff=whole.cliff)
     levels[:] = [*mine, last]
-    return whole
+    return True
 
 
 def _narrowed(chase: Chase, level: Level, whole: Held) -> Level:
