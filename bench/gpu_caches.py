@@ -34,17 +34,17 @@ PATIENCE = 170  # seconds for the C program
 UP = 1.04  # a step of the curve that is part of a rise
 LEAVES = 1.4  # a rise, in all
 WORTH = 0.3  # of a footprint that is still there: less is within what a sample of 400 errs by
-CHASE = r"""
+COMMON = r"""
 #define _GNU_SOURCE
+#include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <time.h>
+#include <unistd.h>
 
-enum { LINE = 64, SMALLEST = 8 << 10, LARGEST = 64 << 20, COARSE = 8 << 20, POINTS = 64, REPEATS = 5, LOADS = 200000 };
-static const size_t HUGE_PAGE = 2 << 20;
 static uint64_t state = 88172645463325252u;
 
 static uint64_t below(uint64_t n) {  /* xorshift: Marsaglia, 2003 */
@@ -57,6 +57,10 @@ static double now(void) {
     clock_gettime(CLOCK_MONOTONIC, &t);
     return t.tv_sec * 1e9 + t.tv_nsec;
 }
+"""
+CHASE = COMMON + r"""
+enum { LINE = 64, SMALLEST = 8 << 10, LARGEST = 64 << 20, COARSE = 8 << 20, POINTS = 64, REPEATS = 5, LOADS = 200000 };
+static const size_t HUGE_PAGE = 2 << 20;
 
 static void shuffle(uint32_t *x, size_t n) {
     for (size_t i = n; i > 1; i--) { size_t j = below(i); uint32_t t = x[i - 1]; x[i - 1] = x[j]; x[j] = t; }
@@ -123,34 +127,13 @@ int main(int count, char **args) {
 }
 """
 
-HELD = r"""
-#define _GNU_SOURCE
-#include <pthread.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <sys/mman.h>
-#include <time.h>
-#include <unistd.h>
-
+HELD = COMMON + r"""
 enum { LINE = 64, PAGE = 4096, SAMPLE = 400, TRIES = 24, FOOTPRINTS = 18, MOST = 64 };
-static uint64_t state = 88172645463325252u;
 static char *data;
 static size_t bytes;
 static long cores;
 static volatile long turn, finished;
 static volatile uint64_t sink;
-
-static uint64_t below(uint64_t n) {  /* xorshift: Marsaglia, 2003 */
-    state ^= state << 13; state ^= state >> 7; state ^= state << 17;
-    return state % n;
-}
-
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec * 1e9 + t.tv_nsec;
-}
 
 static void read_share(long core) {
     size_t first = bytes / cores * core, last = first + bytes / cores;
