@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from npulab.errors import CapacityError, DeviceError, UnsupportedError, UsageError
-from npulab.gpu import counting, extras, kernels, opencl
+from npulab.gpu import counting, extras, filled, kernels, opencl
 from npulab.gpu.exact import DOTTED, chained, congruential, dotted, operands
 
 
@@ -171,13 +171,54 @@ def test_streams_on_a_processor_are_in_parts_where_they_can_be(bench, unhurried,
         bench.stream_parts(1 << 14, 64, "read", 8)
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 7])
-def test_what_places_add_up_to_is_as_if_each_were_gone_to(step):
+@pytest.mark.parametrize("rounds", [0, 3, 64])
+@pytest.mark.parametrize("step", [0, 1, 2, 3, 7, 16, 41])
+def test_what_places_add_up_to_is_as_if_each_were_gone_to(step, rounds, monkeypatch):
+    """One by one, or by a list of places."""
+    monkeypatch.setattr(opencl, "ROUNDS", rounds)
     sums = np.random.default_rng(0).integers(0, 1 << 32, 7 * 6, np.uint32)
     for first in (0, 1, 30, 41):
-        for count in (0, 1, 11, 12, 41, 42):
+        for count in (0, 1, 11, 12, 41, 42, 200):
             want = sum(int(sums[(first + i * step) % 42]) for i in range(count))
             assert opencl._added(sums, first, step, count) == want
+
+
+def test_large_memory_is_filled_once(bench, unhurried, monkeypatch):
+    made = []
+    monkeypatch.setattr(bench, "filled", filled.Filled())
+    monkeypatch.setattr(bench, "_buffer", lambda x, real=bench._buffer: made.append(x.nbytes) or real(x))
+
+    def large():
+        return [size for size in made if size >= filled.WORTH]
+
+    for _ in range(2):
+        for way in ("read", "write", "copy"):
+            assert bench.stream(filled.WORTH, 1, 64, way).wrong == ""
+        assert bench.stream(filled.WORTH, 2, 4, "read").wrong == ""
+        assert bench.stream(filled.WORTH // 2, 1, 64, "read").wrong == ""
+    assert large() == [filled.WORTH, filled.WORTH, 2 * filled.WORTH, filled.WORTH]
+    assert made.count(filled.WORTH // 2) == 2
+    monkeypatch.setattr(bench, "limits", replace(bench.limits, buffer_max=2 * filled.WORTH))
+    assert bench.stream(2 * filled.WORTH, 1, 64, "read").wrong == ""  # no room beside it
+    assert bench.stream(filled.WORTH, 1, 64, "read").wrong == ""
+    assert large()[4:] == [2 * filled.WORTH, filled.WORTH]
+
+
+def test_memory_that_is_kept_is_given_back_where_there_is_no_room(bench, monkeypatch):
+    kept = filled.Filled()
+    monkeypatch.setattr(bench, "filled", kept)
+    kept(bench, "read", 1, filled.WORTH // 4, 1)
+
+    def make():
+        if kept._kept:
+            raise bench.cl.MemoryError(SimpleNamespace(code=lambda: -4, routine=lambda: "", what=lambda: "no room"))
+        return "made"
+
+    assert bench._do(make) == "made"
+    kept(bench, "read", 1, filled.WORTH // 4, 1)
+    monkeypatch.setattr(kept, "clear", lambda: False)
+    with pytest.raises(CapacityError, match="has no room for an experiment"):
+        bench._do(make)
 
 
 @pytest.mark.parametrize("way", ["read", "copy"])

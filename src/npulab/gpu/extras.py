@@ -111,13 +111,11 @@ def stream_parts(bench: OpenCL, footprint: int, width: int, way: Way, parts: int
         size -= row  # parts that are powers of two apart share sets of caches
     if size < 1 or width not in WIDE:
         raise UnsupportedError("a stream has no room", got=f"{footprint} bytes in {parts} parts of vectors of {width}")
-    lanes, groups, cells = width // 4, bench.full_groups, parts * size * width // 4
-    data = (np.arange(cells, dtype=np.uint32) * np.uint32(2654435761)) >> np.uint32(7)
-    buffer = bench._buffer(data if way != "copy" else np.concatenate([data, np.zeros_like(data)]))
+    groups = bench.full_groups
+    buffer, sums = bench.filled(bench, way, parts, size, width // 4)
     out = bench._buffer(np.zeros(groups, np.uint32))
     kernel = bench._kernel(kernels.parts(width, parts), way)
     offset = max(row, size // groups // row * row)
-    sums = data.reshape(parts, size, lanes).sum(axis=(0, 2), dtype=np.uint32)
     spots = np.arange(groups)
 
     def run(turns: int) -> tuple[float, str]:

@@ -15,6 +15,7 @@ from npulab.errors import CapacityError, DeviceError, UnsupportedError, UsageErr
 from npulab.gpu import bounds, counting, extras, kernels
 from npulab.gpu.counting import Asked, Counted
 from npulab.gpu.exact import chained, congruential, operands
+from npulab.gpu.filled import Filled
 from npulab.gpu.types import OPERATIONS_A_STEP, Element, Identity, Limits, Operation, Timing, Way
 
 ENOUGH = 2e-3
@@ -36,6 +37,8 @@ GROUPS_A_UNIT = 8
 SPOT_CHECKS = 32
 """Threads whose sums are computed again by the host."""
 HELD_GROUP = 32
+ROUNDS = 64
+"""Through a memory at most that are added up one by one."""
 WORDS_MAX = 4096
 """Of local memory in `local`."""
 WORDS_MIN = 256
@@ -59,12 +62,16 @@ def shuffled(places: int, piece: int) -> NDArray[np.uint32]:
 
 
 def _added(sums: NDArray[np.uint32], first: int, step: int, count: int) -> int:
-    """What `count` places add up to, from `first` on and round again."""
-    if step == 1:  # neighbours need no list of places, which for a large memory takes longer than the device
-        end = first + count
-        return int(sums[first:end].sum(dtype=np.uint64)) + int(sums[:max(0, end - len(sums))].sum(dtype=np.uint64))
-    places = (first + np.arange(count, dtype=np.int64) * step) % len(sums)
-    return int(sums[places].sum(dtype=np.uint64))
+    """What `count` places add up to, from `first` on and round again. step: less than there are places."""
+    if count * step > ROUNDS * len(sums):
+        places = (first + np.arange(count, dtype=np.int64) * step) % len(sums)
+        return int(sums[places].sum(dtype=np.uint64))
+    total = 0  # a round at a time: a list of a large memory's places takes longer than the device
+    while count:
+        here = min(count, -(-(len(sums) - first) // step) if step else count)
+        total += int(sums[first:first + here * step:step].sum(dtype=np.uint64)) if step else here * int(sums[first])
+        first, count = (first + here * step) % len(sums), count - here
+    return total
 
 
 def _devices() -> list[Any]:
@@ -158,6 +165,7 @@ class OpenCL:
         self._kernel = lru_cache(maxsize=64)(self._compiled)
         self._counts: dict[tuple[Any, ...], Counted] = {}
         self._last: tuple[Any, ...] = ()  # of what was launched
+        self.filled = Filled()
 
     @property
     def full_groups(self) -> int:
@@ -203,14 +211,12 @@ class OpenCL:
         if size < 1 or width not in (4, 8, 16, 32, 64):
             raise UnsupportedError("a stream has no room", got=f"{footprint} bytes in vectors of {width}")
         groups, lanes = self.full_groups, width // 4
-        data = (np.arange(size * lanes, dtype=np.uint32) * np.uint32(2654435761)) >> np.uint32(7)
-        buffer = self._buffer(data if way != "copy" else np.concatenate([data, np.zeros_like(data)]))
+        buffer, sums = self.filled(self, way, 1, size, lanes)
         out = self._buffer(np.zeros(groups * group, np.uint32))
         kernel = self._kernel(self.kernels.stream(width), way)
         offset = max(1, size // groups)
         step = group * stride % size
-        sums = data.reshape(size, lanes).sum(axis=1, dtype=np.uint32)
-        spots = np.random.default_rng(0).integers(0, groups * group, SPOT_CHECKS)
+        spots = np.unique(np.random.default_rng(0).integers(0, groups * group, SPOT_CHECKS))
 
         def run(turns: int) -> tuple[float, str]:
             seconds = self._time(kernel, (groups * group,), (group,), buffer, out, np.uint32(size), np.uint32(offset),
@@ -228,7 +234,7 @@ class OpenCL:
         those of STREAM."""
         size, found = len(sums), self._read(out, int(spots.max()) + 1)
         many = turns * (each or kernels.STREAMED[way])
-        for spot in map(int, spots if way == "read" else spots[:4]):
+        for spot in map(int, spots if way == "read" else spots[::-(-len(spots) // 4)]):
             first = (spot // group * offset + spot % group * stride) % size
             if way != "read":
                 if int(found[spot]) != (first + many * step) % size:
@@ -460,6 +466,8 @@ class OpenCL:
         try:
             return what()
         except self.cl.MemoryError as e:
+            if self.filled.clear():
+                return self._do(what)
             raise CapacityError(f"{self.identity.name} has no room for an experiment", got=str(e)[:200]) from None
         except self.cl.Error as e:
             status = self.cl.status_code

@@ -22,6 +22,7 @@ from npulab.errors import CapacityError, DeviceError, UnsupportedError, UsageErr
 from npulab.gpu import opencl, shaders
 from npulab.gpu import wgpu_native as native
 from npulab.gpu.counting import Counted, spirv
+from npulab.gpu.filled import Filled
 from npulab.gpu.types import Element, Identity, Limits, Timing
 from npulab.gpu.vulkan_more import MAPPABLE, More
 
@@ -124,6 +125,7 @@ class Vulkan(More):
         self._empty: float | None = None
         self._counts: dict[tuple[Any, ...], Counted] = {}
         self._last: tuple[Any, ...] = ()  # of what was launched
+        self.filled = Filled()
         self.device = self._do(lambda: adapter.request_device_sync(required_features=wanted,
                                                                    required_limits=dict(given)))
         self._kernel = lru_cache(maxsize=64)(self._compiled)
@@ -251,6 +253,8 @@ class Vulkan(More):
         try:
             return what()
         except self.wgpu.GPUOutOfMemoryError as e:
+            if self.filled.clear():
+                return self._do(what)
             raise CapacityError(f"{self.identity.name} has no room for an experiment", got=str(e)[:200]) from None
         except (self.wgpu.GPUError, RuntimeError) as e:
             raise DeviceError(f"{self.identity.name} failed in an experiment", got=str(e).strip()[:300],

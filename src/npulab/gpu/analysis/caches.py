@@ -289,7 +289,7 @@ def _line(chase: Chase, footprint: int, inside: int, stride: int, level: Before 
         before = chase.meter.pace()
         low = chase.again(inside, strides[0], 3)
         times = [asked(footprint, s) for s in strides]
-        while chase.pieces and piece < PIECE and _dips(times, low):
+        while chase.pieces and piece < PIECE and _dips(strides, times, low):
             piece = min(PIECE, 2 * piece)
             times = [asked(footprint, s) for s in strides]
         ends = [asked(wide, s) for s in far] if far != strides[-2:] else times[-2:]
@@ -309,9 +309,13 @@ def _line(chase: Chase, footprint: int, inside: int, stride: int, level: Before 
     return line, slope * line
 
 
-def _dips(times: Sequence[float], low: float) -> bool:
-    """Loads that are further apart take clearly less, and still further apart more again: no line makes that, nor lines
-    that are so few that the cache holds them, but a prefetcher that finds an order in few places."""
+def _dips(strides: Sequence[int], times: Sequence[float], low: float) -> bool:
+    """Loads that are further apart take clearly less, and still further apart more again, other than translation makes
+    it, evenly with the distance: no line makes that, nor lines so few that the cache holds them, but a prefetcher that
+    finds an order in few places."""
+    if len(times) > 1 and strides[-2] >= LINE_MAX // 4:
+        slope = max(0.0, times[-1] - times[-2]) / (strides[-1] - strides[-2])
+        times = [t - slope * s for s, t in zip(strides, times, strict=True)]
     before, after = np.maximum.accumulate(times), np.maximum.accumulate(times[::-1])[::-1]
     of_rise, of_all = DISORDER
     least = np.minimum(before, after)

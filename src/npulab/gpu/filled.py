@@ -1,0 +1,53 @@
+"""Memory that streams go through: filled once, kept for the next time, with what its vectors add up to."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from npulab.gpu.types import Way
+
+if TYPE_CHECKING:
+    from npulab.gpu.opencl import OpenCL
+
+WORTH = 1 << 24
+"""Bytes from which on a buffer is kept: to fill one of 512 MiB takes a hundred times as long as to read it, and pages
+of small ones, which fall on sets of caches by chance, are to be others each time."""
+
+
+class Filled:
+    """Buffers of one device, each for one way of going through it: the last ones, as far as they are no larger together
+    than the largest that it allows. `clear` when it has no room for others."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple[Way, int, int, int], tuple[Any, NDArray[np.uint32]]] = OrderedDict()
+
+    def __call__(self, bench: OpenCL, way: Way, parts: int, size: int, lanes: int) -> tuple[Any, NDArray[np.uint32]]:
+        """(a buffer of `parts` parts of `size` vectors of `lanes` 32-bit integers, twice that for "copy"; what the
+        vectors at each place of the parts add up to, modulo 2**32, until one was written to)."""
+        key = way, parts, size, lanes
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        data = (np.arange(parts * size * lanes, dtype=np.uint32) * np.uint32(2654435761)) >> np.uint32(7)
+        sums = data.reshape(parts, size, lanes).sum(axis=(0, 2), dtype=np.uint32)
+        made = bench._buffer(data if way != "copy" else np.concatenate([data, np.zeros_like(data)])), sums
+        if _bytes(key) >= WORTH:
+            self._kept[key] = made
+            while len(self._kept) > 1 and sum(map(_bytes, self._kept)) > bench.limits.buffer_max:
+                self._kept.popitem(last=False)
+        return made
+
+    def clear(self) -> bool:
+        """Whether there was something to give back."""
+        had = bool(self._kept)
+        self._kept.clear()
+        return had
+
+
+def _bytes(key: tuple[Way, int, int, int]) -> int:
+    way, parts, size, lanes = key
+    return 4 * parts * size * lanes * (2 if way == "copy" else 1)
