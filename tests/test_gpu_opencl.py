@@ -175,12 +175,33 @@ def test_streams_on_a_processor_are_in_parts_where_they_can_be(bench, unhurried,
 @pytest.mark.parametrize("step", [0, 1, 2, 3, 7, 16, 41])
 def test_what_places_add_up_to_is_as_if_each_were_gone_to(step, rounds, monkeypatch):
     """One by one, or by a list of places."""
-    monkeypatch.setattr(opencl, "ROUNDS", rounds)
+    monkeypatch.setattr(filled, "ROUNDS", rounds)
     sums = np.random.default_rng(0).integers(0, 1 << 32, 7 * 6, np.uint32)
     for first in (0, 1, 30, 41):
         for count in (0, 1, 11, 12, 41, 42, 200):
             want = sum(int(sums[(first + i * step) % 42]) for i in range(count))
-            assert opencl._added(sums, first, step, count) == want
+            assert filled.Sums(sums).along(first, step, count) == want % (1 << 32)
+
+
+def test_threads_that_store_go_through_memory_of_their_own(bench, unhurried, monkeypatch):
+    """All of it is 7, what the kernel stores."""
+    if not bench.one_by_one:
+        pytest.skip("for devices that do a group's threads one by one")
+    buffers = []
+    monkeypatch.setattr(bench, "_buffer", lambda x, real=bench._buffer: buffers.append(real(x)) or buffers[-1])
+    size = 1 << 14
+    assert bench.stream_parts(size, 64, "write", 1, True).wrong == ""
+    cells = bench._read(buffers[0], bench.full_groups * size // 4)
+    assert (cells == 7).all()
+    for way in ("read", "copy"):
+        with pytest.raises(UnsupportedError, match="memory of their own is for stores"):
+            bench.stream_parts(size, 64, way, 1, True)
+
+
+def test_streams_take_as_many_turns_as_memory_needs(bench, unhurried, monkeypatch):
+    """4 bytes a load through 324 MB need more turns than anything else takes."""
+    monkeypatch.setattr(opencl, "TURNS_MAX", 16)
+    assert bench.stream(1 << 20, 1, 4, "read").wrong == ""
 
 
 def test_large_memory_is_filled_once(bench, unhurried, monkeypatch):

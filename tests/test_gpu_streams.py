@@ -24,7 +24,7 @@ class InParts:
     def stream(self, footprint, stride, width, way):
         return Timing((1e-3,) * 9, {"bytes": 10e6 * width / 16})
 
-    def stream_parts(self, footprint, width, way, parts):
+    def stream_parts(self, footprint, width, way, parts, own=False):
         return Timing((1e-3,) * 9, {"bytes": 27e6 if parts > 1 else 20e6})
 
 
@@ -54,7 +54,7 @@ def disturbed(monkeypatch, times):
     monkeypatch.setattr(InParts, "identity", SimpleNamespace(api="simulated"))
     monkeypatch.setattr(InParts, "stream", lambda _, footprint, *more: Timing(
         (1e-3 * (next(each) if footprint == 1 << 26 else 1.0),) * 9, {"bytes": 10e6}))
-    monkeypatch.setattr(rates, "_shaped", lambda m, f, s, w, *_: Estimate(*(m.bench.stream(f).seconds[0],) * 3))
+    monkeypatch.setattr(rates, "_shaped", lambda m, f, *_, **__: Estimate(*(m.bench.stream(f).seconds[0],) * 3))
     meter = Meter(InParts(), quick=True)
     return rates._memory_bandwidth(meter, None, "read", 4, 1, "memory bandwidth", 1 << 30)
 
@@ -71,6 +71,51 @@ def test_a_bandwidth_that_does_not_stay_is_not_put_down_to_caches(monkeypatch):
 def test_caches_that_help_are_named(monkeypatch):
     with pytest.raises(Refused, match="caches help: 67108864 bytes"):
         disturbed(monkeypatch, (0.5,))
+
+
+def level(size, shape="gradual"):
+    return Level(Cliff(size, None, shape, ""), 64, Estimate(1e-9, 1e-9, 1e-9), "")
+
+
+GRADUAL = Hierarchy((level(1 << 15), level(1 << 20), level(1 << 25)), None)
+
+
+def test_stores_to_caches_before_the_last_are_each_cores_own(monkeypatch):
+    """Two cores that store to the same lines take them from each other: 26 GB/s of 237 on one processor."""
+    monkeypatch.setattr(InParts, "stream_parts", lambda _, footprint, width, way, parts, own: Timing(
+        (1e-3,) * 9, {"bytes": 200e6 if own or way == "read" else 20e6}))
+    monkeypatch.setattr(InParts, "stream", lambda *_: Timing((1e-3,) * 9, {"bytes": 10e6}))
+    for index, way, want in ((0, "write", 200), (1, "write", 200), (2, "write", 20), (1, "read", 200)):
+        found = rates.level_bandwidth(Meter(InParts(), quick=True), GRADUAL, index, way)
+        assert found.value == pytest.approx(want)
+        assert ("each thread its own" in found.why) == (way == "write" and index < 2)
+
+
+def test_a_shared_level_is_asked_in_the_middle_and_its_interval_says_how_even_it_is(monkeypatch):
+    """Neighbours have half of the last cache: a footprint of half of it misses."""
+    asked = set()
+
+    def stream(_, footprint, *more):
+        asked.add(footprint)
+        return Timing((1e-3,) * 9, {"bytes": 50e6 if footprint > 1 << 24 else 100e6 if footprint > 5 << 20 else 107e6})
+
+    monkeypatch.delattr(InParts, "stream_parts")
+    monkeypatch.setattr(InParts, "identity", SimpleNamespace(api="simulated"))
+    monkeypatch.setattr(InParts, "stream", stream)
+    found = rates.level_bandwidth(Meter(InParts(), quick=True), GRADUAL, 2)
+    assert 100 <= found.value <= 107
+    assert found.interval == pytest.approx((100, 107), rel=5e-3)
+    footprints = asked - {Meter(InParts(), quick=True)._streamed}
+    assert min(footprints) > 3 << 20
+    assert max(footprints) < 7 << 20
+
+
+def test_a_shape_that_was_slow_once_is_not_given_up(monkeypatch):
+    """A neighbour took half of the core at the first of the turns."""
+    each = iter([5e-3, 1e-3])
+    monkeypatch.setattr(InParts, "stream_parts", lambda _, footprint, width, way, parts, own: Timing(
+        (next(each, 1e-3) if parts == 8 else 1e-3,) * 9, {"bytes": 27e6 if parts > 1 else 20e6}))
+    assert rates._shape(Meter(InParts(), quick=True), 1 << 26, "read", True) == (64, 8)
 
 
 class Copying(InParts):

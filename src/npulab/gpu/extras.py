@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from npulab.errors import UnsupportedError
 from npulab.gpu import counting, kernels
 from npulab.gpu.counting import Asked
+from npulab.gpu.filled import Sums
 from npulab.gpu.types import Timing, Way
 
 if TYPE_CHECKING:
@@ -104,15 +105,18 @@ __kernel void prime(__global const uint16 *data, __global uint *out, uint first,
 """
 
 
-def stream_parts(bench: OpenCL, footprint: int, width: int, way: Way, parts: int) -> Timing:
+def stream_parts(bench: OpenCL, footprint: int, width: int, way: Way, parts: int, own: bool = False) -> Timing:
     row = kernels.IN_TURN // parts
     size = footprint // width // parts // row * row  # vectors of a part
     if parts > 1 and size > row and size // row % 2 == 0:
         size -= row  # parts that are powers of two apart share sets of caches
+    if own and way != "write":
+        raise UnsupportedError("memory of their own is for stores", got=way)
     if size < 1 or width not in WIDE:
         raise UnsupportedError("a stream has no room", got=f"{footprint} bytes in {parts} parts of vectors of {width}")
     groups = bench.full_groups
-    buffer, sums = bench.filled(bench, way, parts, size, width // 4)
+    apart = parts * size if own else 0
+    buffer, sums = bench.filled(bench, way, parts * groups if own else parts, size, width // 4)
     out = bench._buffer(np.zeros(groups, np.uint32))
     kernel = bench._kernel(kernels.parts(width, parts), way)
     offset = max(row, size // groups // row * row)
@@ -120,12 +124,13 @@ def stream_parts(bench: OpenCL, footprint: int, width: int, way: Way, parts: int
 
     def run(turns: int) -> tuple[float, str]:
         seconds = bench._time(kernel, (groups,), (1,), buffer, out, np.uint32(size), np.uint32(offset),
-                              np.uint32(turns))
+                              np.uint32(turns), np.uint32(apart))
         return seconds, bench._checked(way, out, sums, spots, 1, offset, 1, 1, turns, row)
 
     asked = Asked("bytes", {f"{what} bytes": kernels.IN_TURN * width for what in ("load", "store")
                             if way in ("copy", {"load": "read", "store": "write"}[what])})
-    return bench._measured(run, asked, whole=-(-size // (groups * row)))
+    whole = -(-size // row) if own else -(-size // (groups * row))
+    return bench._measured(run, asked, whole=whole)
 
 
 def image(bench: OpenCL, footprint: int) -> Timing:
@@ -150,7 +155,7 @@ def image(bench: OpenCL, footprint: int) -> Timing:
     groups = bench.full_groups * bench.group // group
     out = bench._buffer(np.zeros(groups * group, np.uint32))
     offset, step = max(1, size // groups), group % size
-    sums = data.reshape(size, 4).sum(axis=1, dtype=np.uint32)
+    sums = Sums(data.reshape(size, 4).sum(axis=1, dtype=np.uint32))
     spots = np.random.default_rng(0).integers(0, groups * group, 8)
 
     def run(turns: int) -> tuple[float, str]:

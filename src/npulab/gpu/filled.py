@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,23 +20,55 @@ WORTH = 1 << 24
 of small ones, which fall on sets of caches by chance, are to be others each time."""
 
 
+ROUNDS = 64
+"""Through a memory at most that are added up one by one."""
+REMEMBERED = 256  # ways through one
+
+
+class Sums:
+    """What the vectors at each place of a memory add up to, modulo 2**32, and along ways through it: each is asked for
+    in every repetition. size: places."""
+
+    def __init__(self, of: NDArray[np.uint32]) -> None:
+        self._of, self.size = of, len(of)
+        self.along = lru_cache(REMEMBERED)(self._along)
+
+    def _along(self, first: int, step: int, count: int) -> int:
+        """Of `count` places, `step` apart, from `first` on and round again; both are less than there are places."""
+        period = self.size // math.gcd(self.size, step) if step else 1  # the places repeat
+        whole, rest = divmod(count, period)
+        return ((self._added(first, step, period) * whole if whole else 0) + self._added(first, step, rest)) % (1 << 32)
+
+    def _added(self, first: int, step: int, count: int) -> int:
+        if count * step > ROUNDS * self.size:
+            places = (first + np.arange(count, dtype=np.int64) * step) % self.size
+            return int(self._of[places].sum(dtype=np.uint64))
+        total = 0  # a round at a time: a list of a large memory's places takes longer than the device
+        while count:
+            here = min(count, -(-(self.size - first) // step) if step else count)
+            total += (int(self._of[first:first + here * step:step].sum(dtype=np.uint64)) if step else
+                      here * int(self._of[first]))
+            first, count = (first + here * step) % self.size, count - here
+        return total
+
+
 class Filled:
     """Buffers of one device, each for one way of going through it: the last ones, as far as they are no larger together
     than the largest that it allows. `clear` when it has no room for others."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[Way, int, int, int], tuple[Any, NDArray[np.uint32]]] = OrderedDict()
+        self._kept: OrderedDict[tuple[Way, int, int, int], tuple[Any, Sums]] = OrderedDict()
 
-    def __call__(self, bench: OpenCL, way: Way, parts: int, size: int, lanes: int) -> tuple[Any, NDArray[np.uint32]]:
+    def __call__(self, bench: OpenCL, way: Way, parts: int, size: int, lanes: int) -> tuple[Any, Sums]:
         """(a buffer of `parts` parts of `size` vectors of `lanes` 32-bit integers, twice that for "copy"; what the
-        vectors at each place of the parts add up to, modulo 2**32, until one was written to)."""
+        vectors at each place of the parts add up to, until one was written to)."""
         key = way, parts, size, lanes
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
         data = (np.arange(parts * size * lanes, dtype=np.uint32) * np.uint32(2654435761)) >> np.uint32(7)
         sums = data.reshape(parts, size, lanes).sum(axis=(0, 2), dtype=np.uint32)
-        made = bench._buffer(data if way != "copy" else np.concatenate([data, np.zeros_like(data)])), sums
+        made = bench._buffer(data if way != "copy" else np.concatenate([data, np.zeros_like(data)])), Sums(sums)
         if _bytes(key) >= WORTH:
             self._kept[key] = made
             while len(self._kept) > 1 and sum(map(_bytes, self._kept)) > bench.limits.buffer_max:

@@ -131,7 +131,8 @@ def stream(width: int) -> str:
 def parts(width: int, number: int) -> str:
     """The three kernels of `stream` for groups of one thread, as processors like them: a turn has IN_TURN vectors at
     places that are known when it begins, in as many parts of the memory, `size` vectors each, and four sums that do not
-    wait for each other. size and offset: multiples of IN_TURN / number.
+    wait for each other. size, offset: multiples of IN_TURN / number. apart: vectors from a group's memory to the next
+    group's, 0 where all go through the same.
 
     number: 1, 2, 4, 8, 16. A prefetcher follows several ways through memory at once, each until a page ends. A sum
     begins with a function's result: for processors that have registers of 64 bytes compilers take those of 32 (LLVM
@@ -147,8 +148,9 @@ def parts(width: int, number: int) -> str:
 
     def kernel(way: str, const: str, start: str, turn: str, out: str) -> str:
         return f"""
-__kernel void {way}(__global {const}T *data, __global uint *out, uint size, uint offset, uint turns) {{
+__kernel void {way}(__global {const}T *data, __global uint *out, uint size, uint offset, uint turns, uint apart) {{
     uint at = get_group_id(0) * offset % size;
+    data += get_group_id(0) * apart;
     {start}
     for (uint i = 0; i < turns; i++) {{
         {turn}

@@ -15,7 +15,7 @@ from npulab.errors import CapacityError, DeviceError, UnsupportedError, UsageErr
 from npulab.gpu import bounds, counting, extras, kernels
 from npulab.gpu.counting import Asked, Counted
 from npulab.gpu.exact import chained, congruential, operands
-from npulab.gpu.filled import Filled
+from npulab.gpu.filled import Filled, Sums
 from npulab.gpu.types import OPERATIONS_A_STEP, Element, Identity, Limits, Operation, Timing, Way
 
 ENOUGH = 2e-3
@@ -37,8 +37,6 @@ GROUPS_A_UNIT = 8
 SPOT_CHECKS = 32
 """Threads whose sums are computed again by the host."""
 HELD_GROUP = 32
-ROUNDS = 64
-"""Through a memory at most that are added up one by one."""
 WORDS_MAX = 4096
 """Of local memory in `local`."""
 WORDS_MIN = 256
@@ -59,19 +57,6 @@ def shuffled(places: int, piece: int) -> NDArray[np.uint32]:
     within = np.argsort(r.random((pieces, piece), np.float32), axis=1).astype(np.uint32)
     order = (within + (np.arange(pieces, dtype=np.uint32) * np.uint32(piece))[:, None])[r.permutation(pieces)].ravel()
     return order[order < places]
-
-
-def _added(sums: NDArray[np.uint32], first: int, step: int, count: int) -> int:
-    """What `count` places add up to, from `first` on and round again. step: less than there are places."""
-    if count * step > ROUNDS * len(sums):
-        places = (first + np.arange(count, dtype=np.int64) * step) % len(sums)
-        return int(sums[places].sum(dtype=np.uint64))
-    total = 0  # a round at a time: a list of a large memory's places takes longer than the device
-    while count:
-        here = min(count, -(-(len(sums) - first) // step) if step else count)
-        total += int(sums[first:first + here * step:step].sum(dtype=np.uint64)) if step else here * int(sums[first])
-        first, count = (first + here * step) % len(sums), count - here
-    return total
 
 
 def _devices() -> list[Any]:
@@ -226,24 +211,21 @@ class OpenCL:
         each = kernels.STREAMED[way] * width
         asked = Asked("bytes", {f"{what} bytes": each for what in ("load", "store")
                                 if way in ("copy", {"load": "read", "store": "write"}[what])})
-        return self._measured(run, asked, whole=-(-size // (groups * group * kernels.STREAMED[way])))
+        whole = -(-size // (groups * group * kernels.STREAMED[way]))
+        return self._measured(run, asked, max(TURNS_MAX, whole), whole)
 
-    def _checked(self, way: Way, out: Any, sums: Any, spots: Any, group: int, offset: int, stride: int, step: int,
+    def _checked(self, way: Way, out: Any, sums: Sums, spots: Any, group: int, offset: int, stride: int, step: int,
                  turns: int, each: int = 0) -> str:
         """Whether some threads found what they were to read, or ended where they were to. each: places of a turn, 0:
         those of STREAM."""
-        size, found = len(sums), self._read(out, int(spots.max()) + 1)
+        found = self._read(out, int(spots.max()) + 1)
         many = turns * (each or kernels.STREAMED[way])
         for spot in map(int, spots if way == "read" else spots[::-(-len(spots) // 4)]):
-            first = (spot // group * offset + spot % group * stride) % size
+            first = (spot // group * offset + spot % group * stride) % sums.size
             if way != "read":
-                if int(found[spot]) != (first + many * step) % size:
+                if int(found[spot]) != (first + many * step) % sums.size:
                     return f"thread {spot} did not go where it was to"
-                continue
-            period = size // np.gcd(size, step) if step else 1  # the places repeat
-            whole, rest = divmod(many, period)
-            total = (_added(sums, first, step, period) * whole if whole else 0) + _added(sums, first, step, rest)
-            if int(found[spot]) != total % (1 << 32):
+            elif int(found[spot]) != sums.along(first, step, many):
                 return f"thread {spot} did not read what is there"
         return ""
 
@@ -381,10 +363,10 @@ class OpenCL:
         return Timing(tuple(found[1:]), {"bytes": float(size)}, "" if (back == host).all() else "bytes were lost")
 
     @shrinking
-    def stream_parts(self, footprint: int, width: int, way: Way, parts: int) -> Timing:
+    def stream_parts(self, footprint: int, width: int, way: Way, parts: int, own: bool = False) -> Timing:
         if not self.one_by_one:
             raise UnsupportedError("neighbouring threads share what they load: parts are for devices without")
-        return extras.stream_parts(self, footprint, width, way, parts)
+        return extras.stream_parts(self, footprint, width, way, parts, own)
 
     def primed(self, footprint: int, behind: int) -> Timing:
         if not self.one_by_one:

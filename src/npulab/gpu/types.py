@@ -132,9 +132,12 @@ class Extra(Protocol):
         that is no larger than what address translation keeps makes translation cost next to nothing."""
         ...
 
-    def stream_parts(self, footprint: int, width: int, way: Way, parts: int) -> Timing:
+    def stream_parts(self, footprint: int, width: int, way: Way, parts: int, own: bool = False) -> Timing:
         """As `Bench.stream` with neighbours side by side and 16, 32 or 64 bytes a load, but each thread goes through
-        `parts` (1, 2, 4, 8, 16) parts of the footprint at once. Of devices that do a group's threads one by one."""
+        `parts` (1, 2, 4, 8, 16) parts of the footprint at once. Of devices that do a group's threads one by one.
+
+        own: each thread through as much memory of its own ("write" alone): caches of cores that store to the same
+        lines take them from each other, which is no bandwidth of theirs."""
         ...
 
     def primed(self, footprint: int, behind: int) -> Timing:

@@ -10,6 +10,7 @@ import numpy as np
 from npulab.errors import UnsupportedError
 from npulab.gpu import opencl, shaders
 from npulab.gpu.counting import Asked
+from npulab.gpu.filled import Sums
 from npulab.gpu.types import Timing
 
 MAPPABLE = "mappable-primary-buffers"
@@ -102,7 +103,7 @@ class More(opencl.OpenCL):
         group, threads, out = self._crowd()
         offset = max(1, size // (threads // group))
         spots = np.random.default_rng(0).integers(0, threads, opencl.SPOT_CHECKS)
-        sums = data.sum(axis=1, dtype=np.uint32)
+        sums = Sums(data.sum(axis=1, dtype=np.uint32))
 
         def made() -> Any:
             usage = self.wgpu.TextureUsage

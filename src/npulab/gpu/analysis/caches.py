@@ -252,8 +252,10 @@ def _level(chase: Chase, flat: int, start: int, stride: int, before: Before | No
         found = cliff(chase, inside, flat, at, line, share, before)
     except Broad:
         raise Broad(line) from None
-    # a large footprint, of which the level before keeps nothing
-    at_most = max(start, int(0.85 * found.size))
+    # a large footprint, of which the level before keeps nothing, or, where this one was seen to begin late, little
+    at_most = int(0.85 * found.size)
+    if at_most < start < found.size:
+        at_most = start
     took, less = latency(chase, at_most, line, before)
     rests = f"random chase through {at_most} bytes, one thread" + (f"; {less}" if less else "")
     return Level(found, line, took, rests), max(at, flat * 2)

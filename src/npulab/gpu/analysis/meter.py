@@ -19,6 +19,7 @@ ASTRAY = 0.4  # a reference that differs by more after all tries has the experim
 TRIES = 8
 MOVED = 0.03  # a reference that differs by more (and more than they scatter) from before to after: done again
 UNTOLD = 0.08  # scatter of references that tells nothing of a clock
+PATIENCE = 5.0  # seconds for a narrower interval
 POOLED = 6  # references without a move that are taken together
 STILL = 0.01  # a clock within this of its first pace is taken for unmoved
 MEMORY_FOOTPRINT = 512 << 20
@@ -106,16 +107,18 @@ class Meter:
 
         through: of kind "memory", the seconds of a unit of work that pass at the pace of the cores all the same.
         calls: asked at least so often (quick: at most 2); more, up to 12 times (of kind "host", where the timer's tick
-        may be much of it, 40; quick: 2), until the interval's half is within `spread`.
+        may be much of it, 40; quick: 2) and PATIENCE, until the interval's half is within `spread`.
         Raises: Refused, and what the bench raises.
         """
         values: list[float] = []
+        begun = time.monotonic()
         asked, most = 0, 2 if self.quick else 40 if kind == "host" else 12
         while True:
             values += self._once(ask, of, kind, through)
             asked += 1
             found = estimate(values, 0.002 if self._first.get(kind) else 0.0)
-            if asked >= most or (asked >= calls and (not spread or found.spread <= spread)):
+            if asked >= most or (asked >= calls and (
+                    not spread or found.spread <= spread or time.monotonic() > begun + PATIENCE)):
                 self.seen.setdefault(of, []).append(1 / found.value)
                 return found
 

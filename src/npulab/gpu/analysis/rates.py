@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
@@ -26,6 +27,11 @@ SHAPES = ((32, 1), (64, 1), (64, 8))
 reaches its caches' bandwidth with its widest loads, and memory's with several ways through it (of ways side by side, 1
 reached 0.73, 4 0.90, 8 and 16 1.0 times clpeak's bandwidth of a server processor)."""
 ATTEMPTS = 2  # more at a comparison that something disturbed
+AGAIN = 5  # at most that footprints of one level, or of memory, are asked again
+EVEN, EVEN_GRADUAL, EVEN_MEMORY = 0.04, 0.1, 0.05
+"""How far apart they may be; of a level that is shared the interval says how far they are."""
+BETWEEN = (0.35, 0.45, 0.55)
+"""Of the way, in octaves, from a level to the one after it: the middle is neither one's cliff, however gradual."""
 UNEVEN = 0.1  # of a transfer: how far from one of four times its size it may be
 SLOWER = 1.1
 """Times as long as before: more than the best of many shapes is flattered by. Something else has the device: who shares
@@ -132,18 +138,28 @@ def level_bandwidth(meter: Meter, found: Hierarchy, index: int, way: Way = "read
     """Of level `index` of the hierarchy: footprints that it holds and the one before does not must agree."""
     size = found.levels[index].size
     inner = found.levels[index - 1].size if index else 0
+    shares = (0.65, 0.75, 0.85) if index else (0.5, 0.7)
     gradual = found.levels[index].cliff.shape == "gradual"
-    shares = (0.5, 0.7) if not index else (0.4, 0.55) if gradual else (0.65, 0.75, 0.85)
-    footprints = [int(size * s) // 1024 * 1024 for s in shares]
+    if index and gradual:  # of which others may have much
+        shares = tuple((inner / size) ** (1 - s) for s in BETWEEN)
+    footprints = [max(1024, int(size * s) // 1024 * 1024) for s in shares]
     if index and footprints[0] < 1.5 * inner:
         raise Refused(f"no footprint misses L{index} and fits in L{index + 1}: {inner} and {size} bytes")
-    shape = _shape(meter, max(1024, footprints[0]), way)
-    times = [_shaped(meter, max(1024, f), shape, way) for f in footprints]
-    if index and max(t.value for t in times) > 1.04 * min(t.value for t in times):
+    # caches but the last are cores' own, as a rule
+    own = way == "write" and index + 1 < len(found.levels)
+    shape = _shape(meter, footprints[0], way, own=own)
+    even = EVEN_GRADUAL if index and gradual else EVEN
+    times = _agreed([lambda f=f: _shaped(meter, f, shape, way, own=own) for f in footprints],  # type: ignore[misc]
+                    EVEN)
+    if index and _apart(times) > even:
         rates = ", ".join(f"{1e-9 / t.value:.4g}" for t in times)
         raise Refused(f"no plateau: footprints of {', '.join(map(str, footprints))} bytes reach {rates} GB/s")
     took = min(times, key=lambda t: t.spread)
     why = f"{way}, {_spoken(shape)}, {footprints[times.index(took)]} bytes again and again"
+    if own and shape[1]:
+        why += ", each thread its own"
+    if index and gradual:
+        took = replace(took, low=min(t.low for t in times), high=max(t.high for t in times))
     return _per_second(name_of(index, way), took, why)
 
 
@@ -170,21 +186,18 @@ def _memory_bandwidth(meter: Meter, found: Hierarchy | None, way: Way, width: in
         raise Refused(f"buffers of at most {largest} bytes are not large enough to miss the caches")
     footprint = min(largest, max(int(2.6 * need), 1 << 26)) if known else need
     shape = _shape(meter, footprint, way, True) if (width, stride) == (16, 1) else (width, 0)
-    took = _shaped(meter, footprint, shape, way, True, stride)
+    ask = [lambda size=size: _shaped(meter, size, shape, way, True, stride)
+           for size in (footprint, footprint // 2)]
     why = f"{way}, {_spoken(shape)}, through {footprint} bytes again and again"
     if stride > 1:
         why += f", neighbours {stride * width} bytes apart"
-    if not known or footprint // 2 > 1.25 * need:
-        half = _shaped(meter, footprint // 2, shape, way, True, stride)
-        for _ in range(ATTEMPTS):
-            if abs(half.value - took.value) <= 0.05 * took.value:
-                break
-            took = _shaped(meter, footprint, shape, way, True, stride)  # something else may have had the memory
-            half = _shaped(meter, footprint // 2, shape, way, True, stride)
-        slower = half.value > took.value
-        if abs(half.value - took.value) > 0.05 * took.value:
-            raise Refused(f"{'it does not stay' if slower else 'caches help'}: {footprint // 2} bytes reach "
-                          f"{1e-9 / half.value:.4g} GB/s, twice as many {1e-9 / took.value:.4g}")
+    if known and footprint // 2 <= 1.25 * need:
+        took = ask[0]()
+    else:
+        took, half = _agreed(ask, EVEN_MEMORY)
+        if _apart([took, half]) > EVEN_MEMORY:
+            raise Refused(f"{'it does not stay' if half.value > took.value else 'caches help'}: {footprint // 2} bytes "
+                          f"reach {1e-9 / half.value:.4g} GB/s, twice as many {1e-9 / took.value:.4g}")
         why += f"; half as many reach {1e-9 / half.value:.4g}"
     if width != 16 and abs(meter.pace("core") / meter.pace("memory") - 1) > STILL:
         took = _either(meter, found, footprint, width, stride, took)
@@ -194,7 +207,7 @@ def _memory_bandwidth(meter: Meter, found: Hierarchy | None, way: Way, width: in
 def _either(meter: Meter, found: Hierarchy | None, footprint: int, width: int, stride: int, took: Estimate) -> Estimate:
     """Narrow loads are bound by the cores or by memory, whose clocks differ by now. By memory, if they reach what wide
     loads do, less what they leave of their lines; else by the cores, and by memory at most."""
-    wide = _stream(meter, footprint, 16, "read", True).value
+    wide = _shaped(meter, footprint, (16, 0), "read", True).value
     line = found.levels[-1].line if found and found.levels else 64
     least = wide * max(1.0, min(stride, line / width))
     if took.value < 1.02 * least:
@@ -235,32 +248,47 @@ def mapped(meter: Meter) -> Quantity:
                        "16 times as many take no longer in proportion: nothing is copied"))
 
 
-def _stream(meter: Meter, footprint: int, width: int, way: Way, memory: bool = False, stride: int = 1) -> Estimate:
-    return meter.seconds(lambda: meter.bench.stream(footprint, stride, width, way), "bytes",
-                         "memory" if memory else "core", 2, 0.005)
-
-
-def _shape(meter: Meter, footprint: int, way: Way, memory: bool = False) -> tuple[int, int]:
+def _shape(meter: Meter, footprint: int, way: Way, memory: bool = False, own: bool = False) -> tuple[int, int]:
     """The fastest of 16 bytes a load and SHAPES, as far as the bench has them: (bytes a load, parts; 0: of one piece).
     """
-    try:
-        best, fastest = SHAPES[0], _shaped(meter, footprint, SHAPES[0], way, memory).value
-    except UnsupportedError:  # nothing to choose from, nothing asked
-        return 16, 0
-    for shape in (*SHAPES[1:], (16, 0)):
-        now = _shaped(meter, footprint, shape, way, memory).value
-        if now < 0.98 * fastest:
-            best, fastest = shape, now
+    quickest: dict[tuple[int, int], float] = {}
+    for _ in range(ATTEMPTS):  # in turns: one that a neighbour slowed is not given up for that
+        for shape in (*SHAPES, *([] if own else [(16, 0)])):
+            try:
+                now = _shaped(meter, footprint, shape, way, memory, own=own, spread=0.0).value
+            except UnsupportedError:  # nothing to choose from, nothing asked
+                return 16, 0
+            quickest[shape] = min(now, quickest.get(shape, math.inf))
+    best = SHAPES[0]
+    for shape, seconds in quickest.items():
+        if seconds < 0.98 * quickest[best]:
+            best = shape
     return best
 
 
-def _shaped(meter: Meter, footprint: int, shape: tuple[int, int], way: Way, memory: bool = False, stride: int = 1
-            ) -> Estimate:
+def _agreed(asks: Sequence[Callable[[], Estimate]], even: float) -> list[Estimate]:
+    """What each takes; all are asked again where they are further than `even` apart, and the quickest answers taken:
+    others may take from a device for a while, and nothing adds to it."""
+    times = [ask() for ask in asks]
+    for _ in range(AGAIN):
+        if _apart(times) <= even:
+            break
+        times = [min(t, ask(), key=lambda e: e.value) for t, ask in zip(times, asks, strict=True)]
+    return times
+
+
+def _apart(times: Sequence[Estimate]) -> float:
+    """Of the least, how much more the most is."""
+    values = [t.value for t in times]
+    return max(values) / min(values) - 1
+
+
+def _shaped(meter: Meter, footprint: int, shape: tuple[int, int], way: Way, memory: bool = False, stride: int = 1,
+            own: bool = False, spread: float = 0.005) -> Estimate:
     width, parts = shape
-    if not parts:
-        return _stream(meter, footprint, width, way, memory, stride)
-    return meter.seconds(lambda: meter.extra.stream_parts(footprint, width, way, parts), "bytes",
-                         "memory" if memory else "core", 2, 0.005)
+    return meter.seconds(lambda: meter.extra.stream_parts(footprint, width, way, parts, own) if parts else
+                         meter.bench.stream(footprint, stride, width, way), "bytes", "memory" if memory else "core",
+                         2 if spread else 1, spread)
 
 
 def _spoken(shape: tuple[int, int]) -> str:
