@@ -14,7 +14,7 @@ from npulab.gpu.analysis.statistics import Estimate, estimate
 from npulab.gpu.types import Bench, Element, Extra, Operation, Timing
 
 Kind = Literal["core", "alone", "memory", "host"]
-ATTEMPTS = 3
+ATTEMPTS = 8  # two speeds that a machine changes between some times a second end three tries now and then
 ASTRAY = 0.4  # a reference that differs by more after all tries has the experiment refused; scatter of the first, all
 TRIES = 8
 MOVED = 0.03  # a reference that differs by more (and more than they scatter) from before to after: done again
