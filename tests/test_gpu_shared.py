@@ -1,5 +1,6 @@
 """The last cache where neighbours use it, too: a processor written out, whose chases lose to them what reads keep."""
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -128,9 +129,9 @@ class Prefetching:
         self.least, self.asked = least, []
 
     def again(self, footprint, stride, calls=1, piece=PIECE):
-        self.asked.append(piece)
         if footprint <= L1:
             return 1.4 * NS
+        self.asked.append(piece)
         missed = min(1.0, stride / 64)
         if piece < self.least:
             missed *= {64: 0.5, 128: 0.35, 256: 0.55}.get(stride, 1.0)
@@ -140,7 +141,23 @@ class Prefetching:
 def test_a_prefetcher_in_small_pieces_makes_no_line_longer():
     chase = Prefetching(1 << 15)
     assert caches._line(chase, 84992, 29926, 32)[0] == 64
-    assert max(chase.asked[1:]) > 1 << 15
+    assert max(chase.asked) > 1 << 15
     still = Prefetching(0)
     assert caches._line(still, 84992, 29926, 32)[0] == 64
-    assert max(still.asked[1:]) < 1 << 15  # without one the first pieces are the last
+    assert max(still.asked) < 1 << 15  # without one the first pieces are the last
+
+
+@pytest.mark.parametrize(("came", "want"), [([64, 64], 64), ([128, 64, 64], 64), ([64, 128, 512, 128, 128], 128)])
+def test_a_line_is_what_comes_twice_in_a_row(monkeypatch, came, want):
+    """Once in twelve a neighbour made 128 or 512 bytes of 64."""
+    each = iter(came)
+    monkeypatch.setattr(caches, "_line_once", lambda *_: (next(each), 0.0))
+    assert caches._line(None, 84992, 29926, 32) == (want, 0.0)
+    assert list(each) == []
+
+
+def test_a_line_that_never_comes_twice_is_refused(monkeypatch):
+    each = itertools.cycle([64, 128, 256])
+    monkeypatch.setattr(caches, "_line_once", lambda *_: (next(each), 0.0))
+    with pytest.raises(Refused, match="does not come out the same twice: 64, then 128 bytes"):
+        caches._line(None, 84992, 29926, 32)
