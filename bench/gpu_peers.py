@@ -1,8 +1,8 @@
 """The probe against clpeak on the same device in one run, in turns: `python bench/gpu_peers.py [DEVICE] [ROUNDS]`.
 
-One line a quantity: both medians over ROUNDS (3 unless told otherwise), their ratio, and, where they differ because
-something else is measured, what. Sizes of caches: gpu_caches.py. Skips, with the reason, without pyopencl, a device or
-clpeak (apt install clpeak). Minutes on two cores.
+One line a quantity: both medians over ROUNDS (7 unless told otherwise), their ratio, the least and the most of the
+rounds' own ratios, and, where they differ because something else is measured, what. Sizes of caches: gpu_caches.py.
+Skips, with the reason, without pyopencl, a device or clpeak (apt install clpeak). A minute a round on two cores.
 """
 
 from __future__ import annotations
@@ -30,9 +30,7 @@ from npulab.gpu.analysis.meter import Meter, Refused, reason
 from npulab.gpu.opencl import open_device
 from npulab.gpu.types import Quantity
 
-ROUNDS = 3
-PARTS = ("--compute-sp", "--global-bandwidth", "--transfer-bandwidth", "--transfer-bandwidth", "--kernel-latency")
-"""Of clpeak, for each of ROWS."""
+ROUNDS = 7
 PATIENCE = 300  # seconds for clpeak
 WITHIN = 0.1
 FRESH = 30  # seconds that a meter's references are taken for
@@ -56,6 +54,9 @@ __kernel void pattern(__global const float16 *data, __global float *out) {
 """Each thread at 16 places, a group's size apart: where a core does threads one by one it goes 16 ways at once."""
 ROWS = ("float32 compute, G operations/s", "memory read, GB/s", "transfer to device, GB/s",
         "transfer from device, GB/s", "launch, queued to start, us")
+PARTS = {"--compute-sp": ROWS[:1], "--global-bandwidth": ROWS[1:2], "--transfer-bandwidth": ROWS[2:4],
+         "--kernel-latency": ROWS[4:]}
+"""Of clpeak."""
 WHY = {
     "float32 compute, G operations/s": (
         "clpeak's kernel is one chain of mad a thread, of vectors up to 16: where a core runs one thread (a CPU) "
@@ -195,13 +196,19 @@ def place(device: Any) -> tuple[int, int]:
     raise LookupError("the device is gone")
 
 
-def compared(mine: Mapping[str, list[float]], theirs: Mapping[str, list[float]],
+def compared(mine: Mapping[str, list[float | None]], theirs: Mapping[str, list[float | None]],
              refused: Mapping[str, str]) -> list[str]:
-    lines = [f"{'':32} {'probe':>9} {'clpeak':>9} {'ratio':>6}"]
+    """By round; None where there is no figure, the last reason in `refused`."""
+    def middle(of: list[float | None] | None) -> float | None:
+        values = [v for v in of or () if v]
+        return statistics.median(values) if values else None
+
+    lines = [f"{'':32} {'probe':>9} {'clpeak':>9} {'ratio':>6}  in rounds"]
     for name in ROWS:
-        a = statistics.median(mine[name]) if mine.get(name) else None
-        b = statistics.median(theirs[name]) if theirs.get(name) else None
+        a, b = middle(mine.get(name)), middle(theirs.get(name))
+        each = [x / y for x, y in zip(mine.get(name, ()), theirs.get(name, ()), strict=False) if x and y]
         ratio = f"{a / b:6.2f}" if a and b else f"{'':6}"
+        ratio += f"  {min(each):.2f} to {max(each):.2f}" if each else ""
         lines.append(f"{name:32} {f'{a:9.4g}' if a else '  refused':>9} {f'{b:9.4g}' if b else '        -':>9} {ratio}")
         if a is None and name in refused:
             lines.append(f"    {refused[name]}")
@@ -225,20 +232,21 @@ def main() -> int:
     at = place(bench.device)
     mine, theirs, refused = defaultdict(list), defaultdict(list), {}
     meter, made = Meter(bench, quick=True), time.monotonic()
-    for name, part in [pair for _ in range(rounds) for pair in zip(ROWS, PARTS, strict=True)]:
+    for part, rows in [pair for _ in range(rounds) for pair in PARTS.items()]:
         try:
             peak = clpeak(*at, part)
         except (OSError, subprocess.SubprocessError, ET.ParseError) as e:
             print(f"skipped: clpeak fails: {e}")
             return 0
-        if name in peak:
-            theirs[name].append(peak[name])
         if time.monotonic() > made + FRESH:
             meter, made = Meter(bench, quick=True), time.monotonic()
-        try:
-            mine[name].append(probed(meter, name))
-        except (Refused, NpulabError) as e:
-            refused[name] = reason(e)
+        for name in rows:
+            theirs[name].append(peak.get(name))
+            try:
+                mine[name].append(probed(meter, name))
+            except (Refused, NpulabError) as e:
+                mine[name].append(None)
+                refused[name] = reason(e)
     print("\n".join(compared(mine, theirs, refused)))
     if bench.one_by_one:
         try:
