@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import count
 from typing import Any
 from unittest.mock import patch
@@ -110,6 +111,26 @@ def products_alone(operation: str, element: str, start: int, turns: int) -> floa
     return congruential(1664525, 0, start, turns * kernels.STEPS)
 
 
+@cache
+def last_sum_is_none(operation: str, element: str, start: int, turns: int) -> float:
+    x = y = start
+    for _ in range(turns):
+        for _ in range(kernels.STEPS // 2 - 1):
+            x, y = x + y, x + 2 * y
+        x = (x + y) % (1 << 32)
+        y = y % (1 << 32) ^ x
+    return x ^ y
+
+
+SUMS = "x0 = x0 + y0;\n        y0 = y0 + x0;\n        " * 8
+FIBONACCI = "S t = x0; x0 = 610 * t + 987 * y0; y0 = 987 * t + 1597 * y0;\n"
+"""16 steps: the numbers 15 to 17."""
+POWER = """uint power(uint x, uint n) {
+    uint p = 1;
+    for (uint k = 0; k < 32; k++) { p = n >> k & 1 ? p * x : p; x = x * x; }
+    return p;
+}
+"""
 KERNELS = [
     kernel("folded loop: roots of a known 1", FOLDED, "chain", [("(V)(c);", "(V)((S)1);")],
            chain("special", "float32")),
@@ -143,6 +164,21 @@ KERNELS = [
            [("x0 = x0 * a;", ""), ("x0 = x0 * b;", "x0 = x0 * (a * b);")], chain("mul", "float32")),
     kernel("steps put together: products of integers", MERGED, "chain", [("* a + b;", "* a;")],
            chain("fma", "int32"), patch.object(opencl, "chained", products_alone)),
+    kernel("folded loop: sums of two numbers, a turn's at once", MERGED, "chain", [(SUMS.rstrip(), FIBONACCI)],
+           chain("add", "int32")),
+    kernel("folded loop: products of two numbers by the sums of their exponents", FOLDED, "chain",
+           [("typedef uint S;", f"{POWER}typedef uint S;"), ("for (uint i", "S e = 1, f = 1;\n    for (uint i"),
+            ("x0 = x0 * y0;", "e = e + f;"), ("y0 = y0 * x0;", "f = f + e;"),
+            ("(x0 ^ y0)", "(power(x0, e) ^ power(y0, f))")], chain("mul", "int32")),
+    kernel("a sum left out that the loop's own makes up for", "15 add int32 on data a turn, not 16", "chain",
+           [("y0 = y0 + x0;\n    }", "y0 = y0 ^ x0;\n    }")], chain("add", "int32"),
+           patch.object(opencl, "chained", last_sum_is_none)),
+    kernel("half the turns, of sums of integers", "ended with", "chain", [("i < turns", "i < turns / 2")],
+           chain("add", "int32")),
+    kernel("half the turns, of products of integers", "ended with", "chain", [("i < turns", "i < turns / 2")],
+           chain("mul", "int32")),
+    kernel("dead code: one of two chains of products of integers is added up", r"ended with \d+, not \d{1,10}$",
+           "chain", [("(x1 ^ y1)", "(x0 ^ y0)")], chain("mul", "int32", 4, 2)),
     kernel("steps left out: every second product", MERGED, "chain", 
            [("x0 = x0 * a;\n        x0 = x0 * b;\n        x0 = x0 * a;\n        x0 = x0 * b;",
              "x0 = x0 * a;\n        x0 = x0 * b;")], chain("mul", "float32")),

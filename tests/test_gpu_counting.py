@@ -2,6 +2,7 @@
 Oclgrind's, PTX of our kernels by LLVM, files that are none."""
 
 import ctypes
+import math
 import mmap
 import platform
 import re
@@ -12,8 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from npulab.gpu import kernels, opencl
-from npulab.gpu.counting import Asked, Counted, objection, pocl, ptx, source, spirv, work
+from npulab.gpu import kernels, opencl, shaders
+from npulab.gpu.counting import SUMS, Asked, Counted, objection, pocl, ptx, source, spirv, work
 from npulab.gpu.counting.elf import Elf
 from npulab.gpu.counting.mix import NotRead
 from npulab.gpu.counting.opencl import place
@@ -141,6 +142,18 @@ def test_instructions_are_counted_as_the_manual_has_them(code, mix):
     assert machine(bytes.fromhex(code) + RET + bytes(32)).follow(0x1000) == mix
 
 
+@pytest.mark.parametrize(("code", "known"), [
+    ("01f8", 1), ("01f0", 0), ("8d0438", 1), ("8d0430", 0), ("ffc0", 1), ("ffc6", 0), ("29c0", 1), ("4801f8", 0),
+    ("c5fdfec1", 0), ("897c24f8014424f8", 1), ("897424f8014424f8", 0), ("897424f8034424f8", 0)])
+def test_sums_of_what_is_known_are_told_from_others(code, known):
+    """eax and edi are known, esi is not: add, lea, inc, sub eax, eax; 64 bits, vectors; on the stack."""
+    pytest.importorskip("capstone")
+    follower = machine(b"\xb8\x05\0\0\0" + bytes.fromhex(code) + RET + bytes(32))
+    for _ in range(2):
+        follower.follow(0x1000, 7)
+        assert follower.known == known
+
+
 def test_what_is_no_binary_is_not_read():
     for data, why in ((b"", "no 64-bit ELF"), (b"\x7fELF\x01\x01" + bytes(80), "no 64-bit ELF"),
                       (b"\x7fELF\x02\x01" + bytes(10) + b"\0\0\x3e\0" + b"\xff" * 60, "ends early")):
@@ -207,6 +220,10 @@ def test_oclgrind_counts_the_same(bench):
         patch.setattr(opencl, "ENOUGH", 1e-5)
         seen = witnessed(kernels.chain("fma", "int32", 4, 2), "chain")
         assert counted(bench, lambda: bench.chain("fma", "int32", 4, 2, 64))["mul int32"] == 4 * seen["mul"][0] == 128
+        seen = witnessed(kernels.chain("mul", "int32", 4, 2), "chain")
+        assert counted(bench, lambda: bench.chain("mul", "int32", 4, 2, 64))["mul int32"] == 4 * seen["mul"][0] == 128
+        seen = witnessed(kernels.chain("add", "int32", 4, 2), "chain")  # and the count of turns
+        assert counted(bench, lambda: bench.chain("add", "int32", 4, 2, 64))[SUMS] == 4 * (seen["add"][0] - 1) == 128
         seen = witnessed(kernels.DIVERGE, "diverge")
         assert counted(bench, lambda: bench.diverge(1))["mul int32"] == seen["mul"][0] == 4
         seen = witnessed(kernels.stream(16), "copy")
@@ -274,7 +291,7 @@ def test_ptx_is_followed():
     assert ptx.is_ptx(LOOP.encode())
     c = ptx.count(LOOP.encode() + b"\0", "chain", (64,), (32,), (None, bytes(4), bytes(4)), 1)
     assert c == Counted({"add int32": 2.0, "fma float16": 2.0, "fma float32": 1.0, "fma int32": 2.0, "fma int8": 4.0,
-                         "load bytes": 32.0, "mul int32": 1.0, "products of integers": 6.0,
+                         "load bytes": 32.0, "mul int32": 1.0, "products of integers": 6.0, SUMS: 1.0,
                          "rsqrt float32": 1.0, "special float32": 1.0,
                          "spill bytes": 4.0, "store bytes": 4.0}, "PTX")
     assert "no entry nothing" in ptx.count(LOOP.encode(), "nothing", (64,), (32,), (None, bytes(4), bytes(4)), 1).why
@@ -316,6 +333,10 @@ def compiled(source_):
     (kernels.chain("mul", "float32", 2, 2), "chain", {"mul float32": 64}),
     (kernels.chain("add", "float32", 1, 2), "chain", {"add float32": 32}),
     (kernels.chain("special", "float32", 1, 2), "chain", {"special float32": 32}),
+    *((kernels.chain("mul", "int32", *shape), "chain", {"mul int32": 16 * math.prod(shape)})
+      for shape in ((1, 1), (4, 2))),
+    *((kernels.chain("add", "int32", *shape), "chain", {SUMS: 16 * math.prod(shape)})
+      for shape in ((1, 1), (1, 3), (4, 2))),
     (kernels.chain("fma", "int32", 4, 2), "chain", {"fma int32": 128}), (kernels.DIVERGE, "diverge", {"fma int32": 4}),
     (kernels.hold(24), "hold", {"fma float32": 24}), (kernels.local(1024), "local_loads", {"load bytes": 16}),
     (kernels.BARRIER, "meet", {"barriers": 2})])
@@ -336,6 +357,18 @@ def test_a_loop_that_llvm_folds_is_seen_in_ptx():
     text = kernels.chain("mul", "float32", 1, 1).replace("] = total;", "] = c;")
     c = ptx.count(compiled(text), "chain", (512,), (256,), (None, bytes(4), *[bytes(4)] * 3), 1)
     assert "0 mul float32 a turn, not 16: the loop was folded" in objection(c, Asked("operations", {"mul float32": 16}))
+
+
+@pytest.mark.skipif(not CLANG, reason="needs clang with the NVPTX back end")
+def test_a_loops_own_sums_do_not_stand_for_those_that_are_missing():
+    """15 sums and the count of turns, which LLVM keeps for each four of them."""
+    text = kernels.chain("add", "int32", 1, 1)
+    last = "y0 = y0 + x0;\n    }"
+    assert last in text
+    text = text.replace(last, "y0 = y0 ^ x0;\n    }")
+    c = ptx.count(compiled(text), "chain", (512,), (256,), (None, *[bytes(4)] * 4), 1)
+    assert c.mix["add int32"] > c.mix[SUMS] == 15
+    assert f"15 {SUMS} a turn, not 16: the compiler put steps" in objection(c, Asked("operations", {SUMS: 16}))
 
 
 # SPIR-V
@@ -381,6 +414,14 @@ def test_a_shader_is_followed(shader):
         "special float32": 3, "store bytes": 8}
     other = spirv.count(shader, (512,), (64,), bytes(12), 0)  # not what the loop turns by
     assert other.mix == {}
+
+
+@pytest.mark.parametrize(("width", "chains"), [(1, 1), (1, 3), (4, 2)])
+def test_sums_of_a_shaders_loop_are_none_of_its_chains(width, chains):
+    module = shaders.chain("add", "int32", width, chains).make("chain", 64)
+    c = spirv.count(module, (512,), (64,), bytes(16), 0, 1)
+    steps = 16 * width * chains
+    assert {k: n for k, n in c.mix.items() if "add" in k} == {"add int32": steps + 1, SUMS: steps}
 
 
 def test_a_shader_that_is_damaged_is_not_read(shader):

@@ -45,6 +45,28 @@ def test_chains_of_floats_are_exact(operation, element):
         assert chained(operation, element, start, turns) == float(x)
 
 
+@pytest.mark.parametrize("turns", [0, 1, 2, 3, 77, 5000])
+@pytest.mark.parametrize("operation", ["mul", "add"])
+def test_chains_of_two_integers_are_exact(operation, turns):
+    """The oracle goes through all steps."""
+    for start in (1, 2, 24):
+        x = y = 2 * start + 1 if operation == "mul" else start
+        for _ in range(turns * kernels.STEPS // 2):
+            x = (x * y if operation == "mul" else x + y) % (1 << 32)
+            y = (y * x if operation == "mul" else y + x) % (1 << 32)
+        assert chained(operation, "int32", start, turns) == x ^ y
+
+
+def test_many_turns_of_two_integers_are_taken_at_once():
+    """Sums come round after 3 * 2**31 steps, exponents of products a quarter as soon (D. D. Wall, Fibonacci series
+    modulo m, American Mathematical Monthly 67, 1960: of 2**k after 3 * 2**(k - 1))."""
+    for operation, steps in (("add", 3 << 31), ("mul", 3 << 29)):
+        for turns in (5, 777):
+            again = chained(operation, "int32", 1, turns + steps // kernels.STEPS)
+            assert again == chained(operation, "int32", 1, turns)
+            assert again != chained(operation, "int32", 1, turns + steps // kernels.STEPS // 3)
+
+
 @pytest.mark.parametrize("times", [0, 1, 2, 15, 16, 1000])
 def test_congruential_steps_are_taken_at_once(times):
     x = 12345
@@ -99,7 +121,8 @@ def test_sabotaged_kernels_are_not_believed(bench, unhurried, monkeypatch, name)
     assert run(bench).wrong != ""
 
 
-@pytest.mark.parametrize(("operation", "element"), [("fma", "float32"), ("add", "float32"), ("fma", "int32")])
+@pytest.mark.parametrize(("operation", "element"), [("fma", "float32"), ("add", "float32"), ("fma", "int32"),
+                                                     ("mul", "int32"), ("add", "int32")])
 def test_a_chain_with_steps_missing_is_not_believed(bench, unhurried, monkeypatch, operation, element):
     monkeypatch.setattr(kernels, "chain", lambda *a, real=kernels.chain: real(*a).replace("i < turns", "i < turns / 2"))
     assert "ended with" in bench.chain(operation, element, 1, 1, 64).wrong
@@ -355,5 +378,7 @@ def test_a_kernel_that_does_not_compile(bench, monkeypatch):
 def test_what_a_device_has_not(bench):
     with pytest.raises(UnsupportedError, match="does not compute on int8x4"):
         bench.chain("fma", "int8x4", 1, 1, 1)
+    with pytest.raises(UnsupportedError, match="there is no chain of special on int32"):
+        bench.chain("special", "int32", 1, 1, 1)
     with pytest.raises(CapacityError, match="has no buffers of this size"):
         bench._buffer(SimpleNamespace(nbytes=1 << 62))

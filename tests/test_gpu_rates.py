@@ -1,8 +1,11 @@
 """Rates where something else takes units of the cores: a simulated GPU whose references do not see it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from npulab.gpu import bounds
 from npulab.gpu.analysis import rates
 from npulab.gpu.analysis.meter import Meter, Refused
 from npulab.gpu.simulated import Cache, Hidden, Simulated
@@ -87,3 +90,27 @@ def test_rates_of_other_moments_are_not_compared():
 def test_rates_of_an_earlier_run_are_compared_as_they_are():
     _, fma, mul = both(lambda *_: False)
     assert rates.against_multiply(Meter(Shared(lambda *_: True)), fma, mul).value == pytest.approx(1, rel=0.03)
+
+
+class Turbo(Simulated):
+    """A processor at 4 GHz that states 2.6, with sums of integers each cycle, or so many times as often."""
+
+    def __init__(self, cycles):
+        parts = {FMA: 4, ("add", "int32"): cycles, ("mul", "int32"): cycles}
+        super().__init__(replace(HIDDEN, clock=4e9, latencies=parts, rates=dict.fromkeys(parts, 64)))
+
+    @property
+    def limits(self):
+        return replace(super().limits, clock_hz=2.6e9)
+
+
+def test_a_sum_of_integers_takes_a_cycle_of_a_clock_that_is_not_stated():
+    found = rates.latency(Meter(Turbo(1)), "add", "int32")
+    assert found.value == pytest.approx(0.25e-9, rel=0.01)
+    assert bounds.checked(found, Turbo(1).limits) == found
+
+
+def test_nothing_takes_less_and_only_sums_take_no_more():
+    for cycles, operation in ((1, "mul"), (0.5, "add")):
+        with pytest.raises(Refused, match="steps were put together"):
+            rates.latency(Meter(Turbo(cycles)), operation, "int32")

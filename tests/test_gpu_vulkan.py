@@ -57,7 +57,7 @@ def recipes():
             yield f"{way} {width}", shaders.stream(width), way
     for element in ("float32", "float16", "int32"):
         for operation in ("fma", "mul", "add", "special"):
-            if element != "int32" or operation == "fma":
+            if element != "int32" or operation != "special":
                 for width in (1, 2, 4):
                     yield f"{operation} {element} {width}", shaders.chain(operation, element, width, 2), "chain"
 
@@ -102,6 +102,15 @@ def test_a_chain_holds_the_steps_that_are_counted(operation, opcode):
     """FMul, FAdd: 16 steps of three chains in the loop, and what adds the chains up."""
     module = shaders.chain(operation, "float32", 2, 3).make("chain", 64)
     outside = {"mul": 0, "add": 3 + 2 + 1}[operation]  # starts of the chains, chains, lanes
+    assert sum(code == opcode for code, _ in instructions(module)) == shaders.STEPS * 3 + outside
+
+
+@pytest.mark.parametrize(("operation", "opcode"), [("mul", 132), ("add", 128)])
+def test_a_chain_of_two_integers_holds_the_steps_that_are_counted(operation, opcode):
+    """IMul, IAdd: as above, of three chains."""
+    module = shaders.chain(operation, "int32", 2, 3).make("chain", 64)
+    outside = {"mul": 1 + 3, "add": 1 + 3 + 1 + 2 + 1}[operation]
+    # what is read by a, starts by two; beside what is read, starts, the loop's count, chains, lanes
     assert sum(code == opcode for code, _ in instructions(module)) == shaders.STEPS * 3 + outside
 
 
@@ -223,6 +232,9 @@ SABOTAGED = {
     "barrier, nobody waits": (Shader, "barrier", lambda s: None, lambda b: b.barrier()),
     "chain, half the steps": (shaders, "STEPS", 8, lambda b: b.chain("fma", "float32", 1, 1, 64)),
     "chain, a step less": (shaders, "STEPS", 15, lambda b: b.chain("fma", "int32", 4, 2, 64)),
+    "chain, a sum less": (shaders, "STEPS", 15, lambda b: b.chain("add", "int32", 4, 2, 64)),
+    "chain, a product less": (shaders, "STEPS", 15, lambda b: b.chain("mul", "int32", 1, 2, 64)),
+    "chain, integers added once": (Shader, "loop", one_turn, lambda b: b.chain("add", "int32", 2, 1, 64)),
     "chain, added once": (Shader, "loop", one_turn, lambda b: b.chain("add", "float32", 4, 2, 64)),
     "chain, another product": (Shader, "fma", lambda s, a, b, c: a * b, lambda b: b.chain("fma", "float16", 1, 1, 64)),
 }
@@ -307,8 +319,8 @@ def test_what_a_device_has_not(bench):
         bench.chain("fma", "int8x4", 1, 1, 1)
     with pytest.raises(UnsupportedError, match="shaders have no vectors of 8"):
         bench.chain("fma", "float32", 8, 1, 1)
-    with pytest.raises(UnsupportedError, match="there is no chain of add on int32"):
-        bench.chain("add", "int32", 1, 1, 1)
+    with pytest.raises(UnsupportedError, match="there is no chain of special on int32"):
+        bench.chain("special", "int32", 1, 1, 1)
     with pytest.raises(UnsupportedError, match="an image has no such size"):
         bench.image(1 << 40)
     with pytest.raises(CapacityError, match="has no buffers of this size"):

@@ -2,8 +2,10 @@
 
 Every kernel takes its counts as arguments, so that nothing can be unrolled away, and writes what it computed.
 Chains are exact in their element type (whole floats below 2**24, products of 2 and 1/2, integers modulo 2**32).
-Integers have multiply-adds only: products and sums of whole numbers may be put together, and compilers do it (16
-multiplications by two numbers in turn became one by their product).
+Products and sums of whole numbers may be put together, and compilers do it (16 multiplications by two numbers in turn
+became one by their product). Those of integers are therefore of two numbers in turn, x = x + y and y = y + x: each
+waits for the one before and is needed twice, so that none is left out by putting two together. They begin with what the
+buffer has times a, 0: who counts cannot know it, and tells them from the loop's own sums, which can be known.
 """
 
 from __future__ import annotations
@@ -173,7 +175,8 @@ def local(words: int) -> str:
 
 
 def chain(operation: Operation, element: Element, width: int, chains: int) -> str:
-    """A kernel `chain(out, turns, a, b, c)`; products and roots begin with c. Results by `npulab.gpu.exact.chained`.
+    """A kernel `chain(out, turns, a, b, c)`; roots and products of floats begin with c. Results by
+    `npulab.gpu.exact.chained`.
 
     Raises: UnsupportedError for a step that an element type has not.
     """
@@ -185,11 +188,14 @@ def chain(operation: Operation, element: Element, width: int, chains: int) -> st
         weight = 1
     vector = scalar if width == 1 else f"{scalar}{width}"
     names = [f"x{c}" for c in range(chains)]
-    turn = "\n        ".join(" ".join(step[s % len(step)].format(x=x) for x in names) for s in range(STEPS))
+    turn = "\n        ".join(" ".join(step[s % len(step)].format(x=f"x{c}", y=f"y{c}") for c in range(chains))
+                             for s in range(STEPS))
     start = " ".join(f"V {x} = (V)((S)(get_local_id(0) & 7)) + (V)((S){c // weight + 1});" for c, x in enumerate(names))
     if operation in ("mul", "special"):
         start = " ".join(f"V {x} = (V)(c);" for x in names)
     total = " + ".join(names)
+    if element == "int32" and operation != "fma":
+        start, total = _two(operation, chains)
     parts = total if width == 1 else " + ".join(f"total.s{i:x}" for i in range(width))
     pragma = f"#pragma OPENCL EXTENSION {EXTENSIONS[element]} : enable\n" if element == "float16" else ""
     return f"""{pragma}typedef {scalar} S;
@@ -207,6 +213,14 @@ __kernel void chain(__global {"float" if "float" in element else "uint"} *out, u
 """
 
 
+def _two(operation: Operation, chains: int) -> tuple[str, str]:
+    """(beginning, result) of chains of two integers each. Products begin with odd ones, or would soon be 0."""
+    begin = "2 * (first + {}) + 1" if operation == "mul" else "first + {}"
+    numbers = [f"V x{c} = (V)({begin.format(c + 1)}), y{c} = x{c};" for c in range(chains)]
+    return (" ".join(("S first = (S)(get_local_id(0) & 7) + out[get_global_id(0)] * a;", *numbers)),
+            " + ".join(f"(x{c} ^ y{c})" for c in range(chains)))
+
+
 def _argument(element: Element) -> str:
     return "float" if "float" in element else "uint"
 
@@ -219,6 +233,8 @@ def _step(operation: Operation, element: Element) -> tuple[str, ...]:
         (True, "add"): ("{x} = {x} + a;", "{x} = {x} + b;"),
         (True, "special"): ("{x} = rsqrt({x});",),
         (False, "fma"): ("{x} = {x} * a + b;",),
+        (False, "mul"): ("{x} = {x} * {y};", "{y} = {y} * {x};"),
+        (False, "add"): ("{x} = {x} + {y};", "{y} = {y} + {x};"),
     }
     if element == "int8x4" and operation == "fma":
         return ("{x} = dot_4x8packed_uu_uint({x}, a) + b;",)

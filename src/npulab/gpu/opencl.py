@@ -252,7 +252,7 @@ class OpenCL:
                 ends = [chained(operation, element, s, turns) for s in starts]
                 want = sum(ends) * width
                 if not element.startswith("float"):
-                    right = int(found[i]) == int(want) % (1 << 32)
+                    right = int(found[i]) == (want := int(want) % (1 << 32))
                 else:
                     right = bool(np.isclose(float(found[i]), want, rtol=2e-2 if element == "float16" else 1e-6))
                 if not right:
@@ -263,7 +263,8 @@ class OpenCL:
         each = kernels.STEPS * chains * width * OPERATIONS_A_STEP[element]
         if element == "char4":  # compilers make products of bytes of others, in lanes that not all are needed
             return self._measured(run, Asked("operations", {counting.PRODUCTS: each}, most=4), most)
-        asked = Asked("operations", {"fma int8" if element == "int8x4" else f"{operation} {element}": each},
+        counted = {"fma int8x4": "fma int8", "add int32": counting.SUMS}.get(what := f"{operation} {element}", what)
+        asked = Asked("operations", {counted: each},
                       pads=width * chains > 1 and (width == 2 or width * chains % 4 != 0))
         return self._measured(run, asked, most)
 

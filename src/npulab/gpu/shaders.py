@@ -209,19 +209,20 @@ def _image(columns: int, _: str, group: int) -> bytes:
 
 
 def chain(operation: Operation, element: Element, width: int, chains: int) -> Recipe:
-    """Arguments: turns, a, b, c; products and roots begin with c. Results by `npulab.gpu.exact.chained`.
+    """Arguments: turns, a, b, c; roots and products of floats begin with c. Results by `npulab.gpu.exact.chained`.
 
     Raises: UnsupportedError for a step that an element type has not, or vectors that shaders have not.
     """
-    if element not in KINDS or (element == "int32" and operation != "fma"):
+    if element not in KINDS or (element == "int32" and operation == "special"):
         raise UnsupportedError(f"there is no chain of {operation} on {element}")
     if width not in LANES:
         raise UnsupportedError(f"shaders have no vectors of {width}")
-    make = partial(_chain, operation, KINDS[element], width, chains)
+    two = element == "int32" and operation != "fma"
+    make = partial(_two if two else partial(_chain, KINDS[element]), operation, width, chains)
     return Recipe("chain", (operation, element, width, chains), make)
 
 
-def _chain(operation: Operation, kind: Kind, width: int, chains: int, _: str, group: int) -> bytes:
+def _chain(kind: Kind, operation: Operation, width: int, chains: int, _: str, group: int) -> bytes:
     given: Kind = "uint" if kind == "uint" else "float"
     s = Shader(group, (given,), ("uint", given, given, given))
     turns = s.arguments[0]
@@ -241,6 +242,29 @@ def _chain(operation: Operation, kind: Kind, width: int, chains: int, _: str, gr
     for x in xs[1:]:
         total = total + x.get()
     s.store(0, s.global_id, s.convert(s.sum(total), given))
+    return s.assemble()
+
+
+def _two(operation: Operation, width: int, chains: int, _: str, group: int) -> bytes:
+    """A chain of two integers, as `npulab.gpu.kernels` has it."""
+    s = Shader(group, ("uint",), ("uint", "uint", "uint", "uint"))
+    turns, a = s.arguments[:2]
+    first = (s.local_id & 7) + s.load(0, s.global_id) * a
+    starts = [first + (i + 1) for i in range(chains)]
+    if operation == "mul":
+        starts = [x * 2 + 1 for x in starts]
+    pairs = [(s.variable(x), s.variable(x)) for x in (s.spread(x, width) for x in starts)]
+    with s.loop(turns):
+        now = [(x.get(), y.get()) for x, y in pairs]
+        for _step in range(STEPS):
+            now = [(y, x * y if operation == "mul" else x + y) for x, y in now]
+        for (x, y), values in zip(pairs, now, strict=True):
+            x.set(values[0])
+            y.set(values[1])
+    total, *others = [x.get() ^ y.get() for x, y in pairs]
+    for other in others:
+        total = total + other
+    s.store(0, s.global_id, s.sum(total))
     return s.assemble()
 
 

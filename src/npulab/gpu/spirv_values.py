@@ -55,6 +55,9 @@ class Value:
     def __or__(self, other: Value | int) -> Value:
         return self.shader.typed("BitwiseOr", self.type, self, self.shader.like(other, self))
 
+    def __xor__(self, other: Value | int) -> Value:
+        return self.shader.typed("BitwiseXor", self.type, self, self.shader.like(other, self))
+
     def __lshift__(self, other: Value | int) -> Value:
         return self.shader.typed("ShiftLeftLogical", self.type, self, self.shader.like(other, self))
 

@@ -19,8 +19,8 @@ OPCODES = {
     "FSub": 131, "IMul": 132, "FMul": 133, "UDiv": 134, "FDiv": 136, "UMod": 137, "LogicalAnd": 167, "Select": 169,
     "IEqual": 170, "INotEqual": 171, "UGreaterThanEqual": 174, "SGreaterThanEqual": 175, "ULessThan": 176,
     "SLessThan": 177, "ShiftRightLogical": 194, "ShiftRightArithmetic": 195, "ShiftLeftLogical": 196,
-    "BitwiseOr": 197, "BitwiseAnd": 199, "ControlBarrier": 224, "LoopMerge": 246, "SelectionMerge": 247,
-    "Label": 248, "Branch": 249, "BranchConditional": 250, "Return": 253,
+    "BitwiseOr": 197, "BitwiseXor": 198, "BitwiseAnd": 199, "ControlBarrier": 224, "LoopMerge": 246,
+    "SelectionMerge": 247, "Label": 248, "Branch": 249, "BranchConditional": 250, "Return": 253,
 }
 GLSL = {"FAbs": 4, "Exp": 27, "InverseSqrt": 32, "FMin": 37, "UMin": 38, "SMin": 39, "FMax": 40, "SMax": 42, "Fma": 50,
         "PackHalf2x16": 58, "UnpackHalf2x16": 62}

@@ -18,7 +18,8 @@ Element = Literal["float32", "float16", "int32", "int8x4", "char4"]
 OPERATIONS_A_STEP: dict[Element, int] = {"float32": 1, "float16": 1, "int32": 1, "int8x4": 4, "char4": 4}
 """Scalar operations of a step of a chain, for each element of a vector: a multiply-add is one."""
 Operation = Literal["fma", "mul", "add", "special"]
-"""A dependent step of a chain: a * b + c, a * b, a + b, 1 / sqrt(a). Of int8x4 and char4 only "fma"."""
+"""A dependent step of a chain: a * b + c, a * b, a + b, 1 / sqrt(a). Of int8x4 and char4 only "fma", of int32 no
+"special"."""
 Way = Literal["read", "write", "copy"]
 Status = Literal["measured", "refused"]
 

@@ -6,8 +6,8 @@ with more; what it did more is what the turns do (`npulab.gpu.counting.turns`). 
 and code whose way hangs on them is not counted.
 """
 
-from npulab.gpu.counting.mix import Asked, Counted
+from npulab.gpu.counting.mix import SUMS, Asked, Counted
 from npulab.gpu.counting.opencl import count
 from npulab.gpu.counting.turns import PRODUCTS, STATED, objection, source, work
 
-__all__ = ["PRODUCTS", "STATED", "Asked", "Counted", "count", "objection", "source", "work"]
+__all__ = ["PRODUCTS", "STATED", "SUMS", "Asked", "Counted", "count", "objection", "source", "work"]

@@ -9,6 +9,9 @@ Mix = dict[str, float]
 """How many of each: "fma float32" (scalars: lanes of vectors count each), "mul int32", "sqrt float32"..., "load bytes"
 and "store bytes" of memory that is not the thread's own, "spill bytes" of its own, "calls" of what is not seen,
 "masked" instructions that leave some lanes as they are."""
+SUMS = "add int32 on data"
+"""Of "add int32", those whose result is not known: a loop's count of its turns and what leads to places in memory are,
+what begins with the content of a buffer is not."""
 OWN = 1 << 22
 """Instructions to follow at most, those apart that only compute on data."""
 

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Sequence
 
 from npulab.gpu.counting.elf import Elf
-from npulab.gpu.counting.mix import Argument, Counted, Mix, NotRead, Picture
+from npulab.gpu.counting.mix import SUMS, Argument, Counted, Mix, NotRead, Picture
 from npulab.gpu.counting.turns import of_a_turn
 from npulab.gpu.counting.x86 import Machine
 
@@ -77,7 +77,8 @@ def _count(elf: Elf, kernel: str, size: Sequence[int], group: Sequence[int], arg
         described = [range(at := BUFFERS * (k + 1), at + IMAGE_BYTES) for k, a in enumerate(values)
                      if isinstance(a, Picture)]
         machine = Machine(elf, _memory(values, size, group), described)
-        return machine.follow(elf.functions[name], ARGUMENTS, CONTEXT, 0, 0, 0)
+        out = machine.follow(elf.functions[name], ARGUMENTS, CONTEXT, 0, 0, 0)
+        return {**out, SUMS: out.get("add int32", 0.0) - machine.known}
 
     return of_a_turn(follow, items, CODE)
 

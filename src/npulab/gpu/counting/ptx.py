@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from npulab.gpu.counting.mix import OWN, Argument, Counted, Mix, NotRead, add
+from npulab.gpu.counting.mix import OWN, SUMS, Argument, Counted, Mix, NotRead, add
 from npulab.gpu.counting.turns import of_a_turn
 
 CODE = "PTX"
@@ -98,7 +98,8 @@ def _special(item: int, size: Sequence[int], group: Sequence[int]) -> dict[str, 
 
 def _follow(lines: Sequence[Line], labels: Mapping[str, int], values: dict[str, Known]) -> Mix:
     done = [0] * len(lines)
-    at = steps = 0
+    sums = [line.operands[0] if "add int32" in kinds(line) else "" for line in lines]
+    at = steps = known = 0
     while at < len(lines):
         line = lines[at]
         steps += 1
@@ -131,10 +132,12 @@ def _follow(lines: Sequence[Line], labels: Mapping[str, int], values: dict[str, 
             raise NotRead("a branch by a table")
         else:
             _step(line, values)
-    out: Mix = {}
+            known += sums[at - 1] != "" and values.get(sums[at - 1]) is not None
+    out: Mix = {SUMS: -known}
     for line, times in zip(lines, done, strict=True):
         if times:
             add(out, kinds(line), times)
+    add(out, {SUMS: out.get("add int32", 0.0)})
     return out
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from npulab.gpu.counting.mix import OWN, Counted, Mix, NotRead, add
+from npulab.gpu.counting.mix import OWN, SUMS, Counted, Mix, NotRead, add
 from npulab.gpu.counting.turns import of_a_turn
 
 CODE = "SPIR-V"
@@ -262,6 +262,8 @@ class _Thread:
                 kind, lanes = m.element(a[0])
                 add(out, {f"{COUNTED[op]} {kind}": lanes})
             values[a[1]] = self._value(op, a)
+            if op in (128, 130) and values[a[1]] is None:
+                add(out, {SUMS: m.element(a[0])[1]})
 
     def _least(self, a: tuple[int, ...]) -> int | None:
         x, y = (self.values.get(v) for v in a[4:6])

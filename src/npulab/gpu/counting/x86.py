@@ -22,7 +22,10 @@ CALLER_SAVED = (0, 1, 2, 6, 7, 8, 9, 10, 11)
 
 
 class Machine(State):
-    """One thread of an ELF file's code."""
+    """One thread of an ELF file's code.
+
+    calls  of what is not seen.     known  sums of 32 bits whose result is known.
+    """
 
     def __init__(self, elf: Elf, memory: Mapping[int, int], described: Sequence[range] = ()) -> None:
         if elf.machine != "x86-64":
@@ -31,12 +34,12 @@ class Machine(State):
         self._decoder = self.cs.Cs(self.cs.CS_ARCH_X86, self.cs.CS_MODE_64)
         self._decoder.detail = True
         self._blocks: dict[int, tuple[list[Step], Mix, Callable[[], int]]] = {}
-        self.calls = 0
+        self.calls = self.known = 0
 
     def follow(self, function: int, *arguments: int) -> Mix:
         """What a call does. Raises: NotRead."""
         self.forget()
-        self.calls = 0
+        self.calls = self.known = 0
         for register, value in zip((RDI, RSI, RDX, RCX, 8, 9), arguments, strict=False):
             self.r[register] = value
         self.r[RSP] = STACK
@@ -84,10 +87,22 @@ class Machine(State):
                 if name == "call":
                     return steps, mix, self._call(i, after)
                 return steps, mix, self._jump(i, name, after)
-            add(mix, kinds(i, cs, self._own))
+            counted = kinds(i, cs, self._own)
+            add(mix, counted)
             if does := step(self, i, name):
                 steps.append(does)
+            if counted.get("add int32") == 1:
+                steps.append(self._noting(i))
         raise NotRead(f"bytes at {start:#x} are no instructions")
+
+    def _noting(self, i: Any) -> Step:
+        """Behind a sum: whether it is known."""
+        read = self.reader(i, i.operands[0])
+
+        def note() -> None:
+            self.known += read() is not None
+
+        return note
 
     def _own(self, base: str) -> bool:
         """Whether a register points into the stack; the frame's does all through a function."""
