@@ -14,7 +14,9 @@ from npulab.gpu.analysis.statistics import Estimate, estimate
 from npulab.gpu.types import Bench, Element, Extra, Operation, Timing
 
 Kind = Literal["core", "alone", "memory", "host"]
-ATTEMPTS = 8  # two speeds that a machine changes between some times a second end three tries now and then
+ATTEMPTS, MOVES = 3, 8
+"""Tries of an experiment that the bench doubts, and of one during which the clock moved: of two speeds that a machine
+changes between some times a second each may end three tries."""
 ASTRAY = 0.4  # a reference that differs by more after all tries has the experiment refused; scatter of the first, all
 TRIES = 8
 MOVED = 0.03  # a reference that differs by more (and more than they scatter) from before to after: done again
@@ -33,6 +35,10 @@ class Refused(Exception):  # noqa: N818 - not an error: an answer
 
 class Objection(Refused):
     """The bench itself doubts the times of an experiment."""
+
+
+class Moved(Objection):
+    """The clock did, during an experiment."""
 
 
 class _Lacking:
@@ -82,14 +88,14 @@ class Meter:
         kinds: tuple[Kind, ...] = ("core", "alone", "memory")
         for kind in kinds:
             try:
-                found = [self._reference(kind) for _ in range(4)]
-                first = sum(found) / len(found)
+                found = [self._reference(kind) for _ in range(5)]
+                first = statistics.median(found)  # all that follows is compared with it: not with what was disturbed
                 scatter = statistics.stdev(found) / first  # of a busy machine: no clock moves like this
                 if scatter > ASTRAY:
                     self._astray[kind] = f"the clock does not stay: the first references scatter by {scatter:.0%}"
                 if scatter > UNTOLD:
                     raise Refused(f"references scatter by {scatter:.0%}: the clock cannot be told from the rest")
-                self._first[kind], self._recent[kind] = first, found
+                self._first[kind], self._recent[kind] = first, sorted(found)[1:-1]
                 self._moved[kind] = max(MOVED, 3 * scatter)
             except (Refused, NpulabError) as e:
                 self.faults[kind] = reason(e)
@@ -156,12 +162,18 @@ class Meter:
     def _asked(self, ask: Callable[[], Timing], of: str) -> list[float]:
         """Doubtful times are asked for again: on a busy machine a check of them fails now and then. What is doubtful
         each time is refused, and a wrong result at once."""
-        for _ in range(ATTEMPTS - 1):
+        moved = doubted = 0
+        while True:
             try:
                 return self._checked(ask(), of)
+            except Moved:
+                moved += 1
+                if moved == MOVES:
+                    raise
             except Objection:
-                pass
-        return self._checked(ask(), of)
+                doubted += 1
+                if doubted == ATTEMPTS:
+                    raise
 
     def _checked(self, timing: Timing, of: str) -> list[float]:
         self.experiments += 1
@@ -172,7 +184,7 @@ class Meter:
         if timing.doubtful:
             raise Objection(timing.doubtful)
         if moved := bounds.drift_objection(timing.seconds):
-            raise Objection(moved)
+            raise Moved(moved)
         if coarse := bounds.times_objection(timing.seconds):
             raise Refused(coarse)
         self._source = timing.counted
