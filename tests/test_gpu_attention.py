@@ -616,6 +616,37 @@ def test_integer_groups_are_refused():
                              None, 0, [0] * 4, [0] * 4, 0)
 
 
+NO_BYTES = [
+    ({"zero_in": 128}, "zero_in is no byte"), ({"zero_out": -129}, "zero_out is no byte"),
+    ({"zero_in": 0.5}, "zero_in is no byte"), ({"low": -129}, "low is no byte"), ({"high": 200}, "high is no byte"),
+    ({"low": 5, "high": 4}, "low is above high"), ({"weights": np.full((4, 4), 200)}, "the weights are no bytes"),
+    ({"weights": np.full((4, 4), 3 * 10**9)}, "the weights are no bytes"),
+    ({"weights": np.full((4, 4), 0.5)}, "the weights are no bytes"),
+    ({"weights": np.ones((4, 3))}, "the weights are of another shape"),
+    ({"bias": np.ones(3, int)}, "the bias is of another shape"),
+    ({"bias": np.full(4, 0.5)}, "the biases are no whole"), ({"bias": np.full(4, 1 << 31)}, "the biases are no"),
+    ({"multipliers": [1 << 30] * 3}, "multipliers are one for each"), ({"shifts": [0]}, "shifts are one for each"),
+    ({"multipliers": [1 << 31] * 4}, "multipliers are no whole"), ({"shifts": [0.5] * 4}, "shifts are no whole"),
+    ({"multipliers": [-1] * 4}, "multipliers are no whole numbers"), ({"shifts": [-32] * 4}, "shifts are no whole"),
+]
+"""Of a product of 4 by 4, and what is said of it: numbers that would be cut to others."""
+BYTES = {"weights": np.ones((4, 4)), "bias": None, "zero_in": 0, "multipliers": [1 << 30] * 4, "shifts": [0] * 4,
+         "zero_out": 0, "low": -128, "high": 127}
+
+
+@pytest.mark.parametrize(("changed", "message"), NO_BYTES)
+def test_what_is_no_byte_is_not_cut_to_one(changed, message):
+    with pytest.raises(InvariantError, match=message):
+        integers.product(1, 2, 4, 4, CPU, **BYTES | changed)
+
+
+def test_integers_have_no_residual_and_no_activation():
+    what = Convolution(1, 1, 1, 4, 4, number="int8")
+    for more in ({"residual": True}, {"activation": "relu"}, {"number": "float32"}):
+        with pytest.raises(UnsupportedError, match="integer kernels add no residual"):
+            integers.convolution(replace(what, **more), CPU, **BYTES | {"weights": np.ones((4, 1, 1, 4))})
+
+
 def litert_of(what: Convolution):
     """What LiteRT's reference kernels compute, with scales of each channel: (what with LiteRT's pads, the arguments of
     integers.convolution but for the traits, x, y)."""
