@@ -256,6 +256,22 @@ def test_what_does_not_suit_is_refused():
         matrices.lower(Product(1, 2, 3, 4), PROCESSOR, None, None, Direct(Tile()))
 
 
+@pytest.mark.parametrize(("more", "text"), [
+    ({"strides": (0, 1)}, "strides 0, 1"), ({"dilations": (1, -1)}, "dilations 1, -1"), ({"groups": 0}, "groups 0"),
+    ({"kernel": (0, 3)}, "kernel 0, 3"), ({"batch": 0}, "batch 0"), ({"channels": 0}, "channels 0"),
+    ({"pads": (0, -1, 0, 0)}, "pads 0, -1, 0, 0")])
+def test_there_is_no_convolution_of_nothing(more, text):
+    with pytest.raises(InvariantError, match="there is no such convolution") as e:
+        Convolution(**{"batch": 1, "height": 8, "width": 8, "channels": 4, "filters": 4} | more)
+    assert e.value.facts["got"] == text
+
+
+@pytest.mark.parametrize("more", [{"batch": 0}, {"rows": 0}, {"inner": -1}, {"columns": 0}])
+def test_there_is_no_product_of_nothing(more):
+    with pytest.raises(InvariantError, match="there is no such product"):
+        Product(**{"batch": 1, "rows": 2, "inner": 3, "columns": 4} | more)
+
+
 def test_a_layer_says_what_it_needs():
     what = Convolution(1, 8, 8, 16, 32, (3, 3), pads=(1, 1, 1, 1))
     for choice in (Direct(Tile(6, 4, 16)), Winograd(Tile(6, 4, 16), 2)):

@@ -750,6 +750,61 @@ def test_no_such_device_is_said(small, device, capsys):
     assert "there is no OpenCL device 99" in capsys.readouterr().err
 
 
+BROKEN = {"strides": ({"strides": [0, 0]}, "strides 0, 0"), "dilations": ({"dilations": [0, 1]}, "dilations 0, 1"),
+          "group": ({"group": 0}, "group 0"), "negative": ({"strides": [1, -1]}, "strides 1, -1")}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("command", [
+    ["run", "--input", "x.npy", "--device", "opencl:0"], ["run", "--input", "x.npy"], ["check", "--target", "a311d"],
+    ["check", "--target", "hailo8"], ["quantize", "--data", "x.npy", "--target", "a311d", "-o", "q.tflite"],
+    ["patch", "--target", "hailo8", "-o", "p.onnx"], ["teardown"], ["convert", "-o", "c.tflite"]],
+    ids=lambda c: "-".join(w.strip("-") for w in c if "." not in w))
+def test_strides_dilations_and_groups_below_one_are_the_file_s_fault(npulab, tmp_path, monkeypatch, name, command):
+    """Whoever reads it: one message. A group of 0 ended ONNX Runtime's process, and ours with it."""
+    more, text = BROKEN[name]
+    monkeypatch.chdir(tmp_path)
+    made = onnx.helper.make_model(onnx.helper.make_graph(
+        [node("Conv", "x w", "y", **more)], "net", [onnx.helper.make_tensor_value_info("x", F, [1, 4, 8, 8])],
+        [onnx.helper.make_tensor_value_info("y", F, [1, 4, 6, 6])],
+        [onnx.numpy_helper.from_array(floats(4, 4, 3, 3), "w")]), opset_imports=[onnx.helper.make_opsetid("", 17)],
+        ir_version=10)
+    onnx.save(made, "broken.onnx")
+    np.save("x.npy", floats(1, 4, 8, 8))
+    code, out, err = npulab(command[0], "broken.onnx", *command[1:])
+    assert (code, out) == (3, "")
+    assert err == f"npulab: error: Conv 'y' of 'broken' has {text}\n  want    at least 1\n"
+
+
+MISFITS = {
+    "groups": (node("Conv", "x w", "y", group=3), {"w": floats(4, 4, 3, 3)}, [1, 4, 6, 6]),
+    "channels": (node("Conv", "x w", "y"), {"w": floats(4, 3, 3, 3)}, [1, 4, 6, 6]),
+    "bias": (node("Conv", "x w b", "y"), {"w": floats(4, 4, 3, 3), "b": floats(3)}, [1, 4, 6, 6]),
+    "kernel": (node("Conv", "x w", "y", kernel_shape=[2, 2]), {"w": floats(4, 4, 3, 3)}, [1, 4, 7, 7]),
+    "pads": (node("Conv", "x w", "y", pads=[1, 1, 1, 1, 0, 0]), {"w": floats(4, 4, 3, 3)}, [1, 4, 8, 8]),
+    "far strides": (node("Conv", "x w", "y", strides=[2**31, 2**31]), {"w": floats(4, 4, 3, 3)}, [1, 4, 1, 1]),
+    "far dilations": (node("Conv", "x w", "y", dilations=[2**31, 2**31]), {"w": floats(4, 4, 1, 1)}, [1, 4, 8, 8]),
+    "far pads": (node("Conv", "x w", "y", pads=[2**31, 0, 2**31, 0], strides=[2**31, 1]), {"w": floats(4, 4, 3, 3)},
+                 [1, 4, 3, 6]),
+    "transposed bias": (node("ConvTranspose", "x w b", "y"), {"w": floats(4, 4, 3, 3), "b": floats(3)}, [1, 4, 10, 10]),
+    "transposed groups": (node("ConvTranspose", "x w", "y", group=3), {"w": floats(4, 4, 3, 3)}, [1, 12, 10, 10]),
+    "pool far": (node("MaxPool", "x", "y", kernel_shape=[2, 2], strides=[2**31, 2**31]), {}, [1, 4, 1, 1]),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_what_does_not_fit_together_is_refused_with_its_node(device, traits, name):
+    """Not a defect of npulab, and no kernel that reads behind a buffer's end."""
+    n, constants, out = MISFITS[name]
+    graph = onnx.helper.make_graph([n], "net", [onnx.helper.make_tensor_value_info("x", F, [1, 4, 8, 8])],
+                                   [onnx.helper.make_tensor_value_info("y", F, out)],
+                                   [onnx.numpy_helper.from_array(a, k) for k, a in constants.items()])
+    proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=10)
+    with pytest.raises(UnsupportedError, match="has nodes that there are no OpenCL kernels for") as e:
+        compile_network(load(proto.SerializeToString()), traits)
+    assert e.value.facts["got"].startswith(f"{n.op_type}: ")
+
+
 def test_a_device_that_is_lost_leaves_no_file(small, device, capsys, tmp_path, monkeypatch):
     from npulab.gpu.compute.device import Device
 

@@ -7,8 +7,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from npulab.errors import InvariantError
+from npulab.gpu.compute.convolution import checked
 from npulab.gpu.compute.fusing import Group, attributes
 from npulab.gpu.compute.layers import Builder, RefusedError
+from npulab.gpu.compute.moves import INDEX_MAX
 from npulab.gpu.compute.problems import Attention, Convolution, LayerNorm, Product, Softmax
 from npulab.gpu.compute.views import Shape, dense
 from npulab.gpu.compute.windows import Pool, TransposedConvolution
@@ -20,13 +23,13 @@ NCHW = (0, 3, 1, 2)
 
 def _pair(own: Any, name: str, rank: int) -> tuple[int, ...]:
     found = tuple(own.get(name) or (1,) * rank)
-    if len(found) != rank or min(found) < 1:
+    if len(found) != rank or min(found) < 1 or max(found) > INDEX_MAX:
         raise RefusedError(f"{name} {found}")
     return found
 
 
 def padding(own: Any, size: Shape, kernel: Shape, strides: Shape, dilations: Shape) -> tuple[int, ...]:
-    """Pads as ONNX has them: all beginnings, then all ends."""
+    """Pads as ONNX has them: all beginnings, then all ends. Raises: RefusedError unless kernels can count with them."""
     auto = own.get("auto_pad", "NOTSET")
     auto = auto.decode() if isinstance(auto, bytes) else auto
     if auto == "VALID":
@@ -36,7 +39,11 @@ def padding(own: Any, size: Shape, kernel: Shape, strides: Shape, dilations: Sha
                   for m, k, s, d in zip(size, kernel, strides, dilations, strict=True)]
         first = [t // 2 if auto == "SAME_UPPER" else t - t // 2 for t in totals]
         return (*first, *(t - f for t, f in zip(totals, first, strict=True)))
-    return tuple(own.get("pads") or (0,) * (2 * len(size)))
+    found = tuple(own.get("pads") or (0,) * (2 * len(size)))
+    if len(found) != 2 * len(size) or min(found) < 0 or max(map(sum, zip(
+            size, found, found[len(size):], strict=False))) > INDEX_MAX:
+        raise RefusedError(f"pads {found}")
+    return found
 
 
 def convolution(b: Builder, g: Group) -> None:
@@ -53,22 +60,27 @@ def convolution(b: Builder, g: Group) -> None:
     rank = len(x.shape) - 2
     strides, dilations = _pair(own, "strides", rank), _pair(own, "dilations", rank)
     pads = padding(own, x.shape[2:], weights.shape[2:], strides, dilations)
-    if min(pads) < 0:
-        raise RefusedError("its pads are negative")
     if flat:
         weights, strides, dilations = weights[:, :, None], (1, *strides), (1, *dilations)
         pads = (0, pads[0], 0, pads[1])
     batch, channels = x.shape[:2]
     height, width = (1, x.shape[2]) if flat else x.shape[2:]
     kernel = weights.shape[2:]
-    what = Convolution(
-        batch, height, width, channels, weights.shape[0], (kernel[0], kernel[1]), (strides[0], strides[1]),
-        (dilations[0], dilations[1]), (pads[0], pads[1], pads[2], pads[3]), int(own.get("group", 1)), g.residual >= 0,
-        g.activation, g.slope)
+    packed = np.ascontiguousarray(weights.transpose(0, 2, 3, 1))
     bias = _bias(b, n, g)
+    try:
+        what = Convolution(
+            batch, height, width, channels, weights.shape[0], (kernel[0], kernel[1]), (strides[0], strides[1]),
+            (dilations[0], dilations[1]), (pads[0], pads[1], pads[2], pads[3]), int(own.get("group", 1)),
+            g.residual >= 0, g.activation, g.slope)
+        checked(what, packed, bias)
+    except InvariantError as e:
+        raise RefusedError(f"{e.message}: {e.facts['got']}") from None
+    shape = (batch, what.filters, *what.out[flat:])
+    if b.graph.values[g.output].shape != shape:
+        raise RefusedError(f"its result is {shape}, not {b.graph.values[g.output].shape}")
     order = (0, 2, 1) if flat else NHWC
     reads = [b.dense(n.inputs[0], order)] + ([b.dense(g.residual, order)] if g.residual >= 0 else [])
-    packed = np.ascontiguousarray(weights.transpose(0, 2, 3, 1))
     out = b.emit(what, reads, (batch, *what.out, what.filters), (packed, bias))
     if flat:
         b.set(g.output, dense(out.tensor, (batch, what.out[1], what.filters)).transposed((0, 2, 1)))
@@ -266,13 +278,15 @@ def transposed_convolution(b: Builder, n: Node) -> None:
         over = [max(0, w - o) for w, o in zip(whole, out[2:], strict=True)]
         pads = [-(-t // 2) if auto in ("SAME_LOWER", b"SAME_LOWER") else t // 2 for t in over]
     else:
-        pads = list((own.get("pads") or (0, 0, 0, 0))[:2])
+        pads = list(padding(own, shape[2:], kernel, strides, dilations)[:2])
     own_filters = weights.shape[1]
     # [channels, filters / groups, h, w] -> [filters, h, w, channels / groups]
     packed = weights.reshape(groups, shape[1] // groups, own_filters, *kernel).transpose(0, 2, 3, 4, 1)
     bias = b.numbers(n.inputs[2]) if len(n.inputs) > 2 and n.inputs[2] >= 0 else np.zeros(own_filters * groups)
     if bias is None:
         raise RefusedError("its bias is computed")
+    if bias.size != own_filters * groups:
+        raise RefusedError(f"its bias is of {bias.size}, not of {own_filters * groups}")
     tensors = [b.tensor(a.size, np.ascontiguousarray(a, np.float32).reshape(-1)) for a in (packed, bias)]
     what = TransposedConvolution((shape[0], shape[2], shape[3], shape[1]), own_filters * groups, (out[2], out[3]),
                                  (kernel[0], kernel[1]), (strides[0], strides[1]), (dilations[0], dilations[1]),
