@@ -839,11 +839,15 @@ def hanging(layer, traits, choose):
 n.lowered = hanging
 sys.exit(run_arguments(sys.argv[1:]))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code, "run", str(path), "--input", str(array), "--device", "opencl:0", "-o", str(out),
-         "--patience", "3"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 4
-    assert "did not answer for 3 s\n  where   launch 1 of " in done.stderr
+    for patience in (3, 30, 90):  # a busy machine takes longer to compile kernels than the first
+        done = subprocess.run(
+            [sys.executable, "-c", code, "run", str(path), "--input", str(array), "--device", "opencl:0", "-o", str(out),
+             "--patience", str(patience)], capture_output=True, text=True, timeout=600)
+        assert done.returncode == 4
+        assert f"did not answer for {patience} s\n  where   " in done.stderr
+        if "  where   launch " in done.stderr:
+            break
+    assert "  where   launch 1 of " in done.stderr
     assert "--patience SECONDS gives a slow one more time" in done.stderr
     assert not list(tmp_path.glob("y*"))
 
