@@ -311,6 +311,44 @@ def test_factors_behind_a_product_are_its_scale(device, traits):
     agrees(graph, device, traits)
 
 
+def test_an_empty_third_input_leaves_room_for_a_bias(device, traits):
+    """The sum behind it was lost."""
+    graph = model([node("Conv", "x w -", "c"), node("Add", "c b", "y")], {"x": [1, 4, 5, 6]}, ["y"],
+                  w=floats(3, 4, 3, 3), b=floats(3, 1, 1))
+    assert [k for k, _ in problems(graph, Convolution)[0]] == ["Conv+Add"]
+    agrees(graph, device, traits)
+
+
+def test_gemm_adds_matrices_with_a_factor_and_two_of_them(device, traits):
+    for third, more in (("c", {"beta": 2.0}), ("z", {"beta": -0.5}), ("c", {}), ("z", {"alpha": 0.5})):
+        graph = model([node("Gemm", f"x w {third}", "g", **more), node("Add", "g u", "s"), node("Relu", "s", "y")],
+                      {"x": [3, 4], "u": [3, 5]} | ({"z": [3, 5]} if third == "z" else {}), ["y"],
+                      w=floats(4, 5), **({"c": floats(3, 5)} if third == "c" else {}))
+        agrees(graph, device, traits)
+
+
+def test_an_own_add_is_not_fused():
+    """Whatever a domain of its own means by it."""
+    nodes = [node("Conv", "x w", "c"), onnx.helper.make_node("Add", ["c", "z"], ["y"], domain="own")]
+    graph = onnx.helper.make_graph(nodes, "net", [onnx.helper.make_tensor_value_info(n, F, [1, 4, 3, 3]) for n in "xz"],
+                                   [onnx.helper.make_tensor_value_info("y", F, [1, 4, 3, 3])],
+                                   [onnx.numpy_helper.from_array(floats(4, 4, 1, 1), "w")])
+    proto = onnx.helper.make_model(graph, ir_version=10, opset_imports=[
+        onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("own", 1)])
+    graph = fusing.normal(load(proto.SerializeToString()))
+    with pytest.raises(UnsupportedError, match="Add: an operator of own"):
+        operators.network(graph, fusing.groups(graph))
+
+
+@pytest.mark.parametrize(("numbers", "fused"), [((1e30, 1e30), 1), ((1e-30, 1e-30), 1), ((1e30, 1e-30), 2)])
+def test_factors_that_no_kernel_has_together_are_left_apart(device, traits, numbers, fused):
+    """1e30 twice is infinity: of 0 it made NaN."""
+    graph = model([node("MatMul", "x z", "m"), node("Mul", "m a", "n"), node("Mul", "n b", "y")],
+                  {"x": [1, 5, 8], "z": [1, 8, 6]}, ["y"], a=np.float32(numbers[0]), b=np.float32(numbers[1]))
+    assert problems(graph, Product)[0][0][0] == "MatMul" + "+Mul" * fused
+    agrees(graph, device, traits, feeds={"x": np.zeros((1, 5, 8), np.float32), "z": floats(1, 8, 6)})
+
+
 @pytest.mark.parametrize(("op", "number"), [("Mul", np.inf), ("Mul", np.nan), ("Div", 1e-45)])
 def test_a_factor_that_no_kernel_can_have_is_left_apart(device, traits, op, number):
     """Infinity, NaN, and 1 / 1e-45, which float32 has not."""
@@ -366,6 +404,46 @@ def test_a_causal_mask_is_the_kernels_own_and_others_are_added(device, traits):
         graph = attention(mask)
         assert problems(graph, Attention)[0] == []
         agrees(graph, device, traits)
+
+
+def scores(opset=17, mask=None, **softmax):
+    return model([node("Transpose", "k", "t", perm=[0, 2, 1]), node("MatMul", "q t", "s"),
+                  *([] if mask is None else [node("Add", "s mask", "m")]),
+                  node("Softmax", "s" if mask is None else "m", "p", **softmax), node("MatMul", "p v", "y")],
+                 {n: [2, 3, 4] for n in "qkv"}, ["y"], opset, **({} if mask is None else {"mask": mask}))
+
+
+@pytest.mark.parametrize(("opset", "axis", "fused"), [
+    (11, None, 0), (11, 1, 0), (11, 2, 1), (11, -1, 1), (13, None, 1), (13, 2, 1), (13, 1, 0)])
+def test_the_softmax_of_attention_goes_along_the_keys(device, traits, opset, axis, fused):
+    """Up to opset 12 it is over all axes behind the first unless the node says otherwise."""
+    graph = scores(opset, **({} if axis is None else {"axis": axis}))
+    assert len(problems(graph, Attention)[0]) == fused
+    agrees(graph, device, traits)
+
+
+@pytest.mark.parametrize(("key", "value"), [([2, 3, 5], [2, 3, 4]), ([2, 3, 4], [2, 5, 4])])
+def test_attention_of_what_does_not_fit_is_refused(key, value):
+    """Its kernels would read behind the end; shapes that the file states hide it."""
+    sizes = {"q": [2, 3, 4], "k": key, "v": value}
+    nodes = [node("Transpose", "k", "t", perm=[0, 2, 1]), node("MatMul", "q t", "s"), node("Softmax", "s", "p"),
+             node("MatMul", "p v", "y")]
+    graph = onnx.helper.make_graph(
+        nodes, "net", [onnx.helper.make_tensor_value_info(n, F, s) for n, s in sizes.items()],
+        [onnx.helper.make_tensor_value_info("y", F, [2, 3, 4])],
+        value_info=[onnx.helper.make_tensor_value_info(n, F, [2, 3, 3]) for n in "sp"])
+    proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=10)
+    graph = fusing.normal(load(proto.SerializeToString()))
+    found = fusing.groups(graph)
+    assert [g.kind for g in found if g.kind != "single"] == ["attention"]
+    with pytest.raises(UnsupportedError, match="it multiplies rows of"):
+        operators.network(graph, found)
+
+
+def test_a_mask_that_gives_scores_another_axis_is_added(device, traits):
+    graph = scores(mask=causal(3).reshape(1, 1, 3, 3), axis=-1)
+    assert problems(graph, Attention)[0] == []
+    agrees(graph, device, traits)
 
 
 def test_layer_norm_is_found_in_its_parts(device, traits):
@@ -788,6 +866,16 @@ MISFITS = {
                  [1, 4, 3, 6]),
     "transposed bias": (node("ConvTranspose", "x w b", "y"), {"w": floats(4, 4, 3, 3), "b": floats(3)}, [1, 4, 10, 10]),
     "transposed groups": (node("ConvTranspose", "x w", "y", group=3), {"w": floats(4, 4, 3, 3)}, [1, 12, 10, 10]),
+    "inner": (node("Gemm", "x w", "y"), {"w": floats(3, 5)}, [8, 5], [8, 8]),
+    "inner turned": (node("Gemm", "x w", "y", transA=1, transB=1), {"w": floats(5, 3)}, [8, 5], [8, 8]),
+    "inner of two": (node("Gemm", "x x", "y"), {}, [4, 8], [4, 8]),
+    "axes": (node("Gemm", "x w", "y"), {"w": floats(8, 5)}, [4, 5]),
+    "inner of a product": (node("MatMul", "x w", "y"), {"w": floats(3, 5)}, [1, 4, 8, 5]),
+    "inner of a batch": (node("MatMul", "x x", "y"), {}, [2, 4, 8], [2, 4, 8]),
+    "too small": (node("MatMul", "x w", "y"), {"w": floats(8, 5)}, [1, 4, 8, 2]),
+    "too small gemm": (node("Gemm", "x w", "y"), {"w": floats(8, 5)}, [8, 2], [8, 8]),
+    "too few axes": (node("MatMul", "x w", "y"), {"w": floats(8, 5)}, [8, 5]),
+    "another function": (node("Relu", "x", "y"), {}, [1, 4, 8, 7]),
     "pool far": (node("MaxPool", "x", "y", kernel_shape=[2, 2], strides=[2**31, 2**31]), {}, [1, 4, 1, 1]),
 }
 
@@ -795,8 +883,9 @@ MISFITS = {
 @pytest.mark.parametrize("name", MISFITS)
 def test_what_does_not_fit_together_is_refused_with_its_node(device, traits, name):
     """Not a defect of npulab, and no kernel that reads behind a buffer's end."""
-    n, constants, out = MISFITS[name]
-    graph = onnx.helper.make_graph([n], "net", [onnx.helper.make_tensor_value_info("x", F, [1, 4, 8, 8])],
+    n, constants, out, *given = MISFITS[name]
+    x = given[0] if given else [1, 4, 8, 8]
+    graph = onnx.helper.make_graph([n], "net", [onnx.helper.make_tensor_value_info("x", F, x)],
                                    [onnx.helper.make_tensor_value_info("y", F, out)],
                                    [onnx.numpy_helper.from_array(a, k) for k, a in constants.items()])
     proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=10)
@@ -841,8 +930,8 @@ sys.exit(run_arguments(sys.argv[1:]))
 """
     for patience in (3, 30, 90):  # a busy machine takes longer to compile kernels than the first
         done = subprocess.run(
-            [sys.executable, "-c", code, "run", str(path), "--input", str(array), "--device", "opencl:0", "-o", str(out),
-             "--patience", str(patience)], capture_output=True, text=True, timeout=600)
+            [sys.executable, "-c", code, "run", str(path), "--input", str(array), "--device", "opencl:0", "-o",
+             str(out), "--patience", str(patience)], capture_output=True, text=True, timeout=600)
         assert done.returncode == 4
         assert f"did not answer for {patience} s\n  where   " in done.stderr
         if "  where   launch " in done.stderr:

@@ -11,7 +11,7 @@ from npulab.errors import InvariantError
 from npulab.gpu.compute.convolution import checked
 from npulab.gpu.compute.fusing import Group, attributes
 from npulab.gpu.compute.layers import Builder, RefusedError
-from npulab.gpu.compute.moves import INDEX_MAX
+from npulab.gpu.compute.moves import INDEX_MAX, literal
 from npulab.gpu.compute.problems import Attention, Convolution, LayerNorm, Product, Softmax
 from npulab.gpu.compute.views import Shape, dense
 from npulab.gpu.compute.windows import Pool, TransposedConvolution
@@ -76,9 +76,6 @@ def convolution(b: Builder, g: Group) -> None:
         checked(what, packed, bias)
     except InvariantError as e:
         raise RefusedError(f"{e.message}: {e.facts['got']}") from None
-    shape = (batch, what.filters, *what.out[flat:])
-    if b.graph.values[g.output].shape != shape:
-        raise RefusedError(f"its result is {shape}, not {b.graph.values[g.output].shape}")
     order = (0, 2, 1) if flat else NHWC
     reads = [b.dense(n.inputs[0], order)] + ([b.dense(g.residual, order)] if g.residual >= 0 else [])
     out = b.emit(what, reads, (batch, *what.out, what.filters), (packed, bias))
@@ -89,7 +86,7 @@ def convolution(b: Builder, g: Group) -> None:
 
 
 def _bias(b: Builder, n: Node, g: Group) -> Any:
-    value = n.inputs[2] if len(n.inputs) > 2 else g.bias
+    value = n.inputs[2] if len(n.inputs) > 2 and n.inputs[2] >= 0 else g.bias
     if value < 0:
         return None
     found = b.numbers(value)
@@ -107,9 +104,10 @@ def product(b: Builder, g: Group) -> None:
     bias = b.numbers(g.bias) if g.bias >= 0 else None
     fused: dict[str, Any] = {"scale": g.scale, "residual": g.residual >= 0, "activation": g.activation,
                              "slope": g.slope}
-    shape = b.graph.values[g.output].shape
     if len(left) < 2 or len(right) < 2:
         raise RefusedError("one of its operands is a row of numbers")
+    _same_inner(left[-1], right[-2])
+    shape = (*np.broadcast_shapes(left[:-2], right[:-2]), left[-2], right[-1])
     matrix = b.numbers(n.inputs[1])
     constant = matrix is not None and math.prod(right[:-2]) == 1
     if constant or math.prod(right[:-2]) == 1:
@@ -124,7 +122,7 @@ def product(b: Builder, g: Group) -> None:
             reads.append(b.dense(n.inputs[1], _last_swapped(len(right)) if transposed else None))
         what = Product(1, rows, left[-1], right[-1], transposed, **fused)
     else:
-        lead = np.broadcast_shapes(left[:-2], right[:-2])
+        lead = shape[:-2]
         transposed = _lies_transposed(b, n.inputs[1])
         reads = []
         for v, own in ((n.inputs[0], left), (n.inputs[1], right)):
@@ -139,6 +137,11 @@ def product(b: Builder, g: Group) -> None:
         reads.append(b.dense(g.residual))
     row = None if bias is None else np.ascontiguousarray(bias.reshape(-1))
     b.set(g.output, b.emit(what, reads, shape, (packed, row)))
+
+
+def _same_inner(left: int, right: int) -> None:
+    if left != right:
+        raise RefusedError(f"it multiplies rows of {left} by columns of {right}")
 
 
 def _last_swapped(rank: int) -> tuple[int, ...]:
@@ -160,8 +163,12 @@ def _gemm(b: Builder, g: Group) -> None:
     left = b.get(n.inputs[0])
     matrix = b.numbers(n.inputs[1])
     sides = (1, 0) if own.get("transA") else (0, 1)
+    right = b.shape(n.inputs[1])[::-1] if turned else b.shape(n.inputs[1])
+    if len(left.shape) != 2 or len(right) != 2:
+        raise RefusedError("one of its operands is no matrix")
     rows, inner = (left.shape[i] for i in sides)
-    columns = b.shape(n.inputs[1])[0 if turned else 1]
+    columns = right[1]
+    _same_inner(inner, right[0])
     reads = [b.dense_of(left, sides)]
     if matrix is None:
         reads.append(b.dense(n.inputs[1]))
@@ -169,8 +176,6 @@ def _gemm(b: Builder, g: Group) -> None:
     bias = b.numbers(third) if third >= 0 else None
     if bias is not None and (bias.size == 1 or bias.shape in ((columns,), (1, columns))):
         third = -1  # a row
-    if third >= 0 and (g.residual >= 0 or beta != 1.0):
-        raise RefusedError("it adds a matrix with a factor, or two")
     row = None
     if bias is not None and third < 0:
         row = np.ascontiguousarray(np.broadcast_to(beta * bias.reshape(-1), (columns,)), np.float32)
@@ -178,13 +183,15 @@ def _gemm(b: Builder, g: Group) -> None:
         found = b.numbers(g.bias)
         assert found is not None
         row = np.ascontiguousarray(found.reshape(-1))
-    residual = g.residual
+    added = [b.get(g.residual)] if g.residual >= 0 else []
     if third >= 0:
-        reads.append(b.dense_of(b.as_held(b.stored(b.get(third)).broadcast((rows, columns)))))
-    elif residual >= 0:
-        reads.append(b.dense(residual))
-    what = Product(1, rows, inner, columns, turned, False, float(alpha), third >= 0 or residual >= 0, g.activation,
-                   g.slope)
+        matrix_held = b.as_held(b.stored(b.get(third)).broadcast((rows, columns)))
+        if beta != 1.0:
+            matrix_held = b.applied(f"({{0}} * {literal(beta)})", [matrix_held], (rows, columns))
+        added.append(matrix_held)
+    if added:
+        reads.append(b.dense_of(added[0] if len(added) == 1 else b.applied("({0} + {1})", added, (rows, columns))))
+    what = Product(1, rows, inner, columns, turned, False, float(alpha), bool(added), g.activation, g.slope)
     packed = None if matrix is None else np.ascontiguousarray(matrix)
     b.set(g.output, b.emit(what, reads, (rows, columns), (packed, row)))
 
@@ -193,6 +200,8 @@ def attention(b: Builder, g: Group) -> None:
     """The key comes as it enters the product, transposed."""
     query, key, value = g.inputs
     rank = len(b.shape(query))
+    _same_inner(b.shape(query)[-1], b.shape(key)[-2])
+    _same_inner(b.shape(key)[-1], b.shape(value)[-2])
     q, k, v = b.dense(query), b.dense(key, _last_swapped(rank)), b.dense(value)
     lead = b.shape(query)[:-2]
     what = Attention(math.prod(lead), b.shape(query)[-2], b.shape(key)[-1], b.shape(query)[-1], b.shape(value)[-1],
