@@ -525,6 +525,15 @@ def test_attention_without_room():
         attention.lower(Attention(1, 64, 64, 20000, 20000, 1.0), CPU)  # ended the process before it was refused
 
 
+def test_the_chain_has_keys_that_no_stack_holds(device):
+    """256 bytes of 64 keys for each of a head's numbers, 10 MiB, ended the process. The scale may be NumPy's."""
+    what = Attention(1, 7, 64, 40960, 3, np.float64(40960) ** -0.5)
+    q, k, v = numbers((1, 7, 40960)), numbers((1, 64, 40960), seed=1), numbers((1, 64, 3), seed=2)
+    lowered = attention.unfused(what, CPU)
+    assert "bt[" not in lowered.launches[0].kernel.source
+    within(computed(device, lowered, [q, k, v], (1, 7, 3)), *attention_of(what, q, k, v))
+
+
 def test_the_chain_has_no_mask():
     with pytest.raises(UnsupportedError, match="no mask"):
         attention.unfused(ATTENTION["causal"], CPU)

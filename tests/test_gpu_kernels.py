@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from npulab.errors import InvariantError
+from npulab.errors import CapacityError, InvariantError
 from npulab.gpu.compute import blocks, checks, convolution, matrices, tiles, trials, tuner, winograd
 from npulab.gpu.compute.problems import Convolution, Product
 from npulab.gpu.compute.tiles import Direct, Matrix, Tile, Winograd
@@ -156,6 +156,18 @@ def test_products_are_right(device, what, constant, choice):
               *checks.product(what, a, b, bias, others[-1] if what.residual else None))
 
 
+@pytest.mark.parametrize("columns", [12, 96])
+def test_columns_of_any_tile_are_packed_within_their_buffer(device, columns):
+    """Panels of 96 columns by groups of 64: a group and a half. What it wrote too much was the next matrix's."""
+    what = Product(2, 5, 7, 20, batched=True)
+    a, b = random(2, 5, 7), random(2, 7, 20, seed=1)
+    tile = Tile(2, columns // 12, 4, 1, (3, 4))
+    lowered = matrices.lower(what, BARE, None, None, Matrix(tile))
+    pack = lowered.launches[0]
+    assert pack.size[0] == -(-what.columns // columns) * columns  # a work item for each column, none beyond
+    right(run(device, lowered, {"input": a, "input1": b}, (2, 5, 20)), *checks.product(what, a, b))
+
+
 @pytest.mark.parametrize("choice", ["processor, small", "graphics"])
 def test_half_floats_are_stored_and_floats_computed(device, choice):
     traits, tile = CHOICES[choice]
@@ -246,6 +258,10 @@ def test_what_does_not_suit_is_refused():
         convolution.lower(strided, PROCESSOR, weights, None, Winograd(Tile()))
     with pytest.raises(InvariantError, match="a product's rows are not this convolution's"):
         convolution.lower(strided, PROCESSOR, weights, None, Matrix(Tile()))
+    own = Convolution(1, 8, 8, 4, 4, (3, 3), groups=4)
+    for choice, why in ((Winograd(Tile()), "Winograd's algorithm is here for"), (Matrix(Tile()), "a product's rows")):
+        with pytest.raises(InvariantError, match=why):
+            convolution.lower(own, PROCESSOR, np.zeros((4, 3, 3, 1), np.float32), None, choice)
     with pytest.raises(InvariantError, match="the weights are of another shape"):
         convolution.lower(strided, PROCESSOR, weights[1:], None)
     with pytest.raises(InvariantError, match="the bias is of another shape"):
@@ -290,6 +306,12 @@ def test_layers_of_other_sizes_share_a_kernel():
                                       np.zeros((64, 3, 3, 16), np.float32), None, Direct(Tile(4, 4, 16)))
                     for n in (8, 24))
     assert small.launches[0].kernel == large.launches[0].kernel
+
+
+def test_what_32_bits_do_not_count_is_refused():
+    """Steps from a panel of columns to the next; no array is made."""
+    with pytest.raises(CapacityError, match="more elements than kernels count"):
+        matrices.lower(Product(1, 1, 1 << 28, 1), PROCESSOR, None, None, Matrix(Tile(1, 1, 16)))
 
 
 def test_panels_keep_every_number():

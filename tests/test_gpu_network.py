@@ -327,6 +327,16 @@ def test_gemm_adds_matrices_with_a_factor_and_two_of_them(device, traits):
         agrees(graph, device, traits)
 
 
+@pytest.mark.parametrize("number", [np.inf, np.nan])
+def test_numbers_of_attributes_that_no_source_can_hold(device, traits, number):
+    graph = model([node("Conv", "x w", "c"), node("LeakyRelu", "c", "y", alpha=float(number))], {"x": [1, 4, 5, 6]},
+                  ["y"], w=floats(3, 4, 1, 1))
+    agrees(graph, device, traits)
+    graph = model([node("Gemm", "x w", "y", alpha=float(number))], {"x": [3, 4]}, ["y"], w=floats(4, 5))
+    with pytest.raises(UnsupportedError, match=f"Gemm: its alpha is {number}"):
+        compile_network(graph, traits)
+
+
 def test_an_own_add_is_not_fused():
     """Whatever a domain of its own means by it."""
     nodes = [node("Conv", "x w", "c"), onnx.helper.make_node("Add", ["c", "z"], ["y"], domain="own")]

@@ -145,7 +145,7 @@ def activation(graph: Graph, n: Node) -> tuple[Activation, float] | None:
             return "gelu", 0.01
         case "LeakyRelu":
             slope = own.get("alpha", 0.01)
-            return ("leaky", slope) if isinstance(slope, float) else None
+            return ("leaky", slope) if isinstance(slope, float) and is_factor(slope) else None
     return None
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from npulab.errors import InvariantError
 from npulab.gpu.compute.convolution import checked
-from npulab.gpu.compute.fusing import Group, attributes
+from npulab.gpu.compute.fusing import Group, attributes, is_factor
 from npulab.gpu.compute.layers import Builder, RefusedError
 from npulab.gpu.compute.moves import INDEX_MAX, literal
 from npulab.gpu.compute.problems import Attention, Convolution, LayerNorm, Product, Softmax
@@ -159,6 +159,8 @@ def _gemm(b: Builder, g: Group) -> None:
     n = g.anchor
     own: Any = attributes(n)
     alpha, beta = own.get("alpha", 1.0), own.get("beta", 1.0)
+    if not is_factor(alpha):
+        raise RefusedError(f"its alpha is {alpha}")
     turned = bool(own.get("transB"))
     left = b.get(n.inputs[0])
     matrix = b.numbers(n.inputs[1])
