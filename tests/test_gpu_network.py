@@ -974,6 +974,22 @@ def test_work_that_goes_on_is_not_silent():
     assert doing.silent() == (0, "")
 
 
+def test_a_launch_that_cannot_be_asked_for_has_not_ended():
+    """Of a device that is lost: the watch goes on, or nobody would notice that it hangs, too."""
+    from npulab.gpu.compute.watch import Doing, watched
+
+    class Lost:
+        @property
+        def command_execution_status(self):
+            raise RuntimeError("clGetEventInfo failed: OUT_OF_RESOURCES")
+
+    doing = Doing()
+    doing.begin("launches")
+    doing.labels, doing.events, said = ["a"], [Lost()], SimpleQueue()
+    with watched(doing, 0.01, said.put):
+        assert said.get(timeout=10) == "launch 1 of 1, a"
+
+
 def test_launches_that_begin_while_the_last_are_looked_at_are_counted_anew():
     from types import SimpleNamespace
 
