@@ -18,27 +18,28 @@ def npulab(capsys):
     return call
 
 
+def first(interface, package, extra, driver):
+    """The first device of an interface, to be measured; where there is none, who asks is skipped."""
+    name = interface.__name__.rpartition(".")[2]
+    pytest.importorskip(package, reason=f"needs {package}: pip install 'npulab[{extra}]'")
+    if not interface.devices():
+        pytest.skip(f"needs a device of {name}: apt install {driver}")
+    return interface.open_device(0)
+
+
 @pytest.fixture(scope="module")
 def opencl_bench():
-    """The first OpenCL device, to be measured."""
-    pytest.importorskip("pyopencl", reason="needs OpenCL: pip install 'npulab[gpu]'")
-    if not opencl.devices():
-        pytest.skip("needs an OpenCL device: apt install pocl-opencl-icd")
-    return opencl.open_device(0)
-
-
-@pytest.fixture(scope="module")
-def device(opencl_bench):
-    """The same, to compute on."""
-    from npulab.gpu.compute.device import Device
-
-    return Device(0)
+    return first(opencl, "pyopencl", "gpu", "pocl-opencl-icd")
 
 
 @pytest.fixture(scope="module")
 def vulkan_bench():
-    """The first Vulkan device."""
-    pytest.importorskip("wgpu", reason="needs wgpu: pip install 'npulab[vulkan]'")
-    if not vulkan.devices():
-        pytest.skip("needs a Vulkan device: apt install mesa-vulkan-drivers")
-    return vulkan.open_device(0)
+    return first(vulkan, "wgpu", "vulkan", "mesa-vulkan-drivers")
+
+
+@pytest.fixture(scope="module")
+def device(opencl_bench):
+    """The first OpenCL device, to compute on."""
+    from npulab.gpu.compute.device import Device
+
+    return Device(0)

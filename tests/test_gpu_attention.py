@@ -525,6 +525,15 @@ def test_attention_without_room():
         attention.lower(Attention(1, 64, 64, 20000, 20000, 1.0), CPU)  # ended the process before it was refused
 
 
+def test_the_chain_has_keys_that_no_stack_holds(device):
+    """256 bytes of 64 keys for each of a head's numbers, 10 MiB, ended the process. The scale may be NumPy's."""
+    what = Attention(1, 7, 64, 40960, 3, np.float64(40960) ** -0.5)
+    q, k, v = numbers((1, 7, 40960)), numbers((1, 64, 40960), seed=1), numbers((1, 64, 3), seed=2)
+    lowered = attention.unfused(what, CPU)
+    assert "bt[" not in lowered.launches[0].kernel.source
+    within(computed(device, lowered, [q, k, v], (1, 7, 3)), *attention_of(what, q, k, v))
+
+
 def test_the_chain_has_no_mask():
     with pytest.raises(UnsupportedError, match="no mask"):
         attention.unfused(ATTENTION["causal"], CPU)
@@ -614,6 +623,37 @@ def test_integer_groups_are_refused():
     with pytest.raises(InvariantError, match="one group"):
         integers.convolution(Convolution(1, 2, 2, 4, 4, groups=2, number="int8"), CPU, np.zeros((4, 1, 1, 2), np.int8),
                              None, 0, [0] * 4, [0] * 4, 0)
+
+
+NO_BYTES = [
+    ({"zero_in": 128}, "zero_in is no byte"), ({"zero_out": -129}, "zero_out is no byte"),
+    ({"zero_in": 0.5}, "zero_in is no byte"), ({"low": -129}, "low is no byte"), ({"high": 200}, "high is no byte"),
+    ({"low": 5, "high": 4}, "low is above high"), ({"weights": np.full((4, 4), 200)}, "the weights are no bytes"),
+    ({"weights": np.full((4, 4), 3 * 10**9)}, "the weights are no bytes"),
+    ({"weights": np.full((4, 4), 0.5)}, "the weights are no bytes"),
+    ({"weights": np.ones((4, 3))}, "the weights are of another shape"),
+    ({"bias": np.ones(3, int)}, "the bias is of another shape"),
+    ({"bias": np.full(4, 0.5)}, "the biases are no whole"), ({"bias": np.full(4, 1 << 31)}, "the biases are no"),
+    ({"multipliers": [1 << 30] * 3}, "multipliers are one for each"), ({"shifts": [0]}, "shifts are one for each"),
+    ({"multipliers": [1 << 31] * 4}, "multipliers are no whole"), ({"shifts": [0.5] * 4}, "shifts are no whole"),
+    ({"multipliers": [-1] * 4}, "multipliers are no whole numbers"), ({"shifts": [-32] * 4}, "shifts are no whole"),
+]
+"""Of a product of 4 by 4, and what is said of it: numbers that would be cut to others."""
+BYTES = {"weights": np.ones((4, 4)), "bias": None, "zero_in": 0, "multipliers": [1 << 30] * 4, "shifts": [0] * 4,
+         "zero_out": 0, "low": -128, "high": 127}
+
+
+@pytest.mark.parametrize(("changed", "message"), NO_BYTES)
+def test_what_is_no_byte_is_not_cut_to_one(changed, message):
+    with pytest.raises(InvariantError, match=message):
+        integers.product(1, 2, 4, 4, CPU, **BYTES | changed)
+
+
+def test_integers_have_no_residual_and_no_activation():
+    what = Convolution(1, 1, 1, 4, 4, number="int8")
+    for more in ({"residual": True}, {"activation": "relu"}, {"number": "float32"}):
+        with pytest.raises(UnsupportedError, match="integer kernels add no residual"):
+            integers.convolution(replace(what, **more), CPU, **BYTES | {"weights": np.ones((4, 1, 1, 4))})
 
 
 def litert_of(what: Convolution):

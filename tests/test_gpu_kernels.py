@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from npulab.errors import InvariantError
+from npulab.errors import CapacityError, InvariantError
 from npulab.gpu.compute import blocks, checks, convolution, matrices, tiles, trials, tuner, winograd
 from npulab.gpu.compute.problems import Convolution, Product
 from npulab.gpu.compute.tiles import Direct, Matrix, Tile, Winograd
@@ -156,6 +156,18 @@ def test_products_are_right(device, what, constant, choice):
               *checks.product(what, a, b, bias, others[-1] if what.residual else None))
 
 
+@pytest.mark.parametrize("columns", [12, 96])
+def test_columns_of_any_tile_are_packed_within_their_buffer(device, columns):
+    """Panels of 96 columns by groups of 64: a group and a half. What it wrote too much was the next matrix's."""
+    what = Product(2, 5, 7, 20, batched=True)
+    a, b = random(2, 5, 7), random(2, 7, 20, seed=1)
+    tile = Tile(2, columns // 12, 4, 1, (3, 4))
+    lowered = matrices.lower(what, BARE, None, None, Matrix(tile))
+    pack = lowered.launches[0]
+    assert pack.size[0] == -(-what.columns // columns) * columns  # a work item for each column, none beyond
+    right(run(device, lowered, {"input": a, "input1": b}, (2, 5, 20)), *checks.product(what, a, b))
+
+
 @pytest.mark.parametrize("choice", ["processor, small", "graphics"])
 def test_half_floats_are_stored_and_floats_computed(device, choice):
     traits, tile = CHOICES[choice]
@@ -246,6 +258,10 @@ def test_what_does_not_suit_is_refused():
         convolution.lower(strided, PROCESSOR, weights, None, Winograd(Tile()))
     with pytest.raises(InvariantError, match="a product's rows are not this convolution's"):
         convolution.lower(strided, PROCESSOR, weights, None, Matrix(Tile()))
+    own = Convolution(1, 8, 8, 4, 4, (3, 3), groups=4)
+    for choice, why in ((Winograd(Tile()), "Winograd's algorithm is here for"), (Matrix(Tile()), "a product's rows")):
+        with pytest.raises(InvariantError, match=why):
+            convolution.lower(own, PROCESSOR, np.zeros((4, 3, 3, 1), np.float32), None, choice)
     with pytest.raises(InvariantError, match="the weights are of another shape"):
         convolution.lower(strided, PROCESSOR, weights[1:], None)
     with pytest.raises(InvariantError, match="the bias is of another shape"):
@@ -254,6 +270,22 @@ def test_what_does_not_suit_is_refused():
         matrices.lower(Product(1, 2, 3, 4), PROCESSOR, np.zeros((4, 3)), None)
     with pytest.raises(InvariantError, match="a product is no convolution"):
         matrices.lower(Product(1, 2, 3, 4), PROCESSOR, None, None, Direct(Tile()))
+
+
+@pytest.mark.parametrize(("more", "text"), [
+    ({"strides": (0, 1)}, "strides 0, 1"), ({"dilations": (1, -1)}, "dilations 1, -1"), ({"groups": 0}, "groups 0"),
+    ({"kernel": (0, 3)}, "kernel 0, 3"), ({"batch": 0}, "batch 0"), ({"channels": 0}, "channels 0"),
+    ({"pads": (0, -1, 0, 0)}, "pads 0, -1, 0, 0")])
+def test_there_is_no_convolution_of_nothing(more, text):
+    with pytest.raises(InvariantError, match="there is no such convolution") as e:
+        Convolution(**{"batch": 1, "height": 8, "width": 8, "channels": 4, "filters": 4} | more)
+    assert e.value.facts["got"] == text
+
+
+@pytest.mark.parametrize("more", [{"batch": 0}, {"rows": 0}, {"inner": -1}, {"columns": 0}])
+def test_there_is_no_product_of_nothing(more):
+    with pytest.raises(InvariantError, match="there is no such product"):
+        Product(**{"batch": 1, "rows": 2, "inner": 3, "columns": 4} | more)
 
 
 def test_a_layer_says_what_it_needs():
@@ -274,6 +306,12 @@ def test_layers_of_other_sizes_share_a_kernel():
                                       np.zeros((64, 3, 3, 16), np.float32), None, Direct(Tile(4, 4, 16)))
                     for n in (8, 24))
     assert small.launches[0].kernel == large.launches[0].kernel
+
+
+def test_what_32_bits_do_not_count_is_refused():
+    """Steps from a panel of columns to the next; no array is made."""
+    with pytest.raises(CapacityError, match="more elements than kernels count"):
+        matrices.lower(Product(1, 1, 1 << 28, 1), PROCESSOR, None, None, Matrix(Tile(1, 1, 16)))
 
 
 def test_panels_keep_every_number():

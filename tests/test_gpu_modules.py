@@ -20,7 +20,8 @@ from npulab.gpu.compute.modules_convolution import convolution
 from npulab.gpu.compute.modules_endings import ENDINGS
 from npulab.gpu.compute.modules_numbers import DTYPES
 from npulab.gpu.compute.modules_products import product
-from npulab.gpu.compute.problems import Convolution, Product
+from npulab.gpu.compute.modules_rows import softmax
+from npulab.gpu.compute.problems import Convolution, Product, Softmax
 from test_gpu_kernels import GRAPHICS, any_convolution
 
 ULP, HALF = 2.0**-23, 2.0**-10
@@ -308,7 +309,7 @@ def test_what_is_no_convolution(what, got):
 
 def test_of_nothing_it_is_said():
     with pytest.raises(UnsupportedError) as e:
-        product(Product(1, 0, 4, 4))
+        softmax(Softmax(0, 4))
     assert e.value.facts["got"] == "0 elements"
 
 

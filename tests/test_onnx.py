@@ -279,6 +279,13 @@ def test_places_outside_the_weights_are_refused(tmp_path, key, value, text):
 # wrong files
 
 
+def in_a_body(node):
+    """A node that only one branch of a condition has."""
+    bodies = [helper.make_graph([n], "body", [], [helper.make_tensor_value_info(n.output[0], FLOAT, None)])
+              for n in (node, helper.make_node("Identity", ["y"], ["v"]))]
+    return helper.make_node("If", ["x"], ["z"], "if", then_branch=bodies[0], else_branch=bodies[1])
+
+
 def broken(edit):
     net = small()
     edit(net.graph)
@@ -299,11 +306,30 @@ def broken(edit):
     (lambda g: g.sparse_initializer.add(), "sparse constants"),
     (lambda g: g.node[0].__setattr__("op_type", ""), "has no operator"),
     (lambda g: g.ClearField("node") or g.ClearField("initializer"), "without a graph"),
+    (lambda g: g.node[0].attribute[1].ints.__setitem__(0, 0),
+     "Conv 'conv' of 'model' has strides 0, 2\n  want    at least 1"),
+    (lambda g: g.node[0].attribute[1].ints.__setitem__(1, -2), "has strides 2, -2"),
+    (lambda g: g.node[0].attribute.append(helper.make_attribute("dilations", [0, 0])), "has dilations 0, 0"),
+    (lambda g: g.node[0].attribute.append(helper.make_attribute("kernel_shape", [3, 0])), "has kernel_shape 3, 0"),
+    (lambda g: g.node[0].attribute.append(helper.make_attribute("group", 0)), "has group 0"),
+    (lambda g: g.node[0].attribute.append(helper.make_attribute("group", -1)), "has group -1"),
+    (lambda g: g.node[1].CopyFrom(in_a_body(helper.make_node(
+        "ConvTranspose", ["y", "w"], ["v"], "deep", group=0))), "ConvTranspose 'deep' of 'model' has group 0"),
+    (lambda g: g.node[1].CopyFrom(helper.make_node("MaxPool", ["y"], ["z"], "pool", kernel_shape=[2, 2],
+                                                   strides=[0, 1])), "MaxPool 'pool' of 'model' has strides 0, 1"),
 ])
 def test_what_is_wrong_with_a_file_is_said_with_the_node(edit, text):
     with pytest.raises(ModelError) as e:
         load(broken(edit))
     assert text in str(e.value)
+
+
+def test_another_domain_s_strides_are_its_own():
+    net = model([helper.make_node("Walk", ["x"], ["y"], domain="own", strides=[0], group=0)], [("x", FLOAT, [1])],
+                [("y", FLOAT, [1])])
+    net.opset_import.append(helper.make_opsetid("own", 1))
+
+    assert load(net.SerializeToString()).nodes[0].op.attributes == {"strides": (0,), "group": 0}
 
 
 def test_a_graph_of_100_000_nodes_and_a_cycle_of_as_many_take_seconds():

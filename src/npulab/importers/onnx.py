@@ -44,6 +44,8 @@ PROPAGATED_MAX = 2**16
 """Elements of a shape that inference may work out: it holds each as a message."""
 SHAPE_MOVES = ("Cast", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Unsqueeze")
 """Operators through which inference follows the content of their first input, besides joints and sums."""
+POSITIVE = ("dilations", "group", "kernel_shape", "strides")
+"""Attributes of ONNX's own operators that are at least 1. With a group of 0 ONNX Runtime divides by it."""
 DIMENSION_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_. /+*-]*")
 
 _DTYPES = {
@@ -93,6 +95,8 @@ def graph_of(proto: onnx.ModelProto, name: str, large: Mapping[str, memoryview],
                 raise ModelError(f"'{name}' writes {shown(n.output[0])} a second time")
         else:
             nodes.append(n)
+    for some in (nodes, *(f.node for f in proto.functions)):
+        _check_attributes(some, name)
     types = _types(proto, nodes, constants, name)
     values = _Values(name, large)
     declared = []
@@ -524,6 +528,18 @@ def _in_order(nodes: list[onnx.NodeProto], ready: set[str], model: str) -> list[
 
 def _who(n: onnx.NodeProto, i: int) -> str:
     return f"{n.op_type[:60] or 'a node without a type'} {shown(n.name)}" if n.name else f"{n.op_type[:60]} (node {i})"
+
+
+def _check_attributes(nodes: Iterable[onnx.NodeProto], model: str) -> None:
+    """Raises: ModelError for those below 1 that may not be, in bodies too."""
+    for i, n in enumerate(nodes):
+        for a in n.attribute:
+            numbers = (a.i,) if a.type == a.INT else a.ints
+            if a.name in POSITIVE and n.domain in ("", "ai.onnx") and min(numbers, default=1) < 1:
+                raise ModelError(f"{_who(n, i)} of '{model}' has {a.name} {', '.join(map(str, numbers[:RANK_MAX]))}",
+                                 want="at least 1")
+            for body in (*([a.g] if a.HasField("g") else []), *a.graphs):
+                _check_attributes(body.node, model)
 
 
 def _free(n: onnx.NodeProto) -> Iterator[str]:

@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from npulab.errors import CapacityError
 from npulab.gpu.compute import activations
+from npulab.gpu.compute.moves import INDEX_MAX
 from npulab.gpu.compute.tiles import Tile
 from npulab.gpu.compute.types import Activation, Argument, Buffer, Kernel, Launch, Number
 from npulab.gpu.compute.vectors import FETCH, literal, prelude
@@ -108,6 +110,8 @@ def launch(rows: Rows, columns: Columns, ending: Ending, tile: Tile, number: Num
     numbers += [*steps, each]
     if rows.out is not None:
         numbers += [*rows.size, *rows.out, *rows.kernel, *rows.strides, *rows.dilations, *rows.pads, panels]
+    if max(numbers) > INDEX_MAX:
+        raise CapacityError(f"{label} has more elements than kernels count", got=max(numbers), want=INDEX_MAX)
     names = ["rows", "columns", *(n for n, has in (("bias", ending.bias), ("residual", ending.residual),
                                                     ("zeros", rows.outside)) if has), "output"]
     arguments: list[Argument] = [Buffer(roles[n]) for n in names]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from npulab.errors import UnsupportedError
 from npulab.gpu.compute import softmax, vectors
+from npulab.gpu.compute.attention_cpu import STACK
 from npulab.gpu.compute.problems import Attention, Softmax
 from npulab.gpu.compute.types import Buffer, Kernel, Launch, Lowered, Traits
 
@@ -42,15 +43,18 @@ def lower(what: Attention, traits: Traits) -> Lowered:
 
 def _on_cpu(what: Attention, traits: Traits, rows: int, columns: int, inner: int, transposed: bool, scale: float
             ) -> tuple[Kernel, tuple[int, ...], tuple[int, ...]]:
-    """C [rows, columns] = A [rows, inner] B scale; B [inner, columns], or transposed [columns, inner]."""
+    """C [rows, columns] = A [rows, inner] B scale; B [inner, columns], or transposed [columns, inner]: a strip of that
+    one is on the thread's stack, where there is room."""
     w = vectors.fitting(traits, columns)
     many = min(VECTORS, columns // w)
     strip = w * many
+    if transposed and 4 * strip * inner > STACK:
+        return _on_gpu(what, traits, rows, columns, inner, transposed, scale)
     chunk = min(rows, max(STRETCH, -(-rows * -(-columns // strip) * what.batch // (8 * traits.compute_units))))
     chunk = vectors.up(min(chunk, rows), ROWS)
-    ns, ms = range(many), range(ROWS)
+    ns, ms, factor = range(many), range(ROWS), vectors.literal(scale)
     if transposed:  # rows of K into lanes
-        packed = f"V bt[{inner * many}];\n    gather(B, column, {columns}, {inner}, {many}, {scale!r}f, bt);"
+        packed = f"V bt[{inner * many}];\n    gather(B, column, {columns}, {inner}, {many}, {factor}, bt);"
         load = " ".join(f"V b{n} = bt[i * {many} + {n}];" for n in ns)
     else:
         packed = ""
@@ -86,12 +90,12 @@ def _on_gpu(what: Attention, traits: Traits, rows: int, columns: int, inner: int
             ) -> tuple[Kernel, tuple[int, ...], tuple[int, ...]]:
     side = 8 if vectors.group_items(traits) >= 64 else 4 if vectors.group_items(traits) >= 16 else 1
     tile, deep, items = side * EACH, 16, side * side
-    rs = range(EACH)
+    rs, factor = range(EACH), vectors.literal(scale)
     load = " ".join(f"float a{i} = as[d * {tile + 1} + y * {EACH} + {i}];" for i in rs) + " " + " ".join(
         f"float b{j} = bs[d * {tile + 1} + x + {j * side}];" for j in rs)
     step = " ".join(f"c{i}_{j} = fma(a{i}, b{j}, c{i}_{j});" for i in rs for j in rs)
     ends = "\n".join(f"    if (row + {i} < {rows} && column + {j * side} < {columns}) "
-                     f"STORE1(c{i}_{j} * {scale!r}f, C + (size_t)(row + {i}) * {columns} + column + {j * side});"
+                     f"STORE1(c{i}_{j} * {factor}, C + (size_t)(row + {i}) * {columns} + column + {j * side});"
                      for i in rs for j in rs)
     if transposed:
         across = (f"int c = first_column + i / {deep}, d = i % {deep};\n"

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from contextlib import suppress
-from importlib import import_module
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from npulab.errors import InvariantError
-from npulab.gpu.compute import blocks, narrow, tiles, winograd
+from npulab.gpu.compute import blocks, depthwise, narrow, tiles, winograd
 from npulab.gpu.compute.problems import Convolution
 from npulab.gpu.compute.tiles import Choice, Direct, Matrix, Winograd
 from npulab.gpu.compute.types import Buffer, Kernel, Launch, Lowered, Traits
@@ -24,11 +22,8 @@ def lower(what: Convolution, traits: Traits, weights: NDArray[Any], bias: NDArra
     Raises: InvariantError for arrays of other shapes, or an algorithm that the convolution does not suit.
     """
     checked(what, weights, bias)
-    depthwise = what.groups == what.channels > 1 and what.filters % what.channels == 0
-    if depthwise and not isinstance(choice, Direct):
-        with suppress(ModuleNotFoundError):
-            found: Lowered = _depthwise().lower(what, traits, weights, bias, choice)
-            return found
+    if what.groups == what.channels > 1 and choice is None:
+        return depthwise.lower(what, traits, weights, bias)
     choice = choice or tiles.candidates(what, traits)[0]
     if isinstance(choice, Winograd):
         return winograd.lower(what, traits, weights, bias, choice)
@@ -70,10 +65,6 @@ def lower(what: Convolution, traits: Traits, weights: NDArray[Any], bias: NDArra
     columns = blocks.Columns(what.filters // groups, groups)
     launches.append(blocks.launch(rows, columns, ending, tile, what.number, roles, label, what.operations))
     return Lowered(tuple(launches), constants, scratch)
-
-
-def _depthwise() -> Any:
-    return import_module("npulab.gpu.compute.depthwise")
 
 
 def _padding(what: Convolution, size: tuple[int, int], traits: Traits) -> Launch:

@@ -25,7 +25,7 @@ PASSES = ("constants", "identities", "pads", "batch-norm", "branches", "transpos
           "einsum-to-matmul", "layer-norm", "gelu", "silu-to-swish", "hardswish", "hardsigmoid", "min-max-to-clip")
 LIMIT = 1e-6
 """Relative, that the numbers inside an activation may be off what the kernels have."""
-LARGEST = float(np.finfo(np.float32).max)
+LARGEST, SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 MASKED = -1e4
 """From which on a mask is as good as minus infinity: exp(-10000) is 0 in float32."""
 
@@ -85,6 +85,16 @@ def attributes(n: Node) -> Mapping[str, object]:
     return n.op.attributes if isinstance(n.op, OnnxOp) else {}
 
 
+def opset(graph: Graph) -> int:
+    """Of ONNX's own operators."""
+    return max((v for d, v in graph.header.opsets if d in ("", "ai.onnx")), default=1) if graph.header else 1
+
+
+def is_factor(c: float) -> bool:
+    """Whether kernels have the number: one of float32, and no part of it lost."""
+    return c == 0 or SMALLEST <= abs(c) <= LARGEST
+
+
 def constant(graph: Graph, value: int) -> NDArray[np.generic] | None:
     if value < 0 or not graph.values[value].is_constant or graph.values[value].dtype.numpy is None:
         return None
@@ -135,7 +145,7 @@ def activation(graph: Graph, n: Node) -> tuple[Activation, float] | None:
             return "gelu", 0.01
         case "LeakyRelu":
             slope = own.get("alpha", 0.01)
-            return ("leaky", slope) if isinstance(slope, float) else None
+            return ("leaky", slope) if isinstance(slope, float) and is_factor(slope) else None
     return None
 
 
@@ -159,8 +169,7 @@ class _Looking:
         return n if n is not None and isinstance(n.op, OnnxOp) and not n.op.domain and n.op.name in names else None
 
     def factor(self, n: Node, value: int) -> float | None:
-        """c where a node computes c times a value, by a number or through one; a number of float32: no kernel has
-        infinity or NaN among its own."""
+        """c where a node computes c times a value, by a number or through one."""
         if not is_own(n, "Mul", "Div") or self.shape(n.outputs[0]) != self.shape(value):
             return None
         at = n.inputs.index(value)
@@ -168,7 +177,7 @@ class _Looking:
         if number is None or (n.op.name == "Div" and (at or not number)):
             return None
         c = number if n.op.name == "Mul" else 1 / number
-        return c if abs(c) <= LARGEST else None
+        return c if is_factor(c) else None
 
     def scaled(self, value: int) -> tuple[int, float, list[Node]]:
         """(x, c, nodes) with value = c x, through products and quotients by numbers."""
@@ -188,8 +197,8 @@ class _Looking:
         if len(last.inputs) < 2:
             return None
         softmax = self.maker(last.inputs[0], "Softmax")
-        if softmax is None or self.next(last.inputs[0]) is not last or attributes(softmax).get("axis", -1) not in (
-                -1, len(self.shape(softmax.inputs[0])) - 1):
+        if softmax is None or self.next(last.inputs[0]) is not last or attributes(softmax).get(
+                "axis", -1 if opset(self.graph) >= 13 else 1) not in (-1, len(self.shape(softmax.inputs[0])) - 1):
             return None
         value, causal, inside = softmax.inputs[0], False, [softmax, last]
         if self.next(value) is None:
@@ -198,7 +207,8 @@ class _Looking:
         if mask is not None:
             found = next(((x, constant(self.graph, m)) for x, m in (mask.inputs, mask.inputs[::-1])
                           if constant(self.graph, m) is not None), None)
-            if found is None or found[1] is None or not is_causal(found[1], self.shape(value)):
+            if found is None or found[1] is None or self.shape(found[0]) != self.shape(value) or not is_causal(
+                    found[1], self.shape(value)):
                 return None
             value, causal = found[0], True
             inside.append(mask)
@@ -212,7 +222,8 @@ class _Looking:
         # a factor that somebody else reads, too, is computed anyway; here it is a number all the same
         inside += [n for n in (*before, *under) if self.next(n.outputs[0]) is not None]
         shapes = [self.shape(v) for v in (query, key, last.inputs[1])]
-        if len({len(s) for s in shapes}) != 1 or len(shapes[0]) < 3 or len({s[:-2] for s in shapes}) != 1:
+        if len({len(s) for s in shapes}) != 1 or len(shapes[0]) < 3 or len({s[:-2] for s in shapes}) != 1 or (
+                not is_factor(scale * c * d)):
             return None
         nodes = sorted(inside, key=lambda n: n.index)
         return Group("attention", tuple(nodes), product, inputs=(query, key, last.inputs[1]), scale=scale * c * d,
@@ -229,12 +240,13 @@ class _Looking:
                 nodes.append(m)
                 acted = found
                 break
-            if is_own(n, "MatMul") and bias < 0 and residual < 0 and (c := self.factor(m, value)) is not None:
+            if is_own(n, "MatMul") and bias < 0 and residual < 0 and (
+                    c := self.factor(m, value)) is not None and is_factor(scale * c):
                 nodes.append(m)
                 scale *= c
                 value = m.outputs[0]
                 continue
-            if m.op.name != "Add" or residual >= 0 or attributes(m):
+            if not is_own(m, "Add") or residual >= 0 or attributes(m):
                 break
             other = m.inputs[1] if m.inputs[0] == value else m.inputs[0]
             if self.shape(m.outputs[0]) != self.shape(value):

@@ -7,8 +7,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from npulab.gpu.compute.fusing import Group, attributes
+from npulab.errors import InvariantError
+from npulab.gpu.compute.convolution import checked
+from npulab.gpu.compute.fusing import Group, attributes, is_factor
 from npulab.gpu.compute.layers import Builder, RefusedError
+from npulab.gpu.compute.moves import INDEX_MAX, literal
 from npulab.gpu.compute.problems import Attention, Convolution, LayerNorm, Product, Softmax
 from npulab.gpu.compute.views import Shape, dense
 from npulab.gpu.compute.windows import Pool, TransposedConvolution
@@ -20,13 +23,13 @@ NCHW = (0, 3, 1, 2)
 
 def _pair(own: Any, name: str, rank: int) -> tuple[int, ...]:
     found = tuple(own.get(name) or (1,) * rank)
-    if len(found) != rank or min(found) < 1:
+    if len(found) != rank or min(found) < 1 or max(found) > INDEX_MAX:
         raise RefusedError(f"{name} {found}")
     return found
 
 
 def padding(own: Any, size: Shape, kernel: Shape, strides: Shape, dilations: Shape) -> tuple[int, ...]:
-    """Pads as ONNX has them: all beginnings, then all ends."""
+    """Pads as ONNX has them: all beginnings, then all ends. Raises: RefusedError unless kernels can count with them."""
     auto = own.get("auto_pad", "NOTSET")
     auto = auto.decode() if isinstance(auto, bytes) else auto
     if auto == "VALID":
@@ -36,7 +39,11 @@ def padding(own: Any, size: Shape, kernel: Shape, strides: Shape, dilations: Sha
                   for m, k, s, d in zip(size, kernel, strides, dilations, strict=True)]
         first = [t // 2 if auto == "SAME_UPPER" else t - t // 2 for t in totals]
         return (*first, *(t - f for t, f in zip(totals, first, strict=True)))
-    return tuple(own.get("pads") or (0,) * (2 * len(size)))
+    found = tuple(own.get("pads") or (0,) * (2 * len(size)))
+    if len(found) != 2 * len(size) or min(found) < 0 or max(map(sum, zip(
+            size, found, found[len(size):], strict=False))) > INDEX_MAX:
+        raise RefusedError(f"pads {found}")
+    return found
 
 
 def convolution(b: Builder, g: Group) -> None:
@@ -53,22 +60,24 @@ def convolution(b: Builder, g: Group) -> None:
     rank = len(x.shape) - 2
     strides, dilations = _pair(own, "strides", rank), _pair(own, "dilations", rank)
     pads = padding(own, x.shape[2:], weights.shape[2:], strides, dilations)
-    if min(pads) < 0:
-        raise RefusedError("its pads are negative")
     if flat:
         weights, strides, dilations = weights[:, :, None], (1, *strides), (1, *dilations)
         pads = (0, pads[0], 0, pads[1])
     batch, channels = x.shape[:2]
     height, width = (1, x.shape[2]) if flat else x.shape[2:]
     kernel = weights.shape[2:]
-    what = Convolution(
-        batch, height, width, channels, weights.shape[0], (kernel[0], kernel[1]), (strides[0], strides[1]),
-        (dilations[0], dilations[1]), (pads[0], pads[1], pads[2], pads[3]), int(own.get("group", 1)), g.residual >= 0,
-        g.activation, g.slope)
+    packed = np.ascontiguousarray(weights.transpose(0, 2, 3, 1))
     bias = _bias(b, n, g)
+    try:
+        what = Convolution(
+            batch, height, width, channels, weights.shape[0], (kernel[0], kernel[1]), (strides[0], strides[1]),
+            (dilations[0], dilations[1]), (pads[0], pads[1], pads[2], pads[3]), int(own.get("group", 1)),
+            g.residual >= 0, g.activation, g.slope)
+        checked(what, packed, bias)
+    except InvariantError as e:
+        raise RefusedError(f"{e.message}: {e.facts['got']}") from None
     order = (0, 2, 1) if flat else NHWC
     reads = [b.dense(n.inputs[0], order)] + ([b.dense(g.residual, order)] if g.residual >= 0 else [])
-    packed = np.ascontiguousarray(weights.transpose(0, 2, 3, 1))
     out = b.emit(what, reads, (batch, *what.out, what.filters), (packed, bias))
     if flat:
         b.set(g.output, dense(out.tensor, (batch, what.out[1], what.filters)).transposed((0, 2, 1)))
@@ -77,7 +86,7 @@ def convolution(b: Builder, g: Group) -> None:
 
 
 def _bias(b: Builder, n: Node, g: Group) -> Any:
-    value = n.inputs[2] if len(n.inputs) > 2 else g.bias
+    value = n.inputs[2] if len(n.inputs) > 2 and n.inputs[2] >= 0 else g.bias
     if value < 0:
         return None
     found = b.numbers(value)
@@ -95,9 +104,10 @@ def product(b: Builder, g: Group) -> None:
     bias = b.numbers(g.bias) if g.bias >= 0 else None
     fused: dict[str, Any] = {"scale": g.scale, "residual": g.residual >= 0, "activation": g.activation,
                              "slope": g.slope}
-    shape = b.graph.values[g.output].shape
     if len(left) < 2 or len(right) < 2:
         raise RefusedError("one of its operands is a row of numbers")
+    _same_inner(left[-1], right[-2])
+    shape = (*np.broadcast_shapes(left[:-2], right[:-2]), left[-2], right[-1])
     matrix = b.numbers(n.inputs[1])
     constant = matrix is not None and math.prod(right[:-2]) == 1
     if constant or math.prod(right[:-2]) == 1:
@@ -112,7 +122,7 @@ def product(b: Builder, g: Group) -> None:
             reads.append(b.dense(n.inputs[1], _last_swapped(len(right)) if transposed else None))
         what = Product(1, rows, left[-1], right[-1], transposed, **fused)
     else:
-        lead = np.broadcast_shapes(left[:-2], right[:-2])
+        lead = shape[:-2]
         transposed = _lies_transposed(b, n.inputs[1])
         reads = []
         for v, own in ((n.inputs[0], left), (n.inputs[1], right)):
@@ -127,6 +137,11 @@ def product(b: Builder, g: Group) -> None:
         reads.append(b.dense(g.residual))
     row = None if bias is None else np.ascontiguousarray(bias.reshape(-1))
     b.set(g.output, b.emit(what, reads, shape, (packed, row)))
+
+
+def _same_inner(left: int, right: int) -> None:
+    if left != right:
+        raise RefusedError(f"it multiplies rows of {left} by columns of {right}")
 
 
 def _last_swapped(rank: int) -> tuple[int, ...]:
@@ -144,12 +159,18 @@ def _gemm(b: Builder, g: Group) -> None:
     n = g.anchor
     own: Any = attributes(n)
     alpha, beta = own.get("alpha", 1.0), own.get("beta", 1.0)
+    if not is_factor(alpha):
+        raise RefusedError(f"its alpha is {alpha}")
     turned = bool(own.get("transB"))
     left = b.get(n.inputs[0])
     matrix = b.numbers(n.inputs[1])
     sides = (1, 0) if own.get("transA") else (0, 1)
+    right = b.shape(n.inputs[1])[::-1] if turned else b.shape(n.inputs[1])
+    if len(left.shape) != 2 or len(right) != 2:
+        raise RefusedError("one of its operands is no matrix")
     rows, inner = (left.shape[i] for i in sides)
-    columns = b.shape(n.inputs[1])[0 if turned else 1]
+    columns = right[1]
+    _same_inner(inner, right[0])
     reads = [b.dense_of(left, sides)]
     if matrix is None:
         reads.append(b.dense(n.inputs[1]))
@@ -157,8 +178,6 @@ def _gemm(b: Builder, g: Group) -> None:
     bias = b.numbers(third) if third >= 0 else None
     if bias is not None and (bias.size == 1 or bias.shape in ((columns,), (1, columns))):
         third = -1  # a row
-    if third >= 0 and (g.residual >= 0 or beta != 1.0):
-        raise RefusedError("it adds a matrix with a factor, or two")
     row = None
     if bias is not None and third < 0:
         row = np.ascontiguousarray(np.broadcast_to(beta * bias.reshape(-1), (columns,)), np.float32)
@@ -166,13 +185,15 @@ def _gemm(b: Builder, g: Group) -> None:
         found = b.numbers(g.bias)
         assert found is not None
         row = np.ascontiguousarray(found.reshape(-1))
-    residual = g.residual
+    added = [b.get(g.residual)] if g.residual >= 0 else []
     if third >= 0:
-        reads.append(b.dense_of(b.as_held(b.stored(b.get(third)).broadcast((rows, columns)))))
-    elif residual >= 0:
-        reads.append(b.dense(residual))
-    what = Product(1, rows, inner, columns, turned, False, float(alpha), third >= 0 or residual >= 0, g.activation,
-                   g.slope)
+        matrix_held = b.as_held(b.stored(b.get(third)).broadcast((rows, columns)))
+        if beta != 1.0:
+            matrix_held = b.applied(f"({{0}} * {literal(beta)})", [matrix_held], (rows, columns))
+        added.append(matrix_held)
+    if added:
+        reads.append(b.dense_of(added[0] if len(added) == 1 else b.applied("({0} + {1})", added, (rows, columns))))
+    what = Product(1, rows, inner, columns, turned, False, float(alpha), bool(added), g.activation, g.slope)
     packed = None if matrix is None else np.ascontiguousarray(matrix)
     b.set(g.output, b.emit(what, reads, (rows, columns), (packed, row)))
 
@@ -181,6 +202,8 @@ def attention(b: Builder, g: Group) -> None:
     """The key comes as it enters the product, transposed."""
     query, key, value = g.inputs
     rank = len(b.shape(query))
+    _same_inner(b.shape(query)[-1], b.shape(key)[-2])
+    _same_inner(b.shape(key)[-1], b.shape(value)[-2])
     q, k, v = b.dense(query), b.dense(key, _last_swapped(rank)), b.dense(value)
     lead = b.shape(query)[:-2]
     what = Attention(math.prod(lead), b.shape(query)[-2], b.shape(key)[-1], b.shape(query)[-1], b.shape(value)[-1],
@@ -266,13 +289,15 @@ def transposed_convolution(b: Builder, n: Node) -> None:
         over = [max(0, w - o) for w, o in zip(whole, out[2:], strict=True)]
         pads = [-(-t // 2) if auto in ("SAME_LOWER", b"SAME_LOWER") else t // 2 for t in over]
     else:
-        pads = list((own.get("pads") or (0, 0, 0, 0))[:2])
+        pads = list(padding(own, shape[2:], kernel, strides, dilations)[:2])
     own_filters = weights.shape[1]
     # [channels, filters / groups, h, w] -> [filters, h, w, channels / groups]
     packed = weights.reshape(groups, shape[1] // groups, own_filters, *kernel).transpose(0, 2, 3, 4, 1)
     bias = b.numbers(n.inputs[2]) if len(n.inputs) > 2 and n.inputs[2] >= 0 else np.zeros(own_filters * groups)
     if bias is None:
         raise RefusedError("its bias is computed")
+    if bias.size != own_filters * groups:
+        raise RefusedError(f"its bias is of {bias.size}, not of {own_filters * groups}")
     tensors = [b.tensor(a.size, np.ascontiguousarray(a, np.float32).reshape(-1)) for a in (packed, bias)]
     what = TransposedConvolution((shape[0], shape[2], shape[3], shape[1]), own_filters * groups, (out[2], out[3]),
                                  (kernel[0], kernel[1]), (strides[0], strides[1]), (dilations[0], dilations[1]),

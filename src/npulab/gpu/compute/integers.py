@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from npulab.errors import InvariantError
+from npulab.errors import InvariantError, UnsupportedError
+from npulab.gpu.compute import convolution as floats
 from npulab.gpu.compute import vectors
 from npulab.gpu.compute.problems import Convolution
 from npulab.gpu.compute.types import Argument, Buffer, Kernel, Launch, Lowered, Traits
@@ -35,7 +36,7 @@ def product(batch: int, rows: int, inner: int, columns: int, traits: Traits, wei
             low: int = -128, high: int = 127) -> Lowered:
     """weights: [columns, inner], as TFLite's fully connected layers have them."""
     what = Convolution(batch, 1, rows, inner, columns, number="int8")
-    return convolution(what, traits, weights.reshape(columns, 1, 1, inner), bias, zero_in, multipliers, shifts,
+    return convolution(what, traits, filters_of(weights, inner, columns), bias, zero_in, multipliers, shifts,
                        zero_out, low, high)
 
 
@@ -44,7 +45,8 @@ def convolution(what: Convolution, traits: Traits, weights: NDArray[Any], bias: 
                 ) -> Lowered:
     """weights: int8 OHWI [filters, *kernel, channels // groups], zero point 0; bias: int32 [filters].
     multipliers (0 or 2**30..2**31 - 1), shifts (-31..30): of each filter. Activations are in low and high.
-    Groups: 1, or as many as channels (depthwise). Raises: InvariantError for other groups."""
+    Groups: 1, or as many as channels (depthwise). Raises: InvariantError for other groups; as `checked`."""
+    checked(what, weights, bias, zero_in, multipliers, shifts, zero_out, low, high)
     depthwise = what.groups == what.channels and what.groups > 1
     if what.groups not in (1, what.channels):
         raise InvariantError("integer convolutions have one group, or one for each channel", got=f"{what.groups}")
@@ -68,6 +70,48 @@ def convolution(what: Convolution, traits: Traits, weights: NDArray[Any], bias: 
                + what.batch * math.prod(what.out) * what.filters)
     return Lowered((Launch(kernel, size, group, arguments, "int8 convolution", what.operations, float(traffic)),),
                    constants)
+
+
+def checked(what: Convolution, weights: NDArray[Any], bias: NDArray[Any] | None, zero_in: int,
+            multipliers: Sequence[int], shifts: Sequence[int], zero_out: int, low: int, high: int) -> None:
+    """Raises: InvariantError for arrays of other shapes, and numbers that the integers have not in which they are
+    computed: they would be cut to others. UnsupportedError for a residual, another number or activation."""
+    if what.number != "int8" or what.residual or what.activation != "none":
+        raise UnsupportedError("integer kernels add no residual, and have activations in the limits of their outputs",
+                               got=f"{what.number}, {what.activation}{', a residual' if what.residual else ''}")
+    floats.checked(what, weights, bias)
+    bytes_alone("the weights", weights)
+    for name, byte in (("zero_in", zero_in), ("zero_out", zero_out), ("low", low), ("high", high)):
+        if not -128 <= byte <= 127 or byte != int(byte):
+            raise InvariantError(f"{name} is no byte", want="-128..127", got=byte)
+    if low > high:
+        raise InvariantError("low is above high", got=f"{low}, {high}")
+    for name, values, least, most in (("multipliers", multipliers, 0, (1 << 31) - 1), ("shifts", shifts, -31, 30)):
+        if len(values) != what.filters:
+            raise InvariantError(f"{name} are one for each filter", want=what.filters, got=len(values))
+        whole(name, np.asarray(values), least, most)
+    if bias is not None:
+        whole("the biases", np.asarray(bias), -(1 << 31), (1 << 31) - 1)
+
+
+def filters_of(weights: NDArray[Any], inner: int, columns: int) -> NDArray[Any]:
+    """A product's weights as a convolution's. Raises: InvariantError for those of another shape."""
+    if weights.shape != (columns, inner):
+        raise InvariantError("the weights are of another shape", want=(columns, inner), got=weights.shape)
+    return weights.reshape(columns, 1, 1, inner)
+
+
+def bytes_alone(name: str, array: NDArray[Any]) -> None:
+    """Raises: InvariantError for numbers that int8 has not."""
+    if array.dtype != np.int8:
+        whole(name, array, -128, 127, "bytes")
+
+
+def whole(name: str, array: NDArray[Any], least: int, most: int, kind: str = "whole numbers in their range") -> None:
+    """Raises: InvariantError for any but whole numbers of least..most."""
+    beyond = array[~((array >= least) & (array <= most) & (array == np.trunc(array)))]
+    if beyond.size:
+        raise InvariantError(f"{name} are no {kind}", want=f"{least}..{most}", got=beyond.flat[0])
 
 
 def _source(what: Convolution, w: int, pixels: int, each: int, group: tuple[int, ...], depthwise: bool, zero_in: int,

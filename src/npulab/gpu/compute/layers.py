@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npulab.errors import CapacityError
-from npulab.gpu.compute.fusing import Group
+from npulab.gpu.compute.fusing import Group, opset
 from npulab.gpu.compute.moves import INDEX_MAX, Map, Take
 from npulab.gpu.compute.problems import Attention, Convolution, LayerNorm, Product, Softmax
 from npulab.gpu.compute.views import Shape, View, dense, nested
@@ -91,7 +91,7 @@ class Builder:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.opset = max((v for d, v in graph.header.opsets if d in ("", "ai.onnx")), default=1) if graph.header else 1
+        self.opset = opset(graph)
         self.tensors: list[Tensor] = []
         self.layers: list[Layer] = []
         self.held: dict[int, Held] = {}
@@ -189,9 +189,14 @@ class Builder:
         return self.stored(held, order if order is not None else tuple(range(len(held.shape)))).tensor
 
     def set(self, value: int, held: Held | View) -> None:
-        """The value's own. An expression that several read is computed here, once."""
+        """The value's own. An expression that several read is computed here, once.
+
+        Raises: RefusedError where the file states another shape: who reads it, and its buffers, go by that.
+        """
         if isinstance(held, View):
             held = Held("{0}", (held,), held.shape)
+        if held.shape != self.graph.values[value].shape:
+            raise RefusedError(f"its result is {list(held.shape)}, not {list(self.graph.values[value].shape)}")
         readers = self.graph.consumers.get(value, ())
         count = sum(n.inputs.count(value) for n in readers) + self.graph.outputs.count(value)
         if held.view is None and (count != 1 or len(held.operands) > OPERANDS_MAX // 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ def _packing(what: Product, tile: Tile, panels: int, batch: int, cpu: bool) -> L
     size_t at_packed = ((z * panels + panel) * inner + k) * TILE + i;
     packed[at_packed] = column < columns ? matrix[z * inner * columns + {place}] : 0;"""
     number = "ushort" if what.number == "float16" else "float"  # bits are moved
-    group = (1, 1, 1) if cpu else (min(64, tile.columns), 1, 1)
+    group = (1, 1, 1) if cpu else (math.gcd(64, tile.columns), 1, 1)
     head = ("int panel = get_global_id(0);\n    for (int i = 0; i < TILE; i++) {" if cpu else
             "int at = get_global_id(0), panel = at / TILE, i = at % TILE;\n    {")
     source = f"""#define TILE {tile.columns}
@@ -80,7 +81,7 @@ void pack(__global const {number} *restrict matrix, __global {number} *restrict 
 }}
 """
     each = 2 if what.number == "float16" else 4
-    across = panels if cpu else -(-panels * tile.columns // group[0]) * group[0]
+    across = panels if cpu else panels * tile.columns
     moved = each * batch * what.inner * (what.columns + panels * tile.columns)
     return Launch(Kernel(source, "pack"), (across, what.inner, batch), group,
                   (Buffer("input1"), Buffer("packed"), np.int32(what.inner), np.int32(what.columns),

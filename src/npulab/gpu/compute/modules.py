@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npulab.errors import CapacityError, InvariantError, UnsupportedError
-from npulab.gpu.compute.modules_numbers import DTYPES, bytes_alone, fours, padded
+from npulab.gpu.compute.integers import bytes_alone
+from npulab.gpu.compute.modules_numbers import DTYPES, fours, padded
 from npulab.gpu.compute.types import Number
 from npulab.gpu.vulkan import Vulkan
 

@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from npulab.errors import InvariantError, UnsupportedError
 from npulab.gpu.compute import modules_convolution
-from npulab.gpu.compute.convolution import checked
+from npulab.gpu.compute.integers import checked, filters_of
 from npulab.gpu.compute.modules import Layer
-from npulab.gpu.compute.modules_numbers import STORED, WHOLE, bytes_alone, padded
+from npulab.gpu.compute.modules_numbers import STORED, WHOLE, padded
 from npulab.gpu.compute.modules_tiles import Finish, shapes_of
 from npulab.gpu.compute.problems import Convolution
 from npulab.gpu.spirv_builder import Shader, Value
@@ -28,7 +27,7 @@ def product(batch: int, rows: int, inner: int, columns: int, weights: NDArray[An
             high: int = 127) -> Layer:
     """"input" [batch, rows, inner] -> "output" [batch, rows, columns]; weights: [columns, inner]."""
     what = Convolution(batch, 1, rows, inner, columns, number="int8")
-    found = convolution(what, weights.reshape(columns, 1, 1, inner), bias, zero_in, multipliers, shifts, zero_out, low,
+    found = convolution(what, filters_of(weights, inner, columns), bias, zero_in, multipliers, shifts, zero_out, low,
                         high)
     return replace(found, shapes={"input": (batch, rows, inner), "output": (batch, rows, columns)})
 
@@ -40,21 +39,9 @@ def convolution(what: Convolution, weights: NDArray[Any], bias: NDArray[Any] | N
     multipliers (0 or 2**30..2**31 - 1), shifts (-31..30): of each filter. Activations are in low and high; they and the
     zero points are bytes.
 
-    Raises: InvariantError for arrays of other shapes or numbers out of these ranges; UnsupportedError for a residual,
-    another number or activation, and where 32 bits do not count all elements.
+    Raises: as `integers.checked`; UnsupportedError where 32 bits do not count all elements, too.
     """
-    if what.number != "int8" or what.residual or what.activation != "none":
-        raise UnsupportedError("integer shaders add no residual, and have activations in the limits of their outputs",
-                               got=f"{what.number}, {what.activation}{', a residual' if what.residual else ''}")
-    checked(what, weights, bias)
-    bytes_alone("the weights", weights)
-    for name, byte in (("zero_in", zero_in), ("zero_out", zero_out), ("low", low), ("high", high)):
-        if not -128 <= byte <= 127:
-            raise InvariantError(f"{name} is no byte", want="-128..127", got=byte)
-    for name, values, least, most in (("multipliers", multipliers, 0, (1 << 31) - 1), ("shifts", shifts, -31, 30)):
-        if len(values) != what.filters or min(values) < least or max(values) > most:
-            raise InvariantError(f"{name} are one for each filter", want=f"{what.filters} of {least}..{most}",
-                                 got=f"{len(values)} of {min(values, default=0)}..{max(values, default=0)}")
+    checked(what, weights, bias, zero_in, multipliers, shifts, zero_out, low, high)
     start = np.zeros(what.filters, np.int64) if bias is None else np.asarray(bias, np.int64)
     own = modules_convolution.is_depthwise(what) or modules_convolution.is_gathered(what)
     # what the zero point adds to sums: of each tap where some may be outside, of all

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from npulab.errors import InvariantError, UnsupportedError
+from npulab.errors import UnsupportedError
 from npulab.gpu.compute.types import Number
 from npulab.gpu.spirv_builder import Kind, Shader, Type, Value
 
@@ -54,15 +54,6 @@ def floats(number: Number, what: str, halves: bool = False) -> None:
         raise UnsupportedError(f"the shader of {what} computes on floats", got=number, want="float32 or float16")
     if halves and number != "float16":
         raise UnsupportedError("only what is stored as halves is computed as halves", got=number, want="float16")
-
-
-def bytes_alone(name: str, array: NDArray[Any]) -> None:
-    """Raises: InvariantError for numbers that int8 has not."""
-    if array.dtype == np.int8:
-        return
-    beyond = array[~((array >= -128) & (array <= 127) & (array == np.trunc(array)))]
-    if beyond.size:
-        raise InvariantError(f"{name} are no bytes", want="-128..127", got=beyond[0])
 
 
 def load(s: Shader, number: Number, buffer: int, index: Value) -> Value:

@@ -8,7 +8,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from npulab.errors import InvariantError
 from npulab.gpu.compute.types import Activation, Number
+
+
+def _checked(kind: str, what: object, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(what, name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        if min(numbers) < least:
+            raise InvariantError(f"there is no such {kind}", got=f"{name} {', '.join(map(str, numbers))}",
+                                 want=f"at least {least}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +44,12 @@ class Convolution:
     activation: Activation = "none"
     slope: float = 0.01
     number: Number = "float32"
+
+    def __post_init__(self) -> None:
+        """Raises: InvariantError for sizes below 1, and pads below 0."""
+        _checked("convolution", self, 1, "batch", "height", "width", "channels", "filters", "kernel", "strides",
+                 "dilations", "groups")
+        _checked("convolution", self, 0, "pads")
 
     @property
     def out(self) -> tuple[int, int]:
@@ -69,6 +85,10 @@ class Product:
     activation: Activation = "none"
     slope: float = 0.01
     number: Number = "float32"
+
+    def __post_init__(self) -> None:
+        """Raises: InvariantError for sizes below 1."""
+        _checked("product", self, 1, "batch", "rows", "inner", "columns")
 
     @property
     def operations(self) -> float:

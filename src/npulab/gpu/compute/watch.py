@@ -36,7 +36,7 @@ class Doing:
         """Seconds since something was asked or a launch ended, and what is waited for."""
         what, events, labels = self.what, self.events, self.labels
         ended = self.ended[1] if self.ended[0] is events else 0
-        while ended < len(events) and events[ended].command_execution_status <= 0:  # complete, or failed
+        while ended < len(events) and _is_over(events[ended]):
             ended += 1
             self.since = time.monotonic()
         self.ended = events, ended
@@ -45,6 +45,14 @@ class Doing:
         if ended < len(labels):
             what = f"launch {ended + 1} of {len(labels)}, {labels[ended]}"
         return time.monotonic() - self.since, what
+
+
+def _is_over(event: Any) -> bool:
+    """Complete, or failed. One that cannot be asked, of a device that is lost, is waited for like others."""
+    try:
+        return bool(event.command_execution_status <= 0)
+    except Exception:  # whatever the driver's binding raises
+        return False
 
 
 @contextmanager
