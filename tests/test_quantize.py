@@ -196,6 +196,27 @@ def test_tensors_are_compared_with_the_float_network(recipe):
     assert made.tensors["y"].decibels == pytest.approx(made.stages[-1].decibels, abs=0.01)
 
 
+@pytest.mark.parametrize("size", [1e19, 1e25, 1e-19, 1e-23])
+def test_noise_of_numbers_whose_squares_are_no_float32(size):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=2 * (1 << 14) + 5)
+    plain = noise(x, x + 0.01 * rng.normal(size=x.size))
+    off = noise(x * size, (x + 0.01 * np.random.default_rng(1).normal(size=x.size)) * size)
+    assert plain.decibels == pytest.approx(40, abs=0.5)
+    assert off.decibels == pytest.approx(plain.decibels, abs=0.5)
+    assert off.cosine == pytest.approx(plain.cosine, abs=1e-5)
+    assert noise(x * size, np.zeros_like(x)).decibels == pytest.approx(0, abs=1e-3)
+    assert noise(x * size, x * size).decibels == 200
+
+
+def test_noise_of_what_is_not_finite_is_a_number():
+    x = np.array([1.0, -np.inf, np.nan, np.inf], np.float32)
+    same, other = noise(x, x), noise(np.array([1.0, 2, 3, 4]), x)
+    assert (same.decibels, same.cosine) == (200.0, 1.0)
+    assert other.decibels < -100
+    assert noise(x, np.zeros(4)).decibels == pytest.approx(0, abs=1e-3)
+
+
 # ranges
 
 
