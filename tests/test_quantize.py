@@ -616,6 +616,22 @@ def test_samples_that_do_not_do(feeds, error, text):
         quantized(data=ListedSamples(feeds, "a test"))
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("recipe", ["auto", "equalize+absorb+smooth+mse+weights-mse+clip", "entropy+correct+correct-full"])
+def test_large_numbers_are_quantized_as_others_are(recipe):
+    graph = small()
+    data = ListedSamples([{"x": f["x"] * np.float32(1e20)} for f in samples(graph, 8)])
+    made = quantized(graph, recipe, data=data)
+    exact = made.exact["y"]
+    assert 25 < exact.decibels < 60
+    assert exact.cosine > 0.99
+
+
+def test_a_network_without_outputs_is_refused():
+    with pytest.raises(ModelError, match="has no outputs"):
+        quantized(damaged(lambda m: m.graph.ClearField("output")), data=samples(small()))
+
+
 def test_networks_that_do_not_do():
     from npulab.zoo.builder import Net
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from npulab import quantizing_budget
 from npulab.dialects import from_onnx, from_tflite
-from npulab.errors import InvariantError, UsageError
+from npulab.errors import InvariantError, ModelError, UsageError
 from npulab.importers.onnx import read_onnx
 from npulab.ir import Graph
 from npulab.program.pages import Buffer
@@ -110,6 +110,8 @@ def quantize(graph: Graph, samples: Samples | None, rules: Rules, options: Optio
     found: trained.Trained | None = None
     if trained.is_trained(float_graph):
         float_graph, found = trained.as_trained(float_graph)
+    if not float_graph.outputs:
+        raise ModelError(f"'{graph.name}' has no outputs", try_="export it with those that are wanted")
     net = network(float_graph, rules)
     notes: list[str] = _own_tools(rules)
     kept = trained.apply(net, found, options.activations, options.weights, options.per_channel) if found else None
