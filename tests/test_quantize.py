@@ -737,6 +737,44 @@ def test_the_verb(files, capsys):
     assert not list(files.glob("*.resume"))
 
 
+def test_the_page_tells_parts_of_long_names_apart(files, capsys):
+    """Names were cut at their beginning without a sign, and what each row is about at the end."""
+    from html.parser import HTMLParser
+
+    model = onnx.ModelProto.FromString((files / "m.onnx").read_bytes())
+    for n in model.graph.node:
+        n.name = f"/backbone/<b>/a/very/long/path/to/{n.name}"
+    (files / "m.onnx").write_bytes(model.SerializeToString())
+    assert run_arguments(["quantize", str(files / "m.onnx"), "--data", str(files / "d.npz"), "-o",
+                          str(files / "q.onnx"), "--target", "generic-onnx", "--recipe", "min-max", "--report",
+                          str(files / "r.html")]) == 0
+    page = (files / "r.html").read_text()
+    told, stack = [], []
+
+    class Page(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            if tag not in ("meta", "link", "br", "line", "rect"):
+                stack.append((tag, dict(attrs)))
+
+        def handle_endtag(self, tag):
+            if tag not in ("line", "rect"):
+                assert stack.pop()[0] == tag
+
+        def handle_data(self, data):
+            if stack and stack[-1][0] == "b" and data.startswith("…"):
+                told.append(data)
+
+    Page().feed(page)
+    assert not stack
+    assert len(told) > 4
+    assert all(len(name) == 40 for name in told)
+    assert "/<b>/" not in page
+    assert "· weights, 8 bits" in page
+    assert "· tensor, 8 bits" in page
+    assert "1 line<" in page
+    assert "1 lines" not in page
+
+
 @pytest.mark.parametrize(("extra", "code", "text"), [
     (["-o", "q.onnx"], 2, "takes .tflite files"),
     (["-o", "q.tflite", "--target", "nothing"], 2, "no target 'nothing'"),
