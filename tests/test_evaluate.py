@@ -150,10 +150,12 @@ def test_wrong_labels_lower_the_figure(folder, digits, tmp_path):
     ((MODEL, "--data", SAMPLES), 2, "nothing says which classes the images of"),
     ((MODEL, "--data", SAMPLES, "--device", "z80"), 2, "there is no device 'z80' to run networks on"),
     ((MODEL, "--data", SAMPLES, "--normalize", "loud"), 2, "--normalize does not know 'loud'"),
+    ((MODEL, "--data", SAMPLES, "--normalize", "127,1e-300"), 2, "--normalize does not know '127,1e-300'"),
     ((MODEL, "--data", SAMPLES, "--labels", "no.tsv"), 2, "cannot read no.tsv as labels"),
     ((MODEL, "--data", SAMPLES, "--labels", MODEL), 3, "digits.tflite is not a table of labels"),
     ((MODEL, "--data", SAMPLES, "--labels", "no.json"), 2, "cannot read no.json as labels"),
     ((MODEL, "--data", SAMPLES, "--labels", SAMPLES / "digits.json"), 3, "digits.json is not COCO's instances.json"),
+    ((MODEL, "--data", SAMPLES, "--post", "x.json"), 2, "--post is of detectors"),
     ((MODEL, "--data", SAMPLES, "--limit", 0), 2, "greater than or equal to 1"),
     ((MODEL, "--data", SAMPLES, "--fit", "stretch"), 2, "'stretch'"),
 ])
@@ -201,6 +203,9 @@ def test_a_background_class_is_found_and_said():
 def test_labels_that_the_network_does_not_have_are_refused():
     with pytest.raises(UsageError, match=r"want    labels 0\.\.2 for its 3 outputs\n  got     0\.\.3"):
         top1(lambda feed: feed["x"], [{"x": np.zeros(3)}] * 2, [0, 3])
+    for offset in (3, 100):
+        with pytest.raises(UsageError, match=f"an offset of {offset} leaves none of the network's 3 outputs a label"):
+            top1(lambda feed: feed["x"], [{"x": np.zeros(3)}] * 2, [0, 1], offset)
     with pytest.raises(UnsupportedError, match="not one row of scores"):
         top1(lambda feed: np.zeros((2, 2)), [{"x": np.zeros(3)}], [0])
     with pytest.raises(UsageError, match="fewer samples than labels"):

@@ -196,6 +196,27 @@ def test_tensors_are_compared_with_the_float_network(recipe):
     assert made.tensors["y"].decibels == pytest.approx(made.stages[-1].decibels, abs=0.01)
 
 
+@pytest.mark.parametrize("size", [1e19, 1e25, 1e-19, 1e-23])
+def test_noise_of_numbers_whose_squares_are_no_float32(size):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=2 * (1 << 14) + 5)
+    plain = noise(x, x + 0.01 * rng.normal(size=x.size))
+    off = noise(x * size, (x + 0.01 * np.random.default_rng(1).normal(size=x.size)) * size)
+    assert plain.decibels == pytest.approx(40, abs=0.5)
+    assert off.decibels == pytest.approx(plain.decibels, abs=0.5)
+    assert off.cosine == pytest.approx(plain.cosine, abs=1e-5)
+    assert noise(x * size, np.zeros_like(x)).decibels == pytest.approx(0, abs=1e-3)
+    assert noise(x * size, x * size).decibels == 200
+
+
+def test_noise_of_what_is_not_finite_is_a_number():
+    x = np.array([1.0, -np.inf, np.nan, np.inf], np.float32)
+    same, other = noise(x, x), noise(np.array([1.0, 2, 3, 4]), x)
+    assert (same.decibels, same.cosine) == (200.0, 1.0)
+    assert other.decibels < -100
+    assert noise(x, np.zeros(4)).decibels == pytest.approx(0, abs=1e-3)
+
+
 # ranges
 
 
@@ -509,7 +530,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, recipe):
         m.setattr("npulab.quantization.job.statistics", None)  # that stage is done already
         again = quantize(graph, samples(graph), ONNX, Options(recipe=recipe), resume=path)
     assert again.data == whole.data
-    assert not path.exists()
+    assert path.exists()  # until the outcome is kept
     path.write_bytes(b"PK\3\4 damaged")
     assert quantize(graph, samples(graph), ONNX, Options(recipe=recipe), resume=path).data == whole.data
 
@@ -593,6 +614,33 @@ def test_one_sample_of_zeros_is_enough():
 def test_samples_that_do_not_do(feeds, error, text):
     with pytest.raises(error, match=text):
         quantized(data=ListedSamples(feeds, "a test"))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("recipe", ["auto", "equalize+absorb+smooth+mse+weights-mse+clip",
+                                    "entropy+correct+correct-full"])
+def test_large_numbers_are_quantized_as_others_are(recipe):
+    graph = small()
+    data = ListedSamples([{"x": f["x"] * np.float32(1e20)} for f in samples(graph, 8)])
+    made = quantized(graph, recipe, data=data)
+    exact = made.exact["y"]
+    assert 25 < exact.decibels < 60
+    assert exact.cosine > 0.99
+
+
+def test_what_the_runtime_says_of_a_network_is_told_without_its_sources():
+    def newer(model):
+        model.opset_import[0].version = 99
+
+    with pytest.raises(UnsupportedError, match="ONNX Runtime does not run the network") as e:
+        quantized(damaged(newer), data=samples(small()))
+    assert "Opset 99 is under development" in e.value.facts["got"]
+    assert "onnxruntime_src" not in e.value.facts["got"]
+
+
+def test_a_network_without_outputs_is_refused():
+    with pytest.raises(ModelError, match="has no outputs"):
+        quantized(damaged(lambda m: m.graph.ClearField("output")), data=samples(small()))
 
 
 def test_networks_that_do_not_do():
@@ -689,18 +737,113 @@ def test_the_verb(files, capsys):
     assert not list(files.glob("*.resume"))
 
 
+def test_the_page_tells_parts_of_long_names_apart(files, capsys):
+    """Names were cut at their beginning without a sign, and what each row is about at the end."""
+    from html.parser import HTMLParser
+
+    model = onnx.ModelProto.FromString((files / "m.onnx").read_bytes())
+    for n in model.graph.node:
+        n.name = f"/backbone/<b>/a/very/long/path/to/{n.name}"
+    (files / "m.onnx").write_bytes(model.SerializeToString())
+    assert run_arguments(["quantize", str(files / "m.onnx"), "--data", str(files / "d.npz"), "-o",
+                          str(files / "q.onnx"), "--target", "generic-onnx", "--recipe", "min-max", "--report",
+                          str(files / "r.html")]) == 0
+    page = (files / "r.html").read_text()
+    told, stack = [], []
+
+    class Page(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            if tag not in ("meta", "link", "br", "line", "rect"):
+                stack.append((tag, dict(attrs)))
+
+        def handle_endtag(self, tag):
+            if tag not in ("line", "rect"):
+                assert stack.pop()[0] == tag
+
+        def handle_data(self, data):
+            if stack and stack[-1][0] == "b" and data.startswith("…"):
+                told.append(data)
+
+    Page().feed(page)
+    assert not stack
+    assert len(told) > 4
+    assert all(len(name) == 40 for name in told)
+    assert "/<b>/" not in page
+    assert "· weights, 8 bits" in page
+    assert "· tensor, 8 bits" in page
+    assert "1 line<" in page
+    assert "1 lines" not in page
+
+
 @pytest.mark.parametrize(("extra", "code", "text"), [
     (["-o", "q.onnx"], 2, "takes .tflite files"),
     (["-o", "q.tflite", "--target", "nothing"], 2, "no target 'nothing'"),
     (["-o", "q.tflite", "--data", "nowhere"], 2, "nowhere"),
     (["-o", "q.tflite", "--recipe", "x"], 2, "no recipe"),
     (["-o", "q.tflite", "--weights", "5"], 2, "takes no weights of 5 bits"),
+    (["-o", "q.tflite", "--weights", "0"], 2, "takes no weights of 0 bits"),
+    (["-o", "q.tflite", "--target", "a311d", "--per-channel"], 2, "takes no weights with scales per channel"),
+    (["-o", "q.tflite", "--seed", "-1"], 2, "invalid value for '--seed'"),
+    (["-o", "q.tflite", "--size", "9" * 400], 2, "is no size"),
+    (["-o", "q.tflite", "--min-decibels", "nan"], 2, "nan dB is no signal-to-noise ratio to reach"),
+    (["-o", "q.tflite", "--min-decibels", "1000"], 2, "want    a number up to 200"),
+    (["-o", "q.tflite", "--min-agreement", "2"], 2, "2 is no share of the samples"),
+    (["-o", "q.tflite", "--min-agreement", "nan"], 2, "nan is no share of the samples"),
+    (["-o", "q.tflite", "--min-agreement", "1", "--size", "60%"], 2, "one budget at a time"),
+    (["-o", "q.tflite", "--recipe", "mse+percentile"], 2, "two ways to choose ranges"),
+    (["-o", "q.tflite", "--recipe", "mse+adaround+adaround"], 2, "'adaround' is there twice"),
+    (["-o", "nowhere/q.tflite"], 2, "cannot write nowhere/q.tflite"),
+    (["-o", "q.tflite", "--report", "nowhere/q.html"], 2, "cannot write nowhere/q.html"),
+    (["-o", "q.tflite", "--report", "."], 2, "cannot write .: it exists and is not a file"),
+    (["-o", "q.tflite", "--report", "q.tflite"], 2, "--report and -o name the same file"),
+    (["-o", "q.tflite", "--report", "d.npz"], 2, "--report and --data name the same file"),
+    (["-o", "m.onnx", "--target", "generic-onnx"], 2, "-o and MODEL name the same file"),
+    (["-o", "link.onnx", "--target", "generic-onnx"], 2, "-o and MODEL name the same file"),
+    (["-o", "q.tflite", "--labels", "nowhere.tsv"], 2, "cannot read nowhere.tsv"),
 ])
 def test_wrong_usage(files, capsys, monkeypatch, extra, code, text):
     monkeypatch.chdir(files)
+    (files / "link.onnx").symlink_to("m.onnx")
+    before = {p: p.read_bytes() for p in files.iterdir()}
+    monkeypatch.setattr("npulab.quantization.job.Job.run", None)  # it is said before the work begins
     assert run_arguments(["quantize", "m.onnx", "--data", "d.npz", *extra]) == code
     assert text in capsys.readouterr().err
-    assert not list(files.glob("q.*"))
+    assert {p: p.read_bytes() for p in files.iterdir()} == before
+
+
+@pytest.mark.parametrize("extra", [["--labels", "l.tsv"], ["--normalize", "imagenet"], ["--limit", "3"]])
+def test_what_is_said_of_data_needs_some(files, capsys, extra):
+    """It was passed over in silence."""
+    assert run_arguments(["quantize", str(files / "m.onnx"), "-o", str(files / "q.tflite"), *extra]) == 2
+    assert f"{extra[0]} is of the data, and there are none" in capsys.readouterr().err
+
+
+def test_a_folder_where_the_state_should_lie_is_said(files, capsys):
+    (files / "q.tflite.resume").mkdir()
+    assert run_arguments(["quantize", str(files / "m.onnx"), "--data", str(files / "d.npz"), "-o",
+                          str(files / "q.tflite")]) == 2
+    assert "q.tflite.resume" in (said := capsys.readouterr().err)
+    assert "try     remove it, or give -o another name" in said
+
+
+def test_an_outcome_that_could_not_be_written_is_not_computed_again(files, capsys, monkeypatch):
+    """The state stays until the file is there."""
+    from npulab.program import files as places
+
+    arguments = ["quantize", str(files / "m.onnx"), "--data", str(files / "d.npz"), "-o", str(files / "q.tflite"),
+                 "--recipe", "min-max+adaround"]
+    write = places.write_atomically
+
+    def full(path, content):
+        raise UsageError("cannot write q.tflite", got="No space left on device")
+
+    monkeypatch.setattr(places, "write_atomically", full)
+    assert run_arguments(arguments) == 2
+    assert state.about((files / "q.tflite.resume").read_bytes()) is not None
+    monkeypatch.setattr(places, "write_atomically", write)
+    monkeypatch.setattr("npulab.quantization.rounding.adaround", None)
+    assert run_arguments(arguments) == 0
+    assert not list(files.glob("*.resume"))
 
 
 def test_recipes_are_listed(capsys):

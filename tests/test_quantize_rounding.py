@@ -367,6 +367,17 @@ def test_what_goes_wrong_is_said():
     assert e.value.facts["got"] == "sample 1 of a test"
 
 
+def test_numbers_whose_sums_are_no_float32_are_refused():
+    net, data = ready()
+    large = ListedSamples([{"x": f["x"] * np.float32(1e19)} for f in data], "a test")
+    for passes in (1, 2):
+        calibrate(net, statistics(net, large))
+        with pytest.raises(UsageError, match="numbers too large for adaptive rounding") as e:
+            adaround(net, large, passes)
+        assert "e+19" in e.value.facts["got"]
+        assert all(layer.codes is None for layer in net.layers)
+
+
 def test_layers_whose_inputs_are_all_zero_keep_their_nearest_integers():
     net, _ = ready()
     zeros = ListedSamples([{"x": np.zeros((1, 3, 16, 16), np.float32)}])

@@ -1,5 +1,6 @@
 """Rooflines: layers by hand, the study of the Mali-G52, ceilings that are missing or refused, damaged results."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -500,6 +501,8 @@ def test_the_page_is_well_formed_with_one_point_a_layer(repvgg_graph):
                      "L1 95 GB/s, assumed [3]", "L1 19.5 GB/s, measured [4]"]
     assert len({p.get("stroke-dasharray") for p in picture.findall("path")}) == 3, "a line a standing"
     assert text == page(roofline(repvgg_graph, MALI))
+    odd = dataclasses.replace(ceilings_of(MALI), sizes={"L1": 52160, "L3": 31203124})
+    assert "L1: 50.9 kB; L3: 30500 kB" in page(roofline(repvgg_graph, odd))
 
 
 def test_names_of_strangers_are_shown_and_not_obeyed():

@@ -264,6 +264,25 @@ def test_an_open_size_is_asked_for(tmp_path, capsys):
     assert (row["in_size"], row["mmacs"]) == ([8, 16], 8 * 16 * 12 / 1e6)
 
 
+def test_a_size_that_constants_decide_is_computed():
+    """PyTorch's exporter has the pads of a padding behind six operators on constants."""
+    nodes = [onnx.helper.make_node("ConstantOfShape", ["n"], ["zeros"],
+                                   value=onnx.numpy_helper.from_array(np.zeros(1, np.int64))),
+             onnx.helper.make_node("Concat", ["some", "zeros"], ["all"], axis=0),
+             onnx.helper.make_node("Reshape", ["all", "pairs"], ["rows"]),
+             onnx.helper.make_node("Slice", ["rows", "from", "to", "axis", "back"], ["turned"]),
+             onnx.helper.make_node("Transpose", ["turned"], ["ends"], perm=[1, 0]),
+             onnx.helper.make_node("Reshape", ["ends", "flat"], ["pads"]),
+             onnx.helper.make_node("Pad", ["x", "pads"], ["a"]), node("Conv", ["a", "w"])]
+    numbers = {"n": [4], "some": [0, 1, 0, 1], "pairs": [-1, 2], "from": [-1], "to": [-(2**62)], "axis": [0],
+               "back": [-1], "flat": [-1]}
+    g = model(nodes, [("x", F, (1, 4, 8, 8))], [("y", F, (1, 4, 7, 7))],
+              [("w", zeros(4, 4, 3, 3)), *((k, np.array(v, np.int64)) for k, v in numbers.items())])
+
+    (row,) = tear_down(g)
+    assert (row.names, row.layer.macs) == (("n",), 7 * 7 * 4 * 36)
+
+
 # TFLite
 
 

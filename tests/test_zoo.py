@@ -280,6 +280,7 @@ def test_the_command_writes_the_file_and_says_so(tmp_path, capsys):
     (["squeezenet", "-o", "x.tflite"], "does not write x.tflite"),
     (["squeezenet", "-o", "none/x.onnx", "--size", "32"], "cannot write none/x.onnx"),
     (["squeezenet", "-o", "x.onnx", "--size", "33"], "--size 32"),
+    (["squeezenet", "-o", "x.onnx", "--seed", "-1"], "invalid value for '--seed'"),
 ])
 def test_the_command_refuses_and_leaves_nothing(arguments, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

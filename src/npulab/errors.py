@@ -13,7 +13,11 @@ An error prints as one sentence, then facts one a line: ``rule``, ``want``, ``go
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
+
+SAID_MAX = 300
+"""Characters of another program's message."""
 
 
 class NpulabError(Exception):
@@ -58,3 +62,8 @@ class DeviceError(NpulabError):
 
 class InvariantError(NpulabError):
     exit_code = 4
+
+
+def runtime_said(error: object) -> str:
+    """What ONNX Runtime said, without the place in its own sources, which may be all that there is room for."""
+    return re.sub(r"/onnxruntime_src/\S+:\d+ .*?\)(?: const)? (?=\S)", "", str(error).strip(), count=1)[:SAID_MAX]

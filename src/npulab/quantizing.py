@@ -13,7 +13,7 @@ import numpy as np
 
 from npulab import quantizing_budget
 from npulab.dialects import from_onnx, from_tflite
-from npulab.errors import InvariantError, UsageError
+from npulab.errors import InvariantError, ModelError, UsageError
 from npulab.importers.onnx import read_onnx
 from npulab.ir import Graph
 from npulab.program.pages import Buffer
@@ -97,7 +97,7 @@ def quantize(graph: Graph, samples: Samples | None, rules: Rules, options: Optio
     samples  inputs as the graph itself takes them; None: made up from its own statistics, and said so, unless nothing
              is to be calibrated.
     resume   a file that the state goes to after each stage, and that an interrupted run with the same model, samples
-             and options goes on from; it is removed at the end.
+             and options goes on from; whoever keeps the outcome removes it then.
 
     Raises: UsageError for options that the target does not take; UnsupportedError for a network that cannot be
     quantized; ModelError for weights or samples that are no numbers.
@@ -110,6 +110,8 @@ def quantize(graph: Graph, samples: Samples | None, rules: Rules, options: Optio
     found: trained.Trained | None = None
     if trained.is_trained(float_graph):
         float_graph, found = trained.as_trained(float_graph)
+    if not float_graph.outputs:
+        raise ModelError(f"'{graph.name}' has no outputs", try_="export it with those that are wanted")
     net = network(float_graph, rules)
     notes: list[str] = _own_tools(rules)
     kept = trained.apply(net, found, options.activations, options.weights, options.per_channel) if found else None
@@ -155,8 +157,6 @@ def quantize(graph: Graph, samples: Samples | None, rules: Rules, options: Optio
     else:
         data = bytes(made.source)
     exact = simulated(net, made, orders, job.reference(), job.check)
-    if resume is not None:
-        resume.unlink(missing_ok=True)
     return Quantized(made, data, qdq, job.reference, net, job.aim or reference(net), rules, job.recipe, samples, stages,
                      tensors, shapes, exact, (*net.notes, *notes))
 
@@ -177,6 +177,7 @@ def _budget(options: Options, net: Network, tell: Tell | None) -> Budget | None:
     asked = quantizing_budget.Asked(options.size, options.latency, options.min_decibels, options.min_agreement)
     if not asked:
         return None
+    quantizing_budget.check(asked, net)
     came = float_model(net, changed=False)
 
     def keep(net: Network, samples: Samples, seen: Mapping[int, Statistics], how: str, clip: str) -> list[str]:

@@ -22,6 +22,8 @@ from npulab.quantization.session import Progress
 from npulab.quantization.types import Samples
 from npulab.targets.target import all_targets
 
+MOST_DECIBELS = 200.0
+
 
 @dataclass(frozen=True, slots=True)
 class Asked:
@@ -38,8 +40,26 @@ class Asked:
     decibels: float | None = None
     agreement: float | None = None
 
+    def __post_init__(self) -> None:
+        if sum(x is not None for x in (self.size, self.latency, self.decibels, self.agreement)) > 1:
+            raise UsageError("one budget at a time", want="a size, a latency or a quality")
+        if self.decibels is not None and not -MOST_DECIBELS <= self.decibels <= MOST_DECIBELS:
+            raise UsageError(f"{self.decibels:g} dB is no signal-to-noise ratio to reach",
+                             want=f"a number up to {MOST_DECIBELS:g}, which is the same results")
+        if self.agreement is not None and not 0 <= self.agreement <= 1:
+            raise UsageError(f"{self.agreement:g} is no share of the samples", want="0 to 1")
+
     def __bool__(self) -> bool:
         return any(x is not None for x in (self.size, self.latency, self.decibels, self.agreement))
+
+
+def check(asked: Asked, net: Network) -> None:
+    """Before there are statistics: raises UsageError for a budget that nothing can be told about."""
+    if asked.latency is not None:
+        latency(net.rules.name)
+        parse_seconds(asked.latency)
+    if asked.size is not None:
+        parse_size(asked.size, net)
 
 
 def keep(net: Network, samples: Samples, seen: Mapping[int, Statistics], asked: Asked, how: str = "min-max",
@@ -58,8 +78,6 @@ def keep(net: Network, samples: Samples, seen: Mapping[int, Statistics], asked: 
         cost = None
         budget = Budget(size=parse_size(asked.size, net) if asked.size is not None else None, decibels=asked.decibels,
                         score=asked.agreement)
-    if sum(x is not None for x in (asked.size, asked.latency, asked.decibels, asked.agreement)) != 1:
-        raise UsageError("one budget at a time", want="a size, a latency or a quality")
     trial = Trial(net, samples, seen, how, clip, reference, progress)
     score = agreeing(trial.reference, net.name(ends(net)[0]), samples) if asked.agreement is not None else None
     return search(trial, budget, cost, score)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from npulab.errors import UnsupportedError, UsageError
 from npulab.gpu.ceilings import COMPUTE, Ceiling, Ceilings, Standing, highest, published, read_result
 from npulab.ir import Graph, Node
-from npulab.teardown import BITS, Layer, Numbers, bits, layers
+from npulab.teardown import BITS, Layer, Numbers, bits, layers, sized
 
 if TYPE_CHECKING:
     from npulab.profiling.types import Constant
@@ -149,6 +149,7 @@ def roofline(graph: Graph, device: Ceilings | str | os.PathLike[str], numbers: N
     notes: list[str] = []
     if numbers is not None and numbers not in BITS:
         raise UsageError(f"there is no number format '{numbers}'", want=", ".join(BITS))
+    graph = sized(graph)
     own = numbers or _own(graph)
     forced = numbers is not None
     rates = {c.numbers for c in found.ceilings if c.resource == COMPUTE}

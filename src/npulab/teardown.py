@@ -83,13 +83,25 @@ def tear_down(graph: Graph, numbers: Numbers | None = None, everything: bool = F
 
     Raises: ModelError where a layer's size is not known.
     """
-    return fold(layer for layer in layers(graph, numbers) if everything or layer.kind != "other")
+    return fold(layer for layer in layers(sized(graph), numbers) if everything or layer.kind != "other")
 
 
 def layers(graph: Graph, numbers: Numbers | None = None) -> tuple[Layer, ...]:
     """Every operator as a Layer. Raises: ModelError where the size of one that multiplies is not known."""
     reader = _Reader(graph, numbers)
     return tuple(reader.layer(n) for n in graph.nodes)
+
+
+def sized(graph: Graph) -> Graph:
+    """The graph; where a layer's size is not known, without the operators on constants that decide it."""
+    try:
+        layers(graph)
+    except ModelError:
+        if graph.format == "onnx":
+            from npulab.passes import pipeline
+
+            return pipeline.run(graph, pipeline.find_passes(["constants"]))[0]
+    return graph
 
 
 def kinds(found: Sequence[Layer]) -> tuple[Kind, ...]:

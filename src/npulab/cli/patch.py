@@ -123,12 +123,12 @@ def _list(passes: Any, json: bool) -> None:
 
 def _as_data(before: Graph, made: Patched, agreements: list[Agreement]) -> dict[str, Any]:
     """The certificate."""
-    from npulab.teardown import layers
+    from npulab.teardown import layers, sized
 
     def size(graph: Graph) -> dict[str, Any]:
         constants = sum(len(v.constant or b"") for v in graph.values if v.is_constant)
         return {"nodes": len(graph.nodes), "constant_bytes": constants,
-                "macs": sum(layer.macs for layer in layers(graph))}
+                "macs": sum(layer.macs for layer in layers(sized(graph)))}
 
     def verdicts(check: Check) -> dict[str, int]:
         return {where: check.count(where) for where in ("npu", "host", "refused", "unknown")}

@@ -71,7 +71,7 @@ def quantize(
                                               help="At most so many samples, evenly spread.")] = None,
     ends: Annotated[Ends | None, typer.Option("--ends", show_default=False, help=(
         "Inputs and outputs; integer in .tflite files and float in .onnx files unless told."))] = None,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of what is drawn.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of what is drawn.", min=0)] = 0,
     dim: DimOption = None,
     report: Annotated[Path | None, typer.Option("--report", metavar="FILE", show_default=False, help=(
         "Write what was done and measured: a page for .html, data for .json."))] = None,
@@ -98,6 +98,10 @@ def quantize(
     options = Options(recipe or "auto", weights, activations, per_channel, tuple(keep or ()), tuple(wide or ()),
                       None if ends is None else ends is Ends.INTEGER, seed, None if time is None else seconds_of(time),
                       size, latency, decibels, agreement)
+    resume = output.with_name(output.name + ".resume")
+    _check_places({"-o": output, "--report": report}, {"MODEL": model, "--data": data, "--labels": labels})
+    if labels is not None or normalize is not None or limit is not None:
+        _check_data(data, labels, normalize)
     graph = api.load(model, parse_dims(dim))
     rules = api.quantization_rules(target)
     if output.suffix.lower() != f".{rules.file}":
@@ -105,8 +109,10 @@ def quantize(
                          try_=f"-o {output.with_suffix('.' + rules.file).name}")
     line = _Line(progress)
     made = api.quantize(graph, data, target, options, normalize=normalize, fit=cast("Fit", fit), limit=limit,
-                        tell=line, resume=output.with_name(output.name + ".resume"))
+                        tell=line, resume=resume)
     write_atomically(output, made.data)
+    if resume.is_file():
+        resume.unlink()
     found = api.quantization_report(graph, made, report is not None, line) | {"output": str(output)}
     if labels is not None and data is not None:
         from npulab.explaining import judged
@@ -120,6 +126,35 @@ def quantize(
         write_json(found)
     else:
         _print(made, found)
+
+
+def _check_places(written: dict[str, Path | None], read: dict[str, Path | None]) -> None:
+    """What is written can be, and is none of what is read; by option. Raises: UsageError."""
+    import os
+
+    from npulab.errors import UsageError
+    from npulab.program.files import check_place
+
+    taken = {os.path.realpath(path): option for option, path in read.items() if path is not None}
+    for option, path in written.items():
+        if path is None:
+            continue
+        if (at := os.path.realpath(path)) in taken:
+            raise UsageError(f"{option} and {taken[at]} name the same file", got=str(path), try_="another name")
+        taken[at] = option
+        check_place(path)
+
+
+def _check_data(data: Path | None, labels: Path | None, normalize: str | None) -> None:
+    """Raises: UsageError for what is said of data that are not there, and as evaluating for labels that are none."""
+    from npulab.errors import UsageError
+    from npulab.evaluation.measure import check_labels
+
+    if data is None:
+        option = "--labels" if labels is not None else "--normalize" if normalize is not None else "--limit"
+        raise UsageError(f"{option} is of the data, and there are none", try_="--data FOLDER")
+    if labels is not None and labels != data:
+        check_labels(labels)
 
 
 def _list(json: bool) -> None:

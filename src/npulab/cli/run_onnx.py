@@ -76,7 +76,7 @@ def run_here(graph: Graph, arrays: dict[str | int, Any]) -> tuple[dict[str, Any]
     """
     import time
 
-    from npulab.errors import UnsupportedError
+    from npulab.errors import UnsupportedError, runtime_said
     from npulab.passes.certificate import session
 
     made = session(graph)
@@ -85,7 +85,7 @@ def run_here(graph: Graph, arrays: dict[str | int, Any]) -> tuple[dict[str, Any]
     try:
         found = made.run(names, {str(name): array for name, array in arrays.items()})
     except Exception as e:  # the runtime is C++: it raises what it likes
-        raise UnsupportedError(f"ONNX Runtime does not run '{graph.name}'", got=str(e).strip()[:300]) from None
+        raise UnsupportedError(f"ONNX Runtime does not run '{graph.name}'", got=runtime_said(e)) from None
     return dict(zip(names, found, strict=True)), time.perf_counter() - start
 
 

@@ -44,11 +44,11 @@ def teardown(
     """
     from npulab.cli.printing import write_json
     from npulab.importers import load
-    from npulab.teardown import as_data, fold, kinds, layers
+    from npulab.teardown import as_data, fold, kinds, layers, sized
 
     graph = load(model, parse_dims(dim))
     numbers = dtype.numbers if dtype else None
-    found = layers(graph, numbers)
+    found = layers(sized(graph), numbers)
     wanted = kinds(found)
     rows = fold(x for x in found if all_ or x.kind in wanted)
     if json:

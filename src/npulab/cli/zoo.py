@@ -21,7 +21,7 @@ def build(
                                              help="Side of the input in pixels.")] = None,
     classes: Annotated[int | None, typer.Option("--classes", metavar="N", show_default="the source's",
                                                 help="Classes that it tells apart.")] = None,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the random weights.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of the random weights.")] = 0,
     json: Json = False,
 ) -> None:
     """Write a topology with random weights. The same options give the same bytes."""

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npulab.doors.types import Door, ModelFormat, Picture, Preprocessing
-from npulab.errors import UnsupportedError, UsageError
+from npulab.errors import UnsupportedError, UsageError, runtime_said
 from npulab.ir import DType, Graph
 from npulab.ir.ops import OnnxOp
 
@@ -205,6 +205,6 @@ def computed(graph: Graph, inputs: dict[str, Array]) -> list[Array]:
         found: list[Array] = running.run(names, {graph.values[i].name: a
                                                  for i, a in zip(graph.inputs, feeds, strict=True)})
     except Exception as e:  # the runtime is C++: it raises what it likes
-        raise UnsupportedError(f"ONNX Runtime does not run '{graph.name}'", got=str(e).strip()[:300]) from None
+        raise UnsupportedError(f"ONNX Runtime does not run '{graph.name}'", got=runtime_said(e)) from None
     return found
 

@@ -89,6 +89,9 @@ def offset_of(outputs: int, labels: NDArray[np.int64], known: int | None) -> tup
 
 
 def _fits(outputs: int, labels: NDArray[np.int64], offset: int) -> None:
+    if offset >= outputs:
+        raise UsageError(f"an offset of {offset} leaves none of the network's {outputs} outputs a label",
+                         try_=f"an offset below {outputs}; 1 with a background class")
     low, high = int(labels.min(initial=0)), int(labels.max(initial=0))
     if low < 0 or low + offset < 0 or high + offset >= outputs:
         raise UsageError("the labels are not classes of this network",

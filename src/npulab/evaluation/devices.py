@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from npulab.errors import UnsupportedError, UsageError
+from npulab.errors import UnsupportedError, UsageError, runtime_said
 from npulab.evaluation.types import Array
 from npulab.ir import Graph
 from npulab.passes.bounds import affordable, limited_run
@@ -78,7 +78,7 @@ def _onnxruntime(graph: Graph, quick: bool) -> Device:
     try:
         session = onnxruntime.InferenceSession(to_onnx(made), options, providers=["CPUExecutionProvider"])
     except Exception as e:  # the runtime is C++: it raises what it likes
-        raise UnsupportedError(f"ONNX Runtime does not load '{graph.name}'", got=str(e).strip()[:300]) from None
+        raise UnsupportedError(f"ONNX Runtime does not load '{graph.name}'", got=runtime_said(e)) from None
     inputs, outputs = input_tensors(made), tuple(tensor_of(made, v) for v in made.outputs)
     names, own = [t.name for t in outputs], [made.values[v].name for v in made.inputs]
 
@@ -87,7 +87,7 @@ def _onnxruntime(graph: Graph, quick: bool) -> Device:
             found = limited_run(session, [made.values[v].name for v in made.outputs],
                                 {n: feeds[t.name] for n, t in zip(own, inputs, strict=True)})
         except Exception as e:
-            raise UnsupportedError(f"ONNX Runtime does not run '{graph.name}'", got=str(e).strip()[:300]) from None
+            raise UnsupportedError(f"ONNX Runtime does not run '{graph.name}'", got=runtime_said(e)) from None
         return _real(names, found, outputs)
 
     return Device(f"ONNX Runtime {onnxruntime.__version__}, {'optimized' if quick else 'not optimized'}", made, inputs,

@@ -66,6 +66,8 @@ def evaluate(model: Graph | Path_, data: Path_, labels: Path_ | Sequence[int] | 
         truth = read_instances(labels)
         after = read_post(post) if post is not None else post_beside(beside) if beside else None
         return _detector(_Task(graph, Path(data), normalize, fit, limit, names, progress), device, truth, labels, after)
+    if post is not None:
+        raise UsageError("--post is of detectors, and the labels are classes", try_="--labels instances.json")
     table = read_table(labels, names) if isinstance(labels, str | os.PathLike) else None
     running = open_device(graph, device)
     samples = open_samples(data, running.inputs, normalize, fit or "squash")
@@ -84,6 +86,15 @@ def _finished(made: Evaluation, graph: Graph, device: Device, samples: ImageSamp
               notes: Sequence[str]) -> Evaluation:
     return replace(made, names=samples.names, model=graph.name, data=samples.origin, device=device.title,
                    how=samples.how, notes=(*notes, *made.notes))
+
+
+def check_labels(labels: Path_) -> None:
+    """Raises what `evaluate` does for a file of labels that cannot be read."""
+    if os.fspath(labels).lower().endswith(".json"):
+        need_pycocotools()
+        read_instances(labels)
+    else:
+        read_table(labels)
 
 
 def _beside(data: Path) -> Path | None:

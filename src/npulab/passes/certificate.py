@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from npulab.errors import UnsupportedError, UsageError
+from npulab.errors import UnsupportedError, UsageError, runtime_said
 from npulab.exporters.onnx import to_onnx
 from npulab.ir import DType, Graph, Value
 from npulab.passes.bounds import affordable, limited_run
@@ -64,7 +64,7 @@ def compared(before: Graph, after: Graph, inputs: Feeds | None = None, post: Pos
             wanted = dict(zip(names, limited_run(first, names, feed), strict=True))
             given = dict(zip(others, limited_run(second, others, feed), strict=True))
         except Exception as e:  # the runtime is C++: it raises what it likes
-            raise UnsupportedError(f"ONNX Runtime does not run '{before.name}'", got=str(e).strip()[:300]) from None
+            raise UnsupportedError(f"ONNX Runtime does not run '{before.name}'", got=runtime_said(e)) from None
         if post is not None:
             given = apply(post, given)
         for name in names:
@@ -107,7 +107,7 @@ def session(graph: Graph) -> Any:
     try:
         return onnxruntime.InferenceSession(to_onnx(graph), options, providers=["CPUExecutionProvider"])
     except Exception as e:
-        raise UnsupportedError(f"ONNX Runtime does not load '{graph.name}'", got=str(e).strip()[:300]) from None
+        raise UnsupportedError(f"ONNX Runtime does not load '{graph.name}'", got=runtime_said(e)) from None
 
 
 def random_inputs(graph: Graph, seed: int) -> dict[str, NDArray[np.generic]]:

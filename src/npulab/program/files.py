@@ -40,17 +40,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | Callable[[Bi
 
     Raises: UsageError if the place cannot be written.
     """
-    target = Path(path)
-    try:
-        if target.exists() and not target.is_file():
-            raise UsageError(f"cannot write {target}: it exists and is not a file",
-                             try_="name a file in a folder you may write to")
-        target = Path(os.path.realpath(target))  # a link keeps pointing at the file it names
-        hidden = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
-        handle = os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    except (OSError, ValueError) as e:
-        raise UsageError(f"cannot write {path}", got=getattr(e, "strerror", None) or e,
-                         try_="name a file in a folder you may write to") from e
+    target, hidden, handle = _hidden(path)
     try:
         with open(handle, "wb") as f:
             if callable(content):
@@ -67,3 +57,25 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | Callable[[Bi
     except BaseException:
         hidden.unlink(missing_ok=True)
         raise
+
+
+def check_place(path: str | os.PathLike[str]) -> None:
+    """Whether a file can be written there, asked before long work. Raises: UsageError as `write_atomically`."""
+    _, hidden, handle = _hidden(path)
+    os.close(handle)
+    hidden.unlink(missing_ok=True)
+
+
+def _hidden(path: str | os.PathLike[str]) -> tuple[Path, Path, int]:
+    """The file behind the links, a new one with a hidden name beside it, and that one opened."""
+    target = Path(path)
+    try:
+        if target.exists() and not target.is_file():
+            raise UsageError(f"cannot write {target}: it exists and is not a file",
+                             try_="name a file in a folder you may write to")
+        target = Path(os.path.realpath(target))  # a link keeps pointing at the file it names
+        hidden = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
+        return target, hidden, os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    except (OSError, ValueError) as e:
+        raise UsageError(f"cannot write {path}", got=getattr(e, "strerror", None) or e,
+                         try_="name a file in a folder you may write to") from e

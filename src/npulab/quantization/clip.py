@@ -61,6 +61,8 @@ def clip(net: Network, samples: Samples, shares: Sequence[float] = SHARES, progr
     by_name = dict(zip(names, totals, strict=True))
     notes = []
     for probe in probes:
+        if not all(np.isfinite(by_name[name]).all() for pair in probe.names for name in pair):
+            continue  # squares that are no float32: nothing ranks the ranges
         error = np.sum([by_name[e] / np.maximum(by_name[s], 1e-30) for e, s in probe.names], axis=0)
         best = int(np.argmin(error))
         if best and error[best] < MARGIN * error[0]:

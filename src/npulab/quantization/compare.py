@@ -17,6 +17,8 @@ from npulab.quantization.sampling import taken
 from npulab.quantization.types import Array, Samples
 
 CHUNK = 1 << 14
+LEAST_SQUARES = 1e-30
+"""Sum of squares of a chunk down to which those of a difference are float32, too: it may be 1e-7 of the numbers."""
 HELD = 256 << 20
 """Bytes of tensors that wait on disk to be compared."""
 
@@ -53,14 +55,24 @@ SILENCE = Noise(0.0, 0.0, 0.0, 0.0)
 
 
 def noise(x: Array, y: Array) -> Noise:
-    """Of `y` against `x`: sums in single precision over CHUNK elements, in double precision over those."""
+    """Of `y` against `x`: sums in single precision over CHUNK elements, in double precision over those, and of elements
+    whose squares are no float32. What is not finite counts as the largest number, NaN as zero."""
     a, b = (np.asarray(v, np.float32).ravel() for v in (x, y))
     total = np.zeros(4)
     for i in range(0, a.size, CHUNK):
         p, q = a[i : i + CHUNK], b[i : i + CHUNK]
-        d = p - q
-        total += [np.einsum("i,i", *pair) for pair in ((p, p), (d, d), (p, q), (q, q))]
+        found = _sums(p, q)
+        if not (LEAST_SQUARES < found[0] < np.inf and np.isfinite(found).all()):
+            found = _sums(*(np.nan_to_num(v).astype(np.float64) for v in (p, q)))
+        total += found
     return Noise(*map(float, total))
+
+
+def _sums(p: Array, q: Array) -> Array:
+    """Of squares, of the difference's, of products, of the other's squares."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        d = p - q
+    return np.array([np.einsum("i,i", *pair) for pair in ((p, p), (d, d), (p, q), (q, q))], np.float64)
 
 
 class FirstSamples:

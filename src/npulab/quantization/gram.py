@@ -45,6 +45,8 @@ SMALL_STEPS = 8
 """Bits of integers whose distances from their zero point fit int16."""
 WIDE = 1024
 """Weights of a channel from which sums are kept in float32: float64 would double hundreds of megabytes."""
+LARGEST = 2.0**46
+"""Number whose squares can be summed in float32 over all patches and all weights of a channel."""
 ROWS_AT_ONCE = 128
 """Of a matrix of sums."""
 
@@ -234,7 +236,8 @@ def moments(net: Network, layers: Sequence[Layer], samples: Samples, aim: Refere
              codes, float ones in the others.
     brief    see Moments; a half to a quarter of the time. Not with `rounded`.
 
-    Raises: UsageError without samples or ONNX Runtime; ModelError for tensors that are not finite.
+    Raises: UsageError without samples or ONNX Runtime, and for numbers beyond LARGEST; ModelError for tensors that are
+    not finite.
     """
     if not len(samples):
         raise UsageError("there are no samples to round with", got=samples.origin)
@@ -253,6 +256,10 @@ def moments(net: Network, layers: Sequence[Layer], samples: Samples, aim: Refere
             if not np.isfinite(x).all():
                 raise ModelError(f"'{name}' is not finite", got=f"sample {number + 1} of {samples.origin}",
                                  try_="look for NaN in the data, or for overflow in the network")
+            if (largest := float(np.abs(x).max(initial=0))) > LARGEST:
+                raise UsageError(f"'{name}' has numbers too large for adaptive rounding", want=f"at most {LARGEST:.0e}",
+                                 got=f"{largest:.3g}, sample {number + 1} of {samples.origin}",
+                                 try_="smaller data, or a recipe without adaround")
             places = take.places(number)
             patches = take.rows(x, places)
             out.append((m, m.share(patches, patches if integers is None else take.rows(integers[name], places))))

@@ -299,7 +299,11 @@ class Job:
         return h.hexdigest()
 
     def _resumed(self, path: Path, key: str) -> list[Measured]:
-        data = path.read_bytes()
+        try:
+            data = path.read_bytes()
+        except OSError as e:
+            raise UsageError(f"cannot read {path}, where a run to go on with would lie", got=e.strerror or e,
+                             try_="remove it, or give -o another name") from e
         about = state.about(data)
         if about is None or about.get("key") != key:
             return []

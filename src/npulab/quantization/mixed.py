@@ -41,7 +41,7 @@ class Budget:
 def parse_size(text: str, net: Network) -> int:
     """Bytes of "60%" (of 8-bit weights), "1.5M", "300k", "123456". Raises: UsageError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[kKM]?)(?:i?B)?", text.strip())
-    if not found or float(found[1]) <= 0:
+    if not found or not 0 < float(found[1]) < 1e15:
         raise UsageError(f"'{text[:40]}' is no size", want="a share of 8-bit weights, or bytes: 60%, 1.5M, 300k")
     number = float(found[1])
     if found[2] == "%":
@@ -53,7 +53,7 @@ def parse_size(text: str, net: Network) -> int:
 def parse_seconds(text: str) -> float:
     """Of "3ms", "250us", "0.5s". Raises: UsageError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(us|ms|s)", text.strip())
-    if not found or float(found[1]) <= 0:
+    if not found or not 0 < float(found[1]) < 1e15:
         raise UsageError(f"'{text[:40]}' is no time", want="3ms, 250us or 0.5s")
     return float(found[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[found[2]]
 

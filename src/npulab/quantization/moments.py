@@ -20,6 +20,8 @@ from npulab.quantization.session import Progress
 from npulab.quantization.types import Array, Samples
 
 Moments = tuple[Floats, Floats]
+LARGE = 1e18
+"""Numbers below it have squares that are float32."""
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
@@ -54,8 +56,10 @@ def seen(net: Network, axes: Mapping[int, int], samples: Samples, progress: Prog
         found = []
         for a, axis in zip(arrays, axes.values(), strict=True):
             others = tuple(i for i in range(a.ndim) if i != axis % a.ndim)
-            found.append(np.stack([a.min(axis=others), a.max(axis=others), a.mean(axis=others, dtype=np.float64),
-                                   np.square(a).mean(axis=others, dtype=np.float64)]).astype(np.float64))
+            low, high = a.min(axis=others), a.max(axis=others)
+            wide = a if np.abs((low, high)).max(initial=0) < LARGE else a.astype(np.float64)
+            found.append(np.stack([low, high, a.mean(axis=others, dtype=np.float64),
+                                   np.square(wide).mean(axis=others, dtype=np.float64)]).astype(np.float64))
         return found
 
     totals: list[Floats] | None = None

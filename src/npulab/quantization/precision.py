@@ -28,10 +28,10 @@ def _first(rules: Rules, what: str, schemes: Sequence[Scheme], bits: int | None,
     fits = [s for s in schemes if (bits is None or s.bits == bits)
             and (per_channel is None or s.per_channel == per_channel)]
     if not fits:
-        asked = " ".join([*([f"{bits} bits"] if bits else []),
-                          *([] if per_channel is None else ["per channel" if per_channel else "per tensor"])])
+        asked = " and ".join([*([] if bits is None else [f"of {bits} bits"]), *([] if per_channel is None else [
+            "with scales per channel" if per_channel else "with one scale per tensor"])])
         source = rules.sources.get(what, "assumed")
-        raise UsageError(f"{rules.title} takes no {what} of {asked}",
+        raise UsageError(f"{rules.title} takes no {what} {asked}",
                          want=f"{'; '.join(dict.fromkeys(map(str, schemes)))} ({source})")
     return (fits[0], *(s for s in schemes if s is not fits[0]))
 

@@ -166,8 +166,13 @@ def parse_recipe(text: str) -> Recipe:
     """A recipe by name, or written as "equalize+mse+weights-mse+adaround". Raises: UsageError for unknown words."""
     if text in RECIPES:
         return RECIPES[text]
-    recipe = Recipe(text)
-    for word in text.split("+"):
+    recipe, words = Recipe(text), text.split("+")
+    ranges = [word for word in words if word in METHODS]
+    if len(ranges) > 1:
+        raise UsageError(f"'{text[:80]}' has two ways to choose ranges", got=" and ".join(ranges), try_="one of them")
+    for i, word in enumerate(words):
+        if word in words[:i]:
+            raise UsageError(f"'{word}' is there twice", got=text[:80], try_="each method once")
         if word in METHODS:
             recipe = replace(recipe, activations=word)
         elif word in ("weights-mse", "weights-min-max"):

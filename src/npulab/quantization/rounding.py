@@ -70,7 +70,8 @@ def adaround(net: Network, samples: Samples, passes: int = 1, solver: Solver = "
     scales  may change as well.       aim  the float network, where the layers' biases are no longer its own.
 
     Returns: a note for each layer: noise of its results against the float network's, in dB, before and after.
-    Raises: UsageError without samples or for another solver; ModelError for tensors that are not finite.
+    Raises: UsageError without samples, for another solver, for numbers beyond gram.LARGEST; ModelError for tensors
+    that are not finite.
     """
     if solver not in ("descent", "relaxed"):
         raise UsageError(f"there is no solver '{solver}' of roundings", want="descent or relaxed")

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from npulab.errors import UnsupportedError, UsageError
+from npulab.errors import UnsupportedError, UsageError, runtime_said
 from npulab.importers.onnx_parts import Thin, thin
 from npulab.program.pages import LARGE, Buffer, Scratch
 from npulab.quantization.types import Array, Feeds
@@ -115,7 +115,7 @@ def runner(model: Buffer | Thin, names: Sequence[str], threads: int = 1, plain: 
             return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"],
                                         disabled_optimizers=["WeightBiasQuantization"])  # of layers in floats, unasked
         except Exception as e:  # the runtime is C++: it raises what it likes
-            raise UnsupportedError("ONNX Runtime does not run the network", got=str(e).strip()[:300]) from None
+            raise UnsupportedError("ONNX Runtime does not run the network", got=runtime_said(e)) from None
 
     opened = _opened(made, session)
     del made, graph
@@ -126,7 +126,7 @@ def runner(model: Buffer | Thin, names: Sequence[str], threads: int = 1, plain: 
             found = dict(zip(asked, opened.run(asked, dict(feeds)) if asked else [], strict=True))
         except Exception as e:
             raise UnsupportedError("ONNX Runtime does not run the network on this sample",
-                                   got=str(e).strip()[:300]) from None
+                                   got=runtime_said(e)) from None
         return [np.asarray(feeds[n]) if n in inputs else found[n] for n in names]
 
     return run

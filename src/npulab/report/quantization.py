@@ -15,6 +15,8 @@ PICTURES = 12
 """Tensors whose histograms are shown at once; the noisiest."""
 GOOD, POOR = 30.0, 15.0
 """Signal-to-noise ratios in decibels: above, a tensor is drawn as fine; below, as a trouble."""
+NAME = 40
+"""Characters of a name that there is room for."""
 TOP = 60.0
 """Decibels that fill a bar: 8 bits of an even distribution give about 50."""
 Data = Mapping[str, Any]
@@ -69,7 +71,7 @@ def _stages(found: Data) -> str:
         rows.append(
             f'<tr><td>{e(s["title"])}<br>{paper}</td><td class="n">{s["seconds"]:.1f} s</td>'
             f'<td class="n">{_db(db)}</td><td class="n">{e(gain)}</td><td style="width:30%">{bar}</td></tr>'
-            + (f'<tr><td colspan="5"><details><summary>{len(s["notes"])} lines</summary><ul class="note">{told}</ul>'
+            + (f'<tr><td colspan="5"><details><summary>{_lines(len(s["notes"]))}</summary><ul class="note">{told}</ul>'
                "</details></td></tr>" if told else ""))
         if db is not None and s["kept"]:
             last = db
@@ -106,9 +108,10 @@ def _shares(found: Data) -> str:
     first = sorted(found["sensitivity"], key=lambda r: -float(r["share"]))
     most = max(float(first[0]["share"]), 1e-9)
     rows = "".join(
-        f'<li><span class="what"><b>{e(r["name"][-48:])}</b> {e(r["kind"])}</span><span class="bar">'
+        f'<li title="{e(r["name"])}"><span class="what"><b>{e(_short(r["name"]))}</b></span><span class="bar">'
         f'<i class="t-weights" style="width:{100 * float(r["share"]) / most:.1f}%"></i></span>'
-        f'<span class="n">{float(r["share"]):.0%} · {r["bits"]} bits</span></li>' for r in first[:SHARES])
+        f'<span class="n">{float(r["share"]):.1%} · {e(r["kind"])}, {r["bits"]} bits</span></li>'
+        for r in first[:SHARES])
     c = found["rank_correlation"]
     how = f" A quick prediction ranks them alike (Spearman {c:.2f})." if c is not None else ""
     return section("shares", "Where the noise comes from", (
@@ -197,12 +200,20 @@ def _floats(found: Data) -> str:
 
 def _name(t: Data) -> str:
     """Of a tensor, by what makes it: file names of tensors may be as long as a page."""
-    name = str(t["made_by"] or t["name"])
-    return name if len(name) <= 48 else f"…{name[-47:]}"
+    return _short(t["made_by"] or t["name"])
+
+
+def _short(name: str) -> str:
+    """The end of a name, which tells it from others, as far as there is room."""
+    return name if len(name) <= NAME else f"…{name[1 - NAME:]}"
 
 
 def _db(value: float | None) -> str:
     return "" if value is None else "exact" if value >= 200 else f"{value:.1f} dB"
+
+
+def _lines(n: int) -> str:
+    return f"{n} line" if n == 1 else f"{n} lines"
 
 
 def _percent(db: float) -> str:

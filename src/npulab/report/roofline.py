@@ -230,7 +230,7 @@ def _ceilings(found: Roofline) -> str:
     head = "".join(f'<th scope="col"{" class=n" if n else ""}>{name}</th>' for name, n in (
         ("", 1), ("ceiling", 0), ("at most", 1), ("standing", 0), ("all layers", 1), ("ridge, op/B", 1), ("limits", 0),
         ("source", 0)))
-    sizes = "; ".join(f"{e(name)}: {e(quantity(n / 1024, 'kB'))}" for name, n in found.device.sizes.items())
+    sizes = "; ".join(f"{e(name)}: {float(f'{n / 1024:.3g}'):g} kB" for name, n in found.device.sizes.items())
     sized = f'<p class="note">Sizes (kB of 1024 bytes): {sizes}</p>' if sizes else ""
     return section("ceilings", "Ceilings", (
         "What stands behind each number. Ridge: operations a byte from which on computing takes longer than memory."),
@@ -246,10 +246,10 @@ def _ridge(found: Roofline, i: int) -> str:
 def _layers(found: Roofline) -> str:
     heads: list[tuple[str, bool]] = [("", True), ("layer", False), ("name", False), ("channels", False), ("ops", True),
                                      ("weights", True), ("input", True), ("output", True), ("op/B", True),
-                                     *((f"{c.name}, {c.standing}", True) for c in found.ceilings), ("floor", True),
+                                     *((f"{c.name},\n{c.standing}", True) for c in found.ceilings), ("floor", True),
                                      ("bound", False), ("share", True)]
-    head = "".join(f'<th scope="col"{" class=n" if n else ""}><button type="button">{e(name)}</button></th>'
-                   for name, n in heads)
+    head = "".join(f'<th scope="col"{" class=n" if n else ""}><button type="button">'
+                   f"{'<br>'.join(map(e, name.split(chr(10))))}</button></th>" for name, n in heads)
     lines = []
     for i, x in enumerate(found.layers):
         numbers = ((amount(x.operations), x.operations), (data(x.weights), x.weights), (data(x.inputs), x.inputs),

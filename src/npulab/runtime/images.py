@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -201,6 +200,10 @@ PRESETS: Mapping[str, Normalization] = {
 """By name. `tf` as TF-Slim's networks take pixels, `imagenet` as torchvision's do."""
 
 
+FLOAT_MAX = 1e18
+"""Means below it, over deviations above its inverse, are float32."""
+
+
 def parse_normalization(text: str | None, tensor: Tensor) -> Normalization:
     """`raw`, `0..1`, `-1..1`, `tf`, `imagenet`, or `mean,std` (or three means and three stds).
 
@@ -216,7 +219,8 @@ def parse_normalization(text: str | None, tensor: Tensor) -> Normalization:
     except ValueError:
         numbers = []
     half = len(numbers) // 2
-    if len(numbers) not in (2, 6) or not all(map(math.isfinite, numbers)) or not all(numbers[half:]):
+    if len(numbers) not in (2, 6) or not all(-FLOAT_MAX < x < FLOAT_MAX for x in numbers) or not all(
+            abs(x) > 1 / FLOAT_MAX for x in numbers[half:]):
         raise UsageError(f"--normalize does not know '{text}'",
                          want="raw, 0..1, -1..1, tf, imagenet, mean,std or r,g,b,r,g,b", try_="--normalize 127.5,127.5")
     return Normalization(False, tuple(numbers[:half]), tuple(numbers[half:]))
