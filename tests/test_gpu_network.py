@@ -97,6 +97,8 @@ CASES = {
                                  output_padding=[1, 0], group=2)], {"w": floats(6, 4, 3, 4), "b": floats(8)}),
     "conv transposed same": (X, [node("ConvTranspose", "x w", "y", strides=[2, 2], auto_pad="SAME_UPPER")],
                              {"w": floats(6, 4, 3, 3)}),
+    "conv transposed to a size": (X, [node("ConvTranspose", "x w", "y", strides=[2, 2], output_shape=[18, 14])],
+                                  {"w": floats(6, 4, 3, 3)}),
     "gemm": ({"x": [4, 9]}, [node("Gemm", "x w b", "y", alpha=0.5, beta=2.0, transB=1)],
              {"w": floats(7, 9), "b": floats(7)}),
     "gemm turned": ({"x": [9, 4]}, [node("Gemm", "x w b", "y", transA=1)], {"w": floats(9, 7), "b": floats(1, 7)}),

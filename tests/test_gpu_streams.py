@@ -1,6 +1,7 @@
 """What is concluded of streams, and of curves of footprints where times are disturbed, by benches written out."""
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -47,7 +48,7 @@ def test_a_bench_without_parts_is_asked_for_16_bytes(monkeypatch):
     assert found.why.startswith("read, 16 bytes a load, through ")
 
 
-def disturbed(monkeypatch, times):
+def disturbed(monkeypatch, times, largest=1 << 30):
     """A bench whose streams through half of the footprint take `times` of their time."""
     each = itertools.chain(times, itertools.repeat(times[-1]))
     monkeypatch.delattr(InParts, "stream_parts")
@@ -56,7 +57,7 @@ def disturbed(monkeypatch, times):
         (1e-3 * (next(each) if footprint == 1 << 26 else 1.0),) * 9, {"bytes": 10e6}))
     monkeypatch.setattr(rates, "_shaped", lambda m, f, *_, **__: Estimate(*(m.bench.stream(f).seconds[0],) * 3))
     meter = Meter(InParts(), quick=True)
-    return rates._memory_bandwidth(meter, None, "read", 4, 1, "memory bandwidth", 1 << 30)
+    return rates._memory_bandwidth(meter, None, "read", 4, 1, "memory bandwidth", largest)
 
 
 def test_a_comparison_that_something_disturbed_is_done_again(monkeypatch):
@@ -70,7 +71,12 @@ def test_a_bandwidth_that_does_not_stay_is_not_put_down_to_caches(monkeypatch):
 
 def test_caches_that_help_are_named(monkeypatch):
     with pytest.raises(Refused, match="caches help: 67108864 bytes"):
-        disturbed(monkeypatch, (0.5,))
+        disturbed(monkeypatch, (0.5,), 1 << 27)
+
+
+def test_caches_of_unknown_size_are_left_behind(monkeypatch):
+    """64 MiB take half of the time that 128 and more do: 256 and 128 MiB agree."""
+    assert "through 268435456 bytes" in disturbed(monkeypatch, (0.5,), 1 << 28).why
 
 
 def level(size, shape="gradual"):
@@ -80,15 +86,36 @@ def level(size, shape="gradual"):
 GRADUAL = Hierarchy((level(1 << 15), level(1 << 20), level(1 << 25)), None)
 
 
-def test_stores_to_caches_before_the_last_are_each_cores_own(monkeypatch):
-    """Two cores that store to the same lines take them from each other: 26 GB/s of 237 on one processor."""
-    monkeypatch.setattr(InParts, "stream_parts", lambda _, footprint, width, way, parts, own: Timing(
-        (1e-3,) * 9, {"bytes": 200e6 if own or way == "read" else 20e6}))
+def test_cores_store_to_memory_of_their_own(monkeypatch):
+    """Two cores that store to the same lines take them from each other: 26 GB/s of 237 on one processor. The last cache
+    is shared: all of them together go through a footprint; not where a share would fit in a cache before."""
     monkeypatch.setattr(InParts, "stream", lambda *_: Timing((1e-3,) * 9, {"bytes": 10e6}))
-    for index, way, want in ((0, "write", 200), (1, "write", 200), (2, "write", 20), (1, "read", 200)):
-        found = rates.level_bandwidth(Meter(InParts(), quick=True), GRADUAL, index, way)
+    sizes = set()
+
+    def parts(_, footprint, width, way, parts, own):
+        sizes.add((footprint, own))
+        return Timing((1e-3,) * 9, {"bytes": 200e6 if own or way == "read" else 20e6})
+
+    monkeypatch.setattr(InParts, "stream_parts", parts)
+    for index, way, units, want, share in ((0, "write", 2, 200, 1), (1, "write", 2, 200, 1), (2, "write", 2, 200, 2),
+                                           (2, "write", 64, 20, 0), (1, "read", 2, 200, 0)):
+        monkeypatch.setattr(InParts, "limits", replace(InParts.limits, compute_units=units))
+        meter = Meter(InParts(), quick=True)
+        sizes.clear()
+        found = rates.level_bandwidth(meter, GRADUAL, index, way)
         assert found.value == pytest.approx(want)
-        assert ("each thread its own" in found.why) == (way == "write" and index < 2)
+        last = int(found.why.split(" bytes again")[0].split()[-1])
+        assert (last // max(share, 1), bool(share)) in sizes
+        assert found.why.endswith(f"each thread {last // share} of its own" if share else "again and again")
+    monkeypatch.delattr(InParts, "stream_parts")
+    monkeypatch.setattr(InParts, "identity", SimpleNamespace(api="simulated"))
+    monkeypatch.setattr(InParts, "limits", replace(InParts.limits, compute_units=2))
+    monkeypatch.setattr(InParts, "stream", lambda _, footprint, *more: (
+        sizes.add(footprint), Timing((1e-3,) * 9, {"bytes": 10e6}))[1])
+    meter = Meter(InParts(), quick=True)
+    sizes.clear()
+    assert rates.level_bandwidth(meter, GRADUAL, 2, "write").value == pytest.approx(10)
+    assert min(sizes) > 3 << 20
 
 
 def test_a_shared_level_is_asked_in_the_middle_and_its_interval_says_how_even_it_is(monkeypatch):

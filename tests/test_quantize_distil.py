@@ -66,6 +66,8 @@ def operators():
     x = net.node("LeakyRelu", [x], (1, 8, 5, 4), "leaky", alpha=0.2)
     x = net.node("ConvTranspose", [x, weight("w1", 8, 4, 3, 3), weight("b1", 4)], (1, 4, 10, 8), "transposed",
                  strides=[2, 2], pads=[1, 0, 0, 1], kernel_shape=[3, 3])
+    x = net.node("ConvTranspose", [x, weight("w3", 4, 4, 2, 3)], (1, 4, 10, 8), "of a size", output_shape=[10, 8],
+                 kernel_shape=[2, 3])
     x = net.node("HardSwish", [x], (1, 4, 10, 8), "swish")
     x = net.node("AveragePool", [x], (1, 4, 5, 4), "mean", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
     x = net.node("Resize", [x, "", net.constant("twice", np.array([1, 1, 2, 2], np.float32))], (1, 4, 10, 8), "grown",
@@ -80,7 +82,7 @@ def operators():
     y = net.node("MatMul", [y, weight("w2", 3, 6)], (1, 50, 6), "product")
     y = net.node("Erf", [y], (1, 50, 6), "erf")
     y = net.node("Softmax", [y], (1, 50, 6), "shares", axis=-1)
-    y = net.node("ReduceMean", [y], (1, 50), "total", axes=[2], keepdims=0)
+    y = net.node("ReduceMean", [y], (1, 6), "total", axes=[1], keepdims=0)  # not over shares, whose mean is known
     net.output(y, "y")
     return load(net.onnx())
 

@@ -54,7 +54,9 @@ def every_kind():
     x = net.node("Conv", [x, weight("w2", 4, 4, 2, 2)], (1, 4, 3, 2), "dilated", dilations=[2, 2], kernel_shape=[2, 2])
     x = net.node("ConvTranspose", [x, weight("w3", 4, 3, 3, 3), weight("b3", 3)], (1, 3, 6, 4), "transposed",
                  strides=[2, 2], pads=[1, 0, 0, 1], kernel_shape=[3, 3])
-    x = net.node("MatMul", [x, weight("w4", 4, 5)], (1, 3, 6, 5), "product")
+    x = net.node("ConvTranspose", [x, weight("w5", 3, 3, 3, 2)], (1, 3, 13, 7), "of a size", strides=[2, 2],
+                 output_shape=[13, 7], output_padding=[1, 0], kernel_shape=[3, 2])
+    x = net.node("MatMul", [x, weight("w4", 7, 5)], (1, 3, 13, 5), "product")
     net.output(x, "y")
     return load(net.onnx())
 

@@ -387,6 +387,7 @@ def _window(op: OnnxOp, layer: Layer, data: tuple[int, ...], result: tuple[int, 
         return tuple(int(n) for n in found) if isinstance(found, tuple) else (1,) * rank
 
     strides, dilations = numbers("strides"), numbers("dilations")
+    extra = numbers("output_padding") if "output_padding" in op.attributes else (0,) * rank
     auto = op.attributes.get("auto_pad", "NOTSET")
     auto = auto.decode() if isinstance(auto, bytes) else str(auto)
     pads = op.attributes.get("pads")
@@ -396,12 +397,11 @@ def _window(op: OnnxOp, layer: Layer, data: tuple[int, ...], result: tuple[int, 
     for i in range(rank):
         size, out = data[2 + i], result[2 + i]
         if flipped:
-            total = max(0, strides[i] * (size - 1) + reach[i] - out)
+            total = max(0, strides[i] * (size - 1) + reach[i] + extra[i] - out)
         else:
             total = max(0, (out - 1) * strides[i] + reach[i] - size)
-        if auto.startswith("SAME"):
-            half = total - total // 2 if (auto == "SAME_LOWER") else total // 2
-            begins.append(half)
+        if auto.startswith("SAME") or (flipped and "output_shape" in op.attributes):  # which has no use for pads
+            begins.append(total // 2 if auto == "SAME_UPPER" else total - total // 2)
         else:
             begins.append(int(pads[i]) if isinstance(pads, tuple) and auto == "NOTSET" else 0)
 

@@ -120,14 +120,15 @@ def _windows(c: Call, kernel: Sequence[int], transposed: bool = False
     rank = len(kernel)
     strides, dilations = (list(c.numbers(a) or (1,) * rank) for a in ("strides", "dilations"))
     pads, auto = c.numbers("pads"), c.text("auto_pad", "NOTSET")
+    extra = c.numbers("output_padding") or (0,) * rank
     begins, ends = [], []
     for i in range(rank):
         size, out = c.inputs[0][2 + i], c.outputs[0][2 + i]
         reach = (kernel[i] - 1) * dilations[i] + 1
         total = strides[i] * (size - 1) + reach - out if transposed else (out - 1) * strides[i] + reach - size
-        if auto.startswith("SAME"):
-            half = max(0, total) // 2
-            begin = max(0, total) - half if auto == "SAME_LOWER" else half
+        if auto.startswith("SAME") or (transposed and c.numbers("output_shape")):  # which has no use for pads
+            begin = max(0, total + extra[i])
+            begin = begin // 2 if auto == "SAME_UPPER" else begin - begin // 2
         else:
             begin = pads[i] if pads and auto == "NOTSET" else 0
         begins.append(begin)

@@ -149,19 +149,23 @@ def level_bandwidth(meter: Meter, found: Hierarchy, index: int, way: Way = "read
     footprints = [max(1024, int(size * s) // 1024 * 1024) for s in shares]
     if index and footprints[0] < 1.5 * inner:
         raise Refused(f"no footprint misses L{index} and fits in L{index + 1}: {inner} and {size} bytes")
-    # caches but the last are cores' own, as a rule
-    own = way == "write" and index + 1 < len(found.levels)
-    shape = _shape(meter, footprints[0], way, own=own)
+    own, asked = way == "write", footprints
+    if own and index and index + 1 == len(found.levels):  # the last is shared, as a rule; those before are cores' own
+        asked = [f // meter.limits.compute_units for f in footprints]
+        own = asked[0] >= 1.5 * inner
+        asked = asked if own else footprints
+    shape = _shape(meter, asked[0], way, own=own)
+    if not shape[1]:  # a bench that has no such streams
+        asked = footprints
     even = EVEN_GRADUAL if index and gradual else EVEN
-    times = _agreed([lambda f=f: _shaped(meter, f, shape, way, own=own) for f in footprints],  # type: ignore[misc]
-                    EVEN)
+    times = _agreed([lambda f=f: _shaped(meter, f, shape, way, own=own) for f in asked], EVEN)  # type: ignore[misc]
     if index and _apart(times) > even:
         rates = ", ".join(f"{1e-9 / t.value:.4g}" for t in times)
         raise Refused(f"no plateau: footprints of {', '.join(map(str, footprints))} bytes reach {rates} GB/s")
     took = min(times, key=lambda t: t.spread)
     why = f"{way}, {_spoken(shape)}, {footprints[times.index(took)]} bytes again and again"
     if own and shape[1]:
-        why += ", each thread its own"
+        why += f", each thread {asked[times.index(took)]} of its own"
     if index and gradual:
         took = replace(took, low=min(t.low for t in times), high=max(t.high for t in times))
     return _per_second(name_of(index, way), took, why)
@@ -189,20 +193,24 @@ def _memory_bandwidth(meter: Meter, found: Hierarchy | None, way: Way, width: in
     if need > largest:
         raise Refused(f"buffers of at most {largest} bytes are not large enough to miss the caches")
     footprint = min(largest, max(int(2.6 * need), 1 << 26)) if known else need
-    shape = _shape(meter, footprint, way, True) if (width, stride) == (16, 1) else (width, 0)
-    ask = [lambda size=size: _shaped(meter, size, shape, way, True, stride)
-           for size in (footprint, footprint // 2)]
-    why = f"{way}, {_spoken(shape)}, through {footprint} bytes again and again"
-    if stride > 1:
-        why += f", neighbours {stride * width} bytes apart"
-    if known and footprint // 2 <= 1.25 * need:
-        took = ask[0]()
-    else:
+    while True:
+        shape = _shape(meter, footprint, way, True) if (width, stride) == (16, 1) else (width, 0)
+        ask = [lambda size=size, shape=shape: _shaped(meter, size, shape, way, True, stride)
+               for size in (footprint, footprint // 2)]
+        if known and footprint // 2 <= 1.25 * need:
+            took, more = ask[0](), ""
+            break
         took, half = _agreed(ask, EVEN_MEMORY)
-        if _apart([took, half]) > EVEN_MEMORY:
-            raise Refused(f"{'it does not stay' if half.value > took.value else 'caches help'}: {footprint // 2} bytes "
-                          f"reach {1e-9 / half.value:.4g} GB/s, twice as many {1e-9 / took.value:.4g}")
-        why += f"; half as many reach {1e-9 / half.value:.4g}"
+        more = f"; half as many reach {1e-9 / half.value:.4g}"
+        if _apart([took, half]) <= EVEN_MEMORY:
+            break
+        slower = half.value > took.value
+        if known or slower or 2 * footprint > largest:
+            raise Refused(f"{'it does not stay' if slower else 'caches help'}: {footprint // 2} bytes reach "
+                          f"{1e-9 / half.value:.4g} GB/s, twice as many {1e-9 / took.value:.4g}")
+        footprint *= 2  # caches whose sizes are not known
+    why = f"{way}, {_spoken(shape)}, through {footprint} bytes again and again"
+    why += (f", neighbours {stride * width} bytes apart" if stride > 1 else "") + more
     if width != 16 and abs(meter.pace("core") / meter.pace("memory") - 1) > STILL:
         took = _either(meter, found, footprint, width, stride, took)
     return _per_second(name, took, why)

@@ -287,7 +287,7 @@ def transposed_convolution(b: Builder, n: Node) -> None:
         whole = [(m - 1) * s + (k - 1) * d + 1 + e for m, s, k, d, e in zip(
             shape[2:], strides, kernel, dilations, own.get("output_padding") or (0, 0), strict=True)]
         over = [max(0, w - o) for w, o in zip(whole, out[2:], strict=True)]
-        pads = [-(-t // 2) if auto in ("SAME_LOWER", b"SAME_LOWER") else t // 2 for t in over]
+        pads = [t // 2 if auto in ("SAME_UPPER", b"SAME_UPPER") else t - t // 2 for t in over]
     else:
         pads = list(padding(own, shape[2:], kernel, strides, dilations)[:2])
     own_filters = weights.shape[1]

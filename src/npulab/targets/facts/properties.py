@@ -251,7 +251,7 @@ class Properties:
         if totals is None:
             return None
         small, large = [t // 2 for t in totals], [t - t // 2 for t in totals]
-        return (large, small) if auto == "SAME_LOWER" else (small, large)
+        return (small, large) if auto == "SAME_UPPER" else (large, small)
 
     def _same_totals(self, window: list[int], strides: list[int], dilations: list[int]) -> list[int] | None:
         big, small = self.spatial(self.data), self.spatial(self.output)
