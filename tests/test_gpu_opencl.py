@@ -214,7 +214,7 @@ def test_threads_that_store_go_through_memory_of_their_own(bench, unhurried, mon
     monkeypatch.setattr(bench, "_buffer", lambda x, real=bench._buffer: buffers.append(real(x)) or buffers[-1])
     size = 1 << 14
     assert bench.stream_parts(size, 64, "write", 1, True).wrong == ""
-    cells = bench._read(buffers[0], bench.full_groups * size // 4)
+    cells = bench._read(buffers[0], bench.limits.compute_units * size // 4)
     assert (cells == 7).all()
     for way in ("read", "copy"):
         with pytest.raises(UnsupportedError, match="memory of their own is for stores"):

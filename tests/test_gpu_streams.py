@@ -137,6 +137,27 @@ def test_a_shared_level_is_asked_in_the_middle_and_its_interval_says_how_even_it
     assert max(footprints) < 7 << 20
 
 
+@pytest.mark.parametrize(("reached", "want"), [((357, 357, 440), 440), ((184, 165, 175), 177), ((400, 350, 300), None)])
+def test_a_smaller_footprint_reaches_what_a_larger_one_does(monkeypatch, reached, want):
+    """Its pages lay badly, or a neighbour had the cache; the other way round the cache before it helps."""
+    asked = []
+    monkeypatch.delattr(InParts, "stream_parts")
+    monkeypatch.setattr(InParts, "identity", SimpleNamespace(api="simulated"))
+    meter = Meter(InParts(), quick=True)
+
+    def stream(_, footprint, *more):
+        if footprint not in asked:
+            asked.append(footprint)
+        return Timing((1e-3,) * 9, {"bytes": 1e6 * reached[asked.index(footprint)]})
+
+    monkeypatch.setattr(InParts, "stream", stream)
+    if want is None:
+        with pytest.raises(Refused, match=r"no plateau: .* reach 400, 350, 300 GB/s"):
+            rates.level_bandwidth(meter, GRADUAL, 1)
+    else:
+        assert rates.level_bandwidth(meter, GRADUAL, 1).value == pytest.approx(want, rel=0.05)
+
+
 def test_a_shape_that_was_slow_once_is_not_given_up(monkeypatch):
     """A neighbour took half of the core at the first of the turns."""
     each = iter([5e-3, 1e-3])

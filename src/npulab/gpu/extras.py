@@ -114,7 +114,8 @@ def stream_parts(bench: OpenCL, footprint: int, width: int, way: Way, parts: int
         raise UnsupportedError("memory of their own is for stores", got=way)
     if size < 1 or width not in WIDE:
         raise UnsupportedError("a stream has no room", got=f"{footprint} bytes in {parts} parts of vectors of {width}")
-    groups = bench.full_groups
+    # one for a core where each has its own: of several, one after the other, each would first fetch what is its
+    groups = bench.limits.compute_units if own else bench.full_groups
     apart = parts * size if own else 0
     buffer, sums = bench.filled(bench, way, parts * groups if own else parts, size, width // 4)
     out = bench._buffer(np.zeros(groups, np.uint32))

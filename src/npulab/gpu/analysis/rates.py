@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import get_args
 
 import numpy as np
@@ -158,7 +159,8 @@ def level_bandwidth(meter: Meter, found: Hierarchy, index: int, way: Way = "read
     if not shape[1]:  # a bench that has no such streams
         asked = footprints
     even = EVEN_GRADUAL if index and gradual else EVEN
-    times = _agreed([lambda f=f: _shaped(meter, f, shape, way, own=own) for f in asked], EVEN)  # type: ignore[misc]
+    times = _agreed([lambda f=f: _shaped(meter, f, shape, way, own=own) for f in asked],  # type: ignore[misc]
+                    EVEN, _at_least)
     if index and _apart(times) > even:
         rates = ", ".join(f"{1e-9 / t.value:.4g}" for t in times)
         raise Refused(f"no plateau: footprints of {', '.join(map(str, footprints))} bytes reach {rates} GB/s")
@@ -278,15 +280,26 @@ def _shape(meter: Meter, footprint: int, way: Way, memory: bool = False, own: bo
     return best
 
 
-def _agreed(asks: Sequence[Callable[[], Estimate]], even: float) -> list[Estimate]:
-    """What each takes; all are asked again where they are further than `even` apart, and the quickest answers taken:
-    others may take from a device for a while, and nothing adds to it."""
+def _agreed(asks: Sequence[Callable[[], Estimate]], even: float,
+            seen: Callable[[list[Estimate]], list[Estimate]] = lambda times: times) -> list[Estimate]:
+    """What each takes, as `seen` has it; all are asked again where they are further than `even` apart, and the quickest
+    answers taken: others may take from a device for a while, and nothing adds to it."""
     times = [ask() for ask in asks]
     for _ in range(AGAIN):
-        if _apart(times) <= even:
+        if _apart(seen(times)) <= even:
             break
-        times = [min(t, ask(), key=lambda e: e.value) for t, ask in zip(times, asks, strict=True)]
-    return times
+        times = [min(t, ask(), key=_value) for t, ask in zip(times, asks, strict=True)]
+    return seen(times)
+
+
+def _at_least(times: list[Estimate]) -> list[Estimate]:
+    """Of footprints from small to large: what a level reaches with a larger one it reaches with a smaller one, too,
+    whose pages lay badly, or whom something disturbed."""
+    return list(accumulate(reversed(times), lambda *t: min(t, key=_value)))[::-1]
+
+
+def _value(of: Estimate) -> float:
+    return of.value
 
 
 def _apart(times: Sequence[Estimate]) -> float:
