@@ -58,6 +58,7 @@ def cliff(chase: Chase, inside: int, flat: int, beyond: int, line: int, share: f
             raise NoRise(f"time a load goes from {low * 1e9:.4g} to {high * 1e9:.4g} ns only")
         try:
             first, after = _crossing(chase, flat // line // 2, 2 * flat // line, line, low + 0.4 * (high - low))
+            below, above = (chase.again(max(1, n) * line, line, 3) for n in (first - 2, after + 2))
             # the plateaus are of another clock than the cliff: memory need not slow with the cores
             if attempt == ATTEMPTS - 1 or abs(chase.meter.pace() / pace - 1) < 0.02:
                 break
@@ -65,7 +66,6 @@ def cliff(chase: Chase, inside: int, flat: int, beyond: int, line: int, share: f
             if attempt == ATTEMPTS - 1:
                 raise Broad from None
         chase.forget()  # something disturbed an experiment, or the clock fell
-    below, above = (chase.again(max(1, n) * line, line, 3) for n in (first - 2, after + 2))
     if above - below > STEPS * (high - low) and above > RISE * below:
         return Cliff(first * line, None, "step", f"{first * line} bytes take {low * 1e9:.4g} ns a load, one line more "
                                                  f"{high * 1e9:.4g}")
