@@ -26,7 +26,7 @@ def conclude(bench: Bench, progress: Progress | None = None, quick: bool = False
     known     findings of an earlier run on the device, which are not measured again.
     keep      called with findings as they come.
 
-    Bounded: 5000 experiments or 15 minutes (quick: 2000, 2.5), and no task takes more than half of what is left of
+    Bounded: 10000 experiments or 15 minutes (quick: 2000, 2.5), and no task takes more than half of what is left of
     them; what is not measured until then is refused. Never raises what a bench raises on purpose (NpulabError).
     """
     meter = Meter(bench, quick)

@@ -69,7 +69,7 @@ class Meter:
         self.bench, self.quick = bench, quick
         self.extra = cast(Extra, _Lacking(bench))
         self.limits = bench.limits
-        self.experiments, self.most = 0, 2000 if quick else 5000
+        self.experiments, self.most = 0, 2000 if quick else 10000
         self.until = time.monotonic() + (150 if quick else 900)
         self._task_most, self._task_until = self.most, self.until
         self.paces: dict[Kind, list[float]] = {"core": [], "alone": [], "memory": []}

@@ -27,6 +27,7 @@ SHAPES = ((32, 1), (64, 1), (64, 8))
 reaches its caches' bandwidth with its widest loads, and memory's with several ways through it (of ways side by side, 1
 reached 0.73, 4 0.90, 8 and 16 1.0 times clpeak's bandwidth of a server processor)."""
 ATTEMPTS = 2  # more at a comparison that something disturbed
+PRECISE = 0.005  # half of an interval, relative
 AGAIN = 5  # at most that footprints of one level, or of memory, are asked again
 EVEN, EVEN_GRADUAL, EVEN_MEMORY = 0.04, 0.1, 0.05
 """How far apart they may be; of a level that is shared the interval says how far they are."""
@@ -159,8 +160,8 @@ def level_bandwidth(meter: Meter, found: Hierarchy, index: int, way: Way = "read
     if not shape[1]:  # a bench that has no such streams
         asked = footprints
     even = EVEN_GRADUAL if index and gradual else EVEN
-    times = _agreed([lambda f=f: _shaped(meter, f, shape, way, own=own) for f in asked],  # type: ignore[misc]
-                    EVEN, _at_least)
+    times = _agreed([lambda spread, f=f: _shaped(meter, f, shape, way, own=own, spread=spread)  # type: ignore[misc]
+                     for f in asked], EVEN, _at_least)
     if index and _apart(times) > even:
         rates = ", ".join(f"{1e-9 / t.value:.4g}" for t in times)
         raise Refused(f"no plateau: footprints of {', '.join(map(str, footprints))} bytes reach {rates} GB/s")
@@ -197,10 +198,10 @@ def _memory_bandwidth(meter: Meter, found: Hierarchy | None, way: Way, width: in
     footprint = min(largest, max(int(2.6 * need), 1 << 26)) if known else need
     while True:
         shape = _shape(meter, footprint, way, True) if (width, stride) == (16, 1) else (width, 0)
-        ask = [lambda size=size, shape=shape: _shaped(meter, size, shape, way, True, stride)
+        ask = [lambda spread, size=size, shape=shape: _shaped(meter, size, shape, way, True, stride, spread=spread)
                for size in (footprint, footprint // 2)]
         if known and footprint // 2 <= 1.25 * need:
-            took, more = ask[0](), ""
+            took, more = ask[0](PRECISE), ""
             break
         took, half = _agreed(ask, EVEN_MEMORY)
         more = f"; half as many reach {1e-9 / half.value:.4g}"
@@ -280,15 +281,16 @@ def _shape(meter: Meter, footprint: int, way: Way, memory: bool = False, own: bo
     return best
 
 
-def _agreed(asks: Sequence[Callable[[], Estimate]], even: float,
+def _agreed(asks: Sequence[Callable[[float], Estimate]], even: float,
             seen: Callable[[list[Estimate]], list[Estimate]] = lambda times: times) -> list[Estimate]:
-    """What each takes, as `seen` has it; all are asked again where they are further than `even` apart, and the quickest
-    answers taken: others may take from a device for a while, and nothing adds to it."""
-    times = [ask() for ask in asks]
+    """What each takes, asked for with a spread, as `seen` has it; all are asked again, once each, where they are
+    further than `even` apart, and the quickest answers taken: others may take from a device for a while, and nothing
+    adds to it."""
+    times = [ask(PRECISE) for ask in asks]
     for _ in range(AGAIN):
         if _apart(seen(times)) <= even:
             break
-        times = [min(t, ask(), key=_value) for t, ask in zip(times, asks, strict=True)]
+        times = [min(t, ask(0.0), key=_value) for t, ask in zip(times, asks, strict=True)]
     return seen(times)
 
 
@@ -309,7 +311,7 @@ def _apart(times: Sequence[Estimate]) -> float:
 
 
 def _shaped(meter: Meter, footprint: int, shape: tuple[int, int], way: Way, memory: bool = False, stride: int = 1,
-            own: bool = False, spread: float = 0.005) -> Estimate:
+            own: bool = False, spread: float = PRECISE) -> Estimate:
     width, parts = shape
     return meter.seconds(lambda: meter.extra.stream_parts(footprint, width, way, parts, own) if parts else
                          meter.bench.stream(footprint, stride, width, way), "bytes", "memory" if memory else "core",
