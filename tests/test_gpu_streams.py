@@ -87,7 +87,7 @@ GRADUAL = Hierarchy((level(1 << 15), level(1 << 20), level(1 << 25)), None)
 
 
 def test_cores_store_to_memory_of_their_own(monkeypatch):
-    """Two cores that store to the same lines take them from each other: 26 GB/s of 237 on one processor. The last cache
+    """Two cores that store to the same lines take them from each other: 26 GB/s of 470 on one processor. The last cache
     is shared: all of them together go through a footprint; not where a share would fit in a cache before."""
     monkeypatch.setattr(InParts, "stream", lambda *_: Timing((1e-3,) * 9, {"bytes": 10e6}))
     sizes = set()
