@@ -282,6 +282,29 @@ def test_automatic_pads_are_those_that_onnx_runtime_uses(auto, size, kernel, str
     assert p.get("padding") == auto[:4].replace("VALI", "VALID")
 
 
+@pytest.mark.parametrize("auto", ["NOTSET", "SAME_UPPER", "SAME_LOWER"])
+@pytest.mark.parametrize("out", [(8, 9), (7, 8), (6, 10)])
+def test_pads_of_a_transposed_convolution_to_a_size_are_those_that_onnx_runtime_uses(auto, out):
+    """The same with our pads, written out, gives the same numbers."""
+    ort = pytest.importorskip("onnxruntime")
+    from npulab.exporters.onnx import to_onnx
+
+    rng = np.random.default_rng(1)
+    w = {"w": rng.integers(-4, 5, (1, 2, 3, 3)).astype(np.float32)}
+    x = rng.integers(-4, 5, (1, 1, 4, 5)).astype(np.float32)
+
+    def graph(**own):
+        return onnx_graph([("ConvTranspose", ["x", "w"], ["y"], {"strides": [2, 2], **own})],
+                          {"x": ("float32", x.shape)}, w)
+
+    ours = graph(output_shape=list(out), auto_pad=auto)
+    p = properties(ours)
+    stated = graph(pads=[p.get(f"pad_{side}") for side in ("top", "left", "bottom", "right")])
+    answers = [ort.InferenceSession(to_onnx(g), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+               for g in (ours, stated)]
+    assert np.array_equal(*answers)
+
+
 def test_names_of_other_onnx_operators():
     x = {"x": ("float32", [1, 8, 4, 6])}
 

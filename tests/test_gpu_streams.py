@@ -155,7 +155,10 @@ def test_a_smaller_footprint_reaches_what_a_larger_one_does(monkeypatch, reached
         with pytest.raises(Refused, match=r"no plateau: .* reach 400, 350, 300 GB/s"):
             rates.level_bandwidth(meter, GRADUAL, 1)
     else:
-        assert rates.level_bandwidth(meter, GRADUAL, 1).value == pytest.approx(want, rel=0.05)
+        found = rates.level_bandwidth(meter, GRADUAL, 1)
+        assert found.value == pytest.approx(want, rel=0.05)
+        told = int(found.why.split(" bytes again")[0].split()[-1])  # where it was reached, not where it would be
+        assert reached[asked.index(told)] == pytest.approx(found.value, rel=1e-6)
 
 
 def test_a_shape_that_was_slow_once_is_not_given_up(monkeypatch):

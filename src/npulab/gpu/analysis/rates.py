@@ -166,9 +166,10 @@ def level_bandwidth(meter: Meter, found: Hierarchy, index: int, way: Way = "read
         rates = ", ".join(f"{1e-9 / t.value:.4g}" for t in times)
         raise Refused(f"no plateau: footprints of {', '.join(map(str, footprints))} bytes reach {rates} GB/s")
     took = min(times, key=lambda t: t.spread)
-    why = f"{way}, {_spoken(shape)}, {footprints[times.index(took)]} bytes again and again"
+    at = max(i for i, t in enumerate(times) if t is took)  # `_at_least` gives smaller ones what the last of them took
+    why = f"{way}, {_spoken(shape)}, {footprints[at]} bytes again and again"
     if own and shape[1]:
-        why += f", each thread {asked[times.index(took)]} of its own"
+        why += f", each thread {asked[at]} of its own"
     if index and gradual:
         took = replace(took, low=min(t.low for t in times), high=max(t.high for t in times))
     return _per_second(name_of(index, way), took, why)
