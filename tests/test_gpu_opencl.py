@@ -9,6 +9,7 @@ import pytest
 
 from npulab.errors import CapacityError, DeviceError, UnsupportedError, UsageError
 from npulab.gpu import counting, extras, filled, kernels, opencl
+from npulab.gpu.compute.types import Buffer, Kernel, Launch
 from npulab.gpu.exact import DOTTED, chained, congruential, dotted, operands
 
 
@@ -373,6 +374,23 @@ def test_a_kernel_that_does_not_compile(bench, monkeypatch):
     monkeypatch.setattr(kernels, "BARRIER", "__kernel void meet(int) { nonsense }")
     with pytest.raises(DeviceError, match="does not compile the kernel 'meet'"):
         bench.barrier()
+
+
+def test_a_driver_need_not_say_what_a_kernel_is_of(opencl_bench, device, unhurried, monkeypatch):
+    """Intel's for processors has programs of its own in its answers, which its other calls do not take."""
+    import pyopencl as cl
+
+    def refused(self, what, real=cl.Kernel.get_info):
+        if what == cl.kernel_info.PROGRAM:
+            raise cl.LogicError("clRetainProgram", cl.status_code.INVALID_PROGRAM)
+        return real(self, what)
+
+    monkeypatch.setattr(cl.Kernel, "get_info", refused)
+    assert not opencl_bench.chain("add", "float32", 1, 2, 8).wrong
+    launch = Launch(Kernel(kernels.LAUNCH, "launch"), (1,), (1,), (Buffer("out"), np.uint32(3)), "one")
+    out = device.allocate(4)
+    assert len(device.prepared([launch], {"out": out})()) == 1
+    assert device.download(out, (1,), np.uint32) == 3
 
 
 def test_what_a_device_has_not(bench):

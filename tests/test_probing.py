@@ -57,6 +57,14 @@ def dies(pipe, number, quick, known):
     pipe.send(("done", None))
 
 
+def raises(pipe, number, quick, known):
+    for name in steps(pipe, known):
+        if name == "L1 size":
+            raise RuntimeError("the driver's own words")
+        find(pipe, name)
+    pipe.send(("done", None))
+
+
 def never_starts(pipe, number, quick, known):
     os._exit(1)
 
@@ -77,12 +85,15 @@ def test_all_findings_come_back(tmp_path):
 
 @pytest.mark.parametrize(("work", "name", "why"), [
     (hangs, "register file", "the device did not answer for 8 s"),
-    (dies, "L1 size", "the process that measured died: the driver, as a rule")])
-def test_one_finding_is_lost_and_the_others_are_kept(work, name, why):
+    (dies, "L1 size", "the process that measured died: the driver, as a rule"),
+    (raises, "L1 size", "RuntimeError: the driver's own words (NPULAB_TRACEBACK=1 shows where)")])
+def test_one_finding_is_lost_and_the_others_are_kept(work, name, why, monkeypatch, capfd):
+    monkeypatch.delenv("NPULAB_TRACEBACK", raising=False)
     found = {q["name"]: q for q in probing.probe(work=work, patience=8)["quantities"]}
     assert set(found) == set(NAMES)
     assert (found[name]["status"], found[name]["why"], found[name]["value"]) == ("refused", why, None)
     assert all(q["status"] == "measured" for n, q in found.items() if n != name)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_device_that_never_starts_is_an_error():

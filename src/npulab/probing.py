@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from multiprocessing.connection import Connection
@@ -21,12 +23,13 @@ PATIENCE = 240.0
 QUICK_PATIENCE = 60.0
 STARTED = "starting"
 RESULT_MAX = 1 << 24
+Work = Callable[[Connection, str, bool, list[Quantity]], None]
 Tell = Callable[[str, float], None]
 """Called with what is measured and the share that is done."""
 
 
 def probe(device: int | str = 0, quick: bool = False, tell: Tell | None = None, save: Path | None = None,
-          patience: float | None = None, work: Callable[[Connection, str, bool, list[Quantity]], None] | None = None
+          patience: float | None = None, work: Work | None = None
           ) -> dict[str, Any]:
     """What a device is made of: plain data, as `npulab probe --json` writes it.
 
@@ -49,7 +52,8 @@ def probe(device: int | str = 0, quick: bool = False, tell: Tell | None = None, 
     failures = 0
     while True:
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=work or _work, args=(theirs, found_device.name, quick, found), daemon=True)
+        process = context.Process(target=_process, daemon=True,
+                                  args=(work or _work, theirs, found_device.name, quick, found))
         process.start()
         theirs.close()
         ended = _listen(ours, patience, found, result, tell, save)
@@ -89,6 +93,8 @@ def _listen(ours: Connection, patience: float, found: list[Quantity], result: di
         elif kind == "found":
             found.extend(Quantity(**q) for q in content)
             _save(save, result, found)
+        elif kind == "died":
+            return now, content
         elif kind == "failed":
             message, facts = content
             raise DeviceError(message, **facts)
@@ -114,19 +120,27 @@ def known(path: Path, result: Mapping[str, Any]) -> list[Quantity]:
         return []
 
 
+def _process(work: Work, pipe: Connection, device: str, quick: bool, known: list[Quantity]) -> None:
+    try:
+        work(pipe, device, quick, known)
+    except NpulabError as e:
+        pipe.send(("failed", (e.message, e.facts)))
+    except Exception as e:  # a driver's own, or a defect: what it was at is refused, and the others go on
+        if os.environ.get("NPULAB_TRACEBACK"):
+            traceback.print_exc()
+        pipe.send(("died", f"{type(e).__name__}: {e} (NPULAB_TRACEBACK=1 shows where)"))
+
+
 def _work(pipe: Connection, device: str, quick: bool, known: list[Quantity]) -> None:
     """In the process of its own."""
     from npulab.gpu.analysis.conclude import conclude
     from npulab.gpu.devices import find, open_device
 
-    try:
-        bench = open_device(find(device))
-        pipe.send(("limits", plain(bench.limits)))
-        conclude(bench, lambda name, share: pipe.send(("now", (name, share))), quick, known,
-                 lambda found: pipe.send(("found", [asdict(q) for q in found])))
-        pipe.send(("done", None))
-    except NpulabError as e:
-        pipe.send(("failed", (e.message, e.facts)))
+    bench = open_device(find(device))
+    pipe.send(("limits", plain(bench.limits)))
+    conclude(bench, lambda name, share: pipe.send(("now", (name, share))), quick, known,
+             lambda found: pipe.send(("found", [asdict(q) for q in found])))
+    pipe.send(("done", None))
 
 
 def plain(limits: Limits) -> dict[str, Any]:

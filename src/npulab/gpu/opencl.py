@@ -4,7 +4,9 @@ no longer for twice the work is not believed."""
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache, wraps
 from typing import Any, Concatenate, ParamSpec
 
@@ -43,6 +45,18 @@ WORDS_MIN = 256
 P = ParamSpec("P")
 
 
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    """A kernel, and the source that it came from: drivers are asked for neither (not all can say)."""
+
+    kernel: Any
+    source: str
+    name: str
+
+    def __call__(self, queue: Any, size: tuple[int, ...], group: tuple[int, ...], *arguments: Any) -> Any:
+        return self.kernel(queue, size, group, *arguments)
+
+
 def devices() -> list[Identity]:
     """All OpenCL devices, in the order of their numbers. Raises: UsageError without pyopencl."""
     return [_identity(d) for d in _devices()]
@@ -65,6 +79,7 @@ def _devices() -> list[Any]:
     except ImportError:
         raise UsageError("OpenCL devices are reached through the package pyopencl, which is not installed",
                          try_="pip install 'npulab[gpu]'") from None
+    warnings.filterwarnings("ignore", category=cl.CompilerWarning)  # of every driver that says what it did
     try:
         return [d for p in cl.get_platforms() for d in p.get_devices()]
     except cl.Error:  # a loader without a driver
@@ -432,15 +447,12 @@ class OpenCL:
         kernel, size, group, arguments = self._last
         key = (kernel, group)
         if key not in self._counts:
-            self._counts[key] = counting.count(self.cl, self.queue, kernel, size, group, arguments)
+            self._counts[key] = counting.count(self.cl, self.queue, kernel.source, kernel.name, size, group, arguments)
         return self._counts[key], int(np.prod(size))
 
-    def _compiled(self, source: Any, name: str) -> Any:
-        def build() -> Any:
-            return getattr(self.cl.Program(self.context, source).build(), name)
-
+    def _compiled(self, source: str, name: str) -> Compiled:
         try:
-            return build()
+            return Compiled(getattr(self.cl.Program(self.context, source).build(), name), source, name)
         except self.cl.Error as e:
             raise DeviceError(f"{self.identity.name} does not compile the kernel '{name}'",
                               got=str(e).strip()[:300]) from None
@@ -472,7 +484,7 @@ class OpenCL:
         self._do(lambda: self.cl.enqueue_copy(self.queue, found, buffer).wait())
         return found
 
-    def _time(self, kernel: Any, size: tuple[int, ...], group: tuple[int, ...], *arguments: Any) -> float:
+    def _time(self, kernel: Compiled, size: tuple[int, ...], group: tuple[int, ...], *arguments: Any) -> float:
         """Seconds of one run by the device's clock."""
         self._last = kernel, size, group, arguments
         def run() -> float:

@@ -27,7 +27,7 @@ class Device:
         self.identity, self.limits = bench.identity, bench.limits
         self.queue = self.cl.CommandQueue(self.context,
                                           properties=self.cl.command_queue_properties.PROFILING_ENABLE)
-        self._programs: dict[Kernel, Any] = {}
+        self._programs: dict[Kernel, tuple[Any, Any]] = {}
         self.doing = Doing()
 
     def kernel(self, kernel: Kernel) -> Any:
@@ -41,8 +41,8 @@ class Device:
                                   got=str(e).strip()[:300]) from None
             finally:
                 self.doing.end()
-            self._programs[kernel] = getattr(program, kernel.entry)
-        return self._programs[kernel]
+            self._programs[kernel] = program, getattr(program, kernel.entry)
+        return self._programs[kernel][1]
 
     def allocate(self, size: int) -> Any:
         """A buffer of `size` bytes."""
@@ -88,8 +88,7 @@ class Device:
         """`run` of these, to be called again and again: arguments are set once, which takes longer than many a launch
         (on PoCL 250 us of 300)."""
         def made(x: Launch) -> tuple[Any, tuple[int, ...], tuple[int, ...]]:
-            program = self.kernel(x.kernel).get_info(self.cl.kernel_info.PROGRAM)
-            kernel = self.cl.Kernel(program, x.kernel.entry)
+            kernel = self.cl.Kernel(self._programs[x.kernel][0], x.kernel.entry)
             kernel.set_args(*(buffers[a.role] if isinstance(a, Buffer) else a for a in x.arguments))
             return kernel, x.size, x.group
 

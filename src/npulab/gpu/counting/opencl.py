@@ -15,9 +15,9 @@ TURNS = "turns"
 """The argument of a kernel that says how often its loop turns."""
 
 
-def count(cl: Any, queue: Any, kernel: Any, size: Sequence[int], group: Sequence[int], arguments: Sequence[Any]
-          ) -> Counted:
-    """A turn of the kernel's loop, in each work item, as it was launched.
+def count(cl: Any, queue: Any, source: str, name: str, size: Sequence[int], group: Sequence[int],
+          arguments: Sequence[Any]) -> Counted:
+    """A turn of the loop of the kernel `name`, in each work item, as it was launched.
 
     Built anew: pyopencl asks for a program's binary when it is built, and PoCL, which compiles for a size of work
     groups when one is launched, does not look again.
@@ -26,8 +26,6 @@ def count(cl: Any, queue: Any, kernel: Any, size: Sequence[int], group: Sequence
         import capstone  # noqa: F401
     except ImportError:
         return Counted(None, why="the package capstone is not installed")
-    program = kernel.get_info(cl.kernel_info.PROGRAM)
-    source, name = str(program.get_info(cl.program_info.SOURCE)), str(kernel.function_name)
     try:
         turns = place(source, name)
         anew = cl.Program(queue.context, source).build(cache_dir=False)
