@@ -58,6 +58,22 @@ def test_chains_of_two_integers_are_exact(operation, turns):
         assert chained(operation, "int32", start, turns) == x ^ y
 
 
+@pytest.mark.parametrize(("source", "name"), [
+    *((kernels.chain(o, "float32", w, 2), "chain") for o in ("fma", "mul", "add", "special") for w in (1, 4)),
+    *((kernels.chain(o, "int32", 1, 2), "chain") for o in ("fma", "mul", "add")), (kernels.hold(16), "hold")])
+def test_no_two_threads_are_known_to_compute_the_same(device, source, name):
+    """Else a compiler may do it once for both: Intel's did it once for 16. What a thread computes is its own: hangs on
+    its place in a buffer, or on its number."""
+    kind = np.uint32 if "__global uint *out" in source else np.float32
+    before = np.array([10, 20, 30, 40], kind) if kind is np.uint32 else np.array([0, -.5, -.75, -.875], kind) * 2 ** 100
+    given = [kind(1)] * 3 if kind is np.uint32 else [kind(x) for x in (0.5, 0.5, 2.0 ** 100)]
+    given = given[:2] if name == "hold" else given
+    out = device.upload(before)
+    device.run([Launch(Kernel(source, name), (4,), (4,), (Buffer("out"), np.uint32(1), *given), name)], {"out": out})
+    found = device.download(out, (4,), kind)
+    assert len(set(found.tolist())) == 4, found
+
+
 def test_many_turns_of_two_integers_are_taken_at_once():
     """Sums come round after 3 * 2**31 steps, exponents of products a quarter as soon (D. D. Wall, Fibonacci series
     modulo m, American Mathematical Monthly 67, 1960: of 2**k after 3 * 2**(k - 1))."""

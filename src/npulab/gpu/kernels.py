@@ -6,6 +6,9 @@ Products and sums of whole numbers may be put together, and compilers do it (16 
 became one by their product). Those of integers are therefore of two numbers in turn, x = x + y and y = y + x: each
 waits for the one before and is needed twice, so that none is left out by putting two together. They begin with what the
 buffer has times a, 0: who counts cannot know it, and tells them from the loop's own sums, which can be known.
+No two threads may be known to compute the same: a compiler for processors did so once for 16 of them, and some GPUs
+have units for that. What would begin alike is therefore added the least of 0 and what the thread's place in the buffer
+has: 0.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ STEPS = 16
 """Of a chain in one turn of its loop: what the loop itself costs is little beside."""
 EXTENSIONS: dict[Element, str] = {"float16": "cl_khr_fp16", "int8x4": "cl_khr_integer_dot_product"}
 """That a device must have to compute on these (OpenCL 3.0 extension specification)."""
+OWN = "fmin(out[get_global_id(0)], 0.0f)"
+"""0 for each thread, but not known to be: results are above 0."""
 
 CHASE = """
 __kernel void chase(__global const uint *next, __global uint *out, uint turns) {
@@ -192,7 +197,7 @@ def chain(operation: Operation, element: Element, width: int, chains: int) -> st
                              for s in range(STEPS))
     start = " ".join(f"V {x} = (V)((S)(get_local_id(0) & 7)) + (V)((S){c // weight + 1});" for c, x in enumerate(names))
     if operation in ("mul", "special"):
-        start = " ".join(f"V {x} = (V)(c);" for x in names)
+        start = " ".join((f"S begin = c + (S){OWN};", *(f"V {x} = (V)(begin);" for x in names)))
     total = " + ".join(names)
     if element == "int32" and operation != "fma":
         start, total = _two(operation, chains)
@@ -250,7 +255,7 @@ def hold(registers: int) -> str:
     """A kernel `hold(out, turns, a, b)` whose loop keeps `registers` numbers alive, each made of the next: with a = b =
     1/2 all of them go to 1."""
     names = [f"r{i}" for i in range(registers)]
-    start = " ".join(f"float {x} = a * {i + 1}.0f;" for i, x in enumerate(names))
+    start = " ".join((f"float own = {OWN};", *(f"float {x} = a * {i + 1}.0f + own;" for i, x in enumerate(names))))
     turn = "\n        ".join(f"{x} = fma({y}, a, b);" for x, y in zip(names, [*names[1:], names[0]], strict=True))
     return f"""__kernel void hold(__global float *out, uint turns, float a, float b) {{
     {start}

@@ -229,7 +229,8 @@ def _chain(kind: Kind, operation: Operation, width: int, chains: int, _: str, gr
     a, b, c = (s.spread(s.convert(v, kind), width) for v in s.arguments[1:])
     first = s.convert(s.convert(s.local_id & 7, given), kind)
     if operation in ("mul", "special"):
-        xs = [s.variable(c) for _ in range(chains)]
+        begin = c + s.spread(s.convert(_own(s), kind), width)
+        xs = [s.variable(begin) for _ in range(chains)]
     else:
         xs = [s.variable(s.spread(first + (i + 1), width)) for i in range(chains)]
     with s.loop(turns):
@@ -277,6 +278,11 @@ def _step(s: Shader, operation: Operation, x: Value, a: Value, b: Value, step: i
     return x * other if operation == "mul" else x + other
 
 
+def _own(s: Shader) -> Value:
+    """0 for each thread, but not known to be: as `npulab.gpu.kernels` has it."""
+    return s.builtin("FMin", s.load(0, s.global_id), s.constant(0, "float"))
+
+
 def hold(registers: int) -> Recipe:
     """A loop that keeps `registers` numbers alive, each made of the next: with a = b = 1/2 all of them go to 1."""
     return Recipe("hold", (registers,), partial(_hold, registers))
@@ -285,7 +291,8 @@ def hold(registers: int) -> Recipe:
 def _hold(registers: int, _: str, group: int) -> bytes:
     s = Shader(group, ("float",), ("uint", "float", "float"))
     turns, a, b = s.arguments
-    held: list[Variable] = [s.variable(a * (i + 1)) for i in range(registers)]
+    own = _own(s)
+    held: list[Variable] = [s.variable(a * (i + 1) + own) for i in range(registers)]
     with s.loop(turns):
         now = [x.get() for x in held]
         for i in range(registers):
