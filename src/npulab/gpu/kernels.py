@@ -23,6 +23,9 @@ EXTENSIONS: dict[Element, str] = {"float16": "cl_khr_fp16", "int8x4": "cl_khr_in
 OWN = "fmin(out[get_global_id(0)], 0.0f)"
 """0 for each thread, but not known to be: results are above 0."""
 
+DOT = "dot_4x8packed_uu_uint"
+"""The function of cl_khr_integer_dot_product."""
+
 CHASE = """
 __kernel void chase(__global const uint *next, __global uint *out, uint turns) {
     uint p = out[0];
@@ -242,7 +245,7 @@ def _step(operation: Operation, element: Element) -> tuple[str, ...]:
         (False, "add"): ("{x} = {x} + {y};", "{y} = {y} + {x};"),
     }
     if element == "int8x4" and operation == "fma":
-        return ("{x} = dot_4x8packed_uu_uint({x}, a) + b;",)
+        return (f"{{x}} = {DOT}({{x}}, a) + b;",)
     if element == "char4" and operation == "fma":
         return ("{x} = as_uchar4({x}).x * as_uchar4(a).x + as_uchar4({x}).y * as_uchar4(a).y "
                 "+ as_uchar4({x}).z * as_uchar4(a).z + as_uchar4({x}).w * as_uchar4(a).w + b;",)

@@ -52,6 +52,7 @@ class Compiled:
     kernel: Any
     source: str
     name: str
+    options: tuple[str, ...] = ()
 
     def __call__(self, queue: Any, size: tuple[int, ...], group: tuple[int, ...], *arguments: Any) -> Any:
         return self.kernel(queue, size, group, *arguments)
@@ -447,12 +448,22 @@ class OpenCL:
         kernel, size, group, arguments = self._last
         key = (kernel, group)
         if key not in self._counts:
-            self._counts[key] = counting.count(self.cl, self.queue, kernel.source, kernel.name, size, group, arguments)
+            self._counts[key] = counting.count(self.cl, self.queue, kernel.source, kernel.name, size, group, arguments,
+                                               kernel.options)
         return self._counts[key], int(np.prod(size))
 
     def _compiled(self, source: str, name: str) -> Compiled:
+        def build(*options: str) -> Compiled:
+            program = self.cl.Program(self.context, source).build(options=list(options))
+            return Compiled(getattr(program, name), source, name, options)
+
         try:
-            return Compiled(getattr(self.cl.Program(self.context, source).build(), name), source, name)
+            if kernels.DOT in source:
+                try:
+                    return build("-cl-std=CL3.0")  # which has such functions; drivers take 1.2 unless they are told
+                except self.cl.Error:
+                    pass
+            return build()
         except self.cl.Error as e:
             raise DeviceError(f"{self.identity.name} does not compile the kernel '{name}'",
                               got=str(e).strip()[:300]) from None

@@ -16,7 +16,7 @@ TURNS = "turns"
 
 
 def count(cl: Any, queue: Any, source: str, name: str, size: Sequence[int], group: Sequence[int],
-          arguments: Sequence[Any]) -> Counted:
+          arguments: Sequence[Any], options: Sequence[str] = ()) -> Counted:
     """A turn of the loop of the kernel `name`, in each work item, as it was launched.
 
     Built anew: pyopencl asks for a program's binary when it is built, and PoCL, which compiles for a size of work
@@ -28,7 +28,7 @@ def count(cl: Any, queue: Any, source: str, name: str, size: Sequence[int], grou
         return Counted(None, why="the package capstone is not installed")
     try:
         turns = place(source, name)
-        anew = cl.Program(queue.context, source).build(cache_dir=False)
+        anew = cl.Program(queue.context, source).build(options=list(options), cache_dir=False)
         none = [np.uint32(0) if k == turns else a for k, a in enumerate(arguments)]  # changes nothing
         getattr(anew, name)(queue, tuple(size), tuple(group), *none).wait()
         binary = bytes(anew.get_info(cl.program_info.BINARIES)[0])
