@@ -236,7 +236,8 @@ SABOTAGED = {
     "chain, a product less": (shaders, "STEPS", 15, lambda b: b.chain("mul", "int32", 1, 2, 64)),
     "chain, integers added once": (Shader, "loop", one_turn, lambda b: b.chain("add", "int32", 2, 1, 64)),
     "chain, added once": (Shader, "loop", one_turn, lambda b: b.chain("add", "float32", 4, 2, 64)),
-    "chain, another product": (Shader, "fma", lambda s, a, b, c: a * b, lambda b: b.chain("fma", "float16", 1, 1, 64)),
+    "chain, another product of float16": (Shader, "fma", lambda s, a, b, c: a * b,
+                                          lambda b: b.chain("fma", "float16", 1, 1, 64)),
 }
 
 
