@@ -1,5 +1,6 @@
 """Experiments on an OpenCL device: PoCL, which computes on the CPU, or whatever device is number 0."""
 
+import itertools
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import pytest
 
 from npulab.errors import CapacityError, DeviceError, UnsupportedError, UsageError
 from npulab.gpu import counting, extras, filled, kernels, opencl
+from npulab.gpu.compute.device import Device
 from npulab.gpu.compute.types import Buffer, Kernel, Launch
 from npulab.gpu.exact import DOTTED, chained, congruential, dotted, operands
 
@@ -398,6 +400,42 @@ def test_a_kernel_that_does_not_compile(bench, monkeypatch):
     monkeypatch.setattr(kernels, "BARRIER", "__kernel void meet(int) { nonsense }")
     with pytest.raises(DeviceError, match="does not compile the kernel 'meet'"):
         bench.barrier()
+
+
+@pytest.mark.parametrize(("lies", "refused"), [(10**9, True), (2, False)])
+def test_a_clock_that_stands_still_is_an_error(unhurried, monkeypatch, lies, refused):
+    """Events that took a nanosecond whatever they did, always or twice: somebody may have stopped the machine."""
+    bench = opencl.open_device(0)  # of its own: its clock is changed
+    real, said = bench._time, itertools.count()
+
+    def stands(*arguments):
+        seconds = real(*arguments)
+        bench.waited = 1.0 if (wrong := next(said) < lies) else seconds
+        return 1e-9 if wrong else seconds
+
+    monkeypatch.setattr(bench, "_time", stands)
+    if refused:
+        with pytest.raises(DeviceError, match="has no clock that can be believed") as e:
+            bench.chain("add", "float32", 1, 2, 8)
+        assert e.value.facts["got"] == "1e-09 s by its events, 1 s by the host's clock"
+    else:
+        assert not bench.chain("add", "float32", 1, 2, 8).wrong
+
+
+def test_a_driver_that_ends_loops_early_is_noticed(bench, unhurried, monkeypatch):
+    """llvmpipe does, over Vulkan and OpenCL, and says nothing: nothing is asked for more, and no network computed."""
+    assert bench.turns_max == opencl.TURNS_MAX or "llvmpipe" in bench.identity.name
+    monkeypatch.setattr(opencl.OpenCL, "_time", lambda self, kernel, size, group, *a, real=opencl.OpenCL._time: real(
+        self, kernel, size, group, *(np.uint32(min(x, 70000)) if isinstance(x, np.uint32) else x for x in a)))
+    early = opencl.open_device(0)
+    assert early.turns_max == 1 << 16
+    asked = []
+    monkeypatch.setattr(opencl, "ENOUGH", 1e9)
+    early._measured(lambda turns: (asked.append(turns) or 1e-6 * turns, ""), lambda turns: {})
+    assert max(asked) == 1 << 16
+    monkeypatch.setattr(opencl, "open_device", lambda number: early)
+    with pytest.raises(UnsupportedError, match="ends loops after 65536 turns"):
+        Device(0)
 
 
 def test_a_driver_need_not_say_what_a_kernel_is_of(opencl_bench, device, unhurried, monkeypatch):

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
@@ -24,8 +24,14 @@ ENOUGH = 2e-3
 """Seconds of a repetition: a thousand ticks of a clock of microseconds, and little to wait for."""
 LONGEST = 0.5
 """Seconds after which turns are not added any more."""
+WAITED = 0.1
+"""Seconds by the host's clock, of which the device's own must have seen a hundredth: events of Mesa 22.3's rusticl took
+a nanosecond, whatever they did."""
 REPEATS = 7
 TURNS_MAX = 1 << 20
+TURNS_TRIED = 1 << 17
+"""Of a loop that shows whether the driver ends loops early: llvmpipe does after 65535 turns of all loops of a thread
+(Mesa, LP_MAX_TGSI_LOOP_ITERATIONS), over Vulkan and OpenCL."""
 CHASE_AT_ONCE = 1 << 15
 """Turns of a chase's first round that one launch does: drivers end those that take seconds."""
 READ_FIRST = 1 << 26
@@ -140,6 +146,8 @@ def shrinking(experiment: Callable[Concatenate[OpenCL, P], Timing]) -> Callable[
 class OpenCL:
     """A Bench, and Extra. See npulab.gpu.types.
 
+    waited        seconds of the last launch by the host's clock.
+    turns_max     of a loop that are asked for: what the driver does.
     group, words  threads of a group and words of local memory that experiments take: less than it states if the device
                   was found to have less.
     """
@@ -167,6 +175,8 @@ class OpenCL:
         self._counts: dict[tuple[Any, ...], Counted] = {}
         self._last: tuple[Any, ...] = ()  # of what was launched
         self.filled = Filled()
+        self.waited = 0.0
+        self.turns_max = self._longest_loop()
 
     @property
     def full_groups(self) -> int:
@@ -415,10 +425,13 @@ class OpenCL:
         work   of all threads by turns, or what a turn of each is asked for: that is counted in the compiled code.
         whole  turns that go through all of the memory: with fewer, repetitions would find it in caches.
         """
+        most = min(most, self.turns_max)
         turns = min(whole, most)
         seconds, wrong = run(turns)  # compiles
         while turns < most:
             seconds, wrong = run(turns)
+            if seconds < self.waited / 100 and self.waited > WAITED:
+                self._clock_goes(partial(run, turns))
             if wrong or (seconds >= ENOUGH and run(turns)[0] >= ENOUGH):  # twice: something may have disturbed one
                 break
             turns = min(most, turns * (2 if seconds > ENOUGH / 8 or seconds <= 0 else 4))
@@ -443,6 +456,26 @@ class OpenCL:
         return Timing(tuple(found), {work.work: counting.work(counted, work) * turns * threads},
                       wrong or counting.objection(counted, work), doubtful, counting.source(counted))
 
+    def _clock_goes(self, run: Callable[[], tuple[float, str]]) -> None:
+        """Raises: DeviceError if events say that nearly none of the time passed which did, again and again."""
+        for _ in range(2):
+            seconds, _ = run()
+            if seconds >= self.waited / 100 or self.waited <= WAITED:
+                return
+        raise DeviceError(f"{self.identity.name} has no clock that can be believed",
+                          got=f"{seconds:.3g} s by its events, {self.waited:.3g} s by the host's clock",
+                          try_="another driver of the device, or a newer version")
+
+    def _longest_loop(self) -> int:
+        """Turns of a loop that the driver really does."""
+        kernel, out = self._kernel(self.kernels.CHASE, "chase"), self._buffer(np.zeros(1, np.uint32))
+        following = np.arange(1, TURNS_TRIED * kernels.CHASED + 2, dtype=np.uint32)  # place i leads to i + 1
+        self._time(kernel, (1,), (1,), self._buffer(following), out, np.uint32(TURNS_TRIED))
+        done = int(self._read(out, 1)[0]) // kernels.CHASED
+        if not done:
+            raise DeviceError(f"{self.identity.name} does not run a loop", want=f"{TURNS_TRIED} turns", got=done)
+        return TURNS_MAX if done == TURNS_TRIED else 1 << (done.bit_length() - 1)
+
     def _count(self) -> tuple[Counted, int]:
         """(a turn of each thread, threads) of the last launch; counted once for a kernel and a size of groups."""
         kernel, size, group, arguments = self._last
@@ -452,7 +485,7 @@ class OpenCL:
                                                kernel.options)
         return self._counts[key], int(np.prod(size))
 
-    def _compiled(self, source: str, name: str) -> Compiled:
+    def _compiled(self, source: Any, name: str) -> Any:
         def build(*options: str) -> Compiled:
             program = self.cl.Program(self.context, source).build(options=list(options))
             return Compiled(getattr(program, name), source, name, options)
@@ -495,12 +528,15 @@ class OpenCL:
         self._do(lambda: self.cl.enqueue_copy(self.queue, found, buffer).wait())
         return found
 
-    def _time(self, kernel: Compiled, size: tuple[int, ...], group: tuple[int, ...], *arguments: Any) -> float:
+    def _time(self, kernel: Any, size: tuple[int, ...], group: tuple[int, ...], *arguments: Any) -> float:
         """Seconds of one run by the device's clock."""
         self._last = kernel, size, group, arguments
+
         def run() -> float:
+            begun = time.perf_counter()
             event = kernel(self.queue, size, group, *arguments)
             event.wait()
+            self.waited = time.perf_counter() - begun
             return float(event.profile.end - event.profile.start) * 1e-9
 
         return float(self._do(run))

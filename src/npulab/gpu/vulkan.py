@@ -29,9 +29,6 @@ from npulab.gpu.vulkan_more import MAPPABLE, More
 DRIVERS = "mesa-vulkan-drivers (Intel, AMD, Mali, Adreno, VideoCore; lavapipe: the CPU), the vendor's"
 INSTALL = "pip install 'npulab[vulkan]'"
 FEATURES: dict[str, Element] = {"shader-f16": "float16"}
-TURNS_TRIED = 1 << 17
-"""Of a loop that shows whether the driver ends loops early: llvmpipe does after 65535 turns of all loops of a thread
-(Mesa, LP_MAX_TGSI_LOOP_ITERATIONS)."""
 Call = tuple[Any, Any, Sequence[int]]
 """Of a shader: pipeline, what is bound, groups in x (and y)."""
 ARGUMENTS = 32
@@ -121,11 +118,11 @@ class Vulkan(More):
         halves = {e for f, e in FEATURES.items() if f in adapter.features}
         self.clocked = "timestamp-query" in adapter.features
         wanted = [f for f in ("timestamp-query", MAPPABLE, *FEATURES) if f in adapter.features]
-        self.turns_max = opencl.TURNS_MAX
         self._empty: float | None = None
         self._counts: dict[tuple[Any, ...], Counted] = {}
         self._last: tuple[Any, ...] = ()  # of what was launched
         self.filled = Filled()
+        self.waited = 0.0  # its clock is compared with the host's where there is one
         self.device = self._do(lambda: adapter.request_device_sync(required_features=wanted,
                                                                    required_limits=dict(given)))
         self._kernel = lru_cache(maxsize=64)(self._compiled)
@@ -186,20 +183,6 @@ class Vulkan(More):
         return self._timed(self._call(self._whole(words), groups, buffers))
 
     # how they are done
-
-    def _measured(self, run: Callable[[int], tuple[float, str]], work: Any, most: int = opencl.TURNS_MAX, *rest: Any,
-                  **more: Any) -> Timing:
-        return super()._measured(run, work, min(most, self.turns_max), *rest, **more)
-
-    def _longest_loop(self) -> int:
-        """Turns of a loop that the driver really does."""
-        kernel, out = self._kernel(self.kernels.CHASE, "chase"), self._buffer(np.zeros(1, np.uint32))
-        following = np.arange(1, TURNS_TRIED * shaders.CHASED + 2, dtype=np.uint32)  # place i leads to i + 1
-        self._time(kernel, (1,), (1,), self._buffer(following), out, np.uint32(TURNS_TRIED))
-        done = int(self._read(out, 1)[0]) // shaders.CHASED
-        if not done:
-            raise DeviceError(f"{self.identity.name} does not run a loop", want=f"{TURNS_TRIED} turns", got=done)
-        return opencl.TURNS_MAX if done == TURNS_TRIED else 1 << (done.bit_length() - 1)
 
     def _cores(self) -> int:
         """How many work groups run without taking time from each other, each of as many threads as a group has and of

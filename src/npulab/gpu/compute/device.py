@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from npulab.errors import CapacityError, DeviceError
+from npulab.errors import CapacityError, DeviceError, UnsupportedError
 from npulab.gpu import opencl
 from npulab.gpu.compute.types import Buffer, Kernel, Launch
 from npulab.gpu.compute.watch import Doing
@@ -21,8 +21,13 @@ class Device:
     """Raises everywhere: DeviceError if the device fails or does not compile; CapacityError if memory is short."""
 
     def __init__(self, number: int = 0) -> None:
-        """Raises: DeviceError if there is no such device; UsageError without pyopencl."""
+        """Raises: DeviceError if there is no such device; UsageError without pyopencl; UnsupportedError if its driver
+        ends loops early, as results would be wrong."""
         bench = opencl.open_device(number)
+        if bench.turns_max < opencl.TURNS_MAX:
+            raise UnsupportedError(f"{bench.identity.name} ends loops after {bench.turns_max} turns, and says nothing",
+                                   where="its OpenCL driver", want="loops that do all of their turns",
+                                   try_="another driver of the device; npulab probe measures it nevertheless")
         self.cl, self.context, self.device = bench.cl, bench.context, bench.device
         self.identity, self.limits = bench.identity, bench.limits
         self.queue = self.cl.CommandQueue(self.context,
