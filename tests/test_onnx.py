@@ -317,11 +317,38 @@ def broken(edit):
         "ConvTranspose", ["y", "w"], ["v"], "deep", group=0))), "ConvTranspose 'deep' of 'model' has group 0"),
     (lambda g: g.node[1].CopyFrom(helper.make_node("MaxPool", ["y"], ["z"], "pool", kernel_shape=[2, 2],
                                                    strides=[0, 1])), "MaxPool 'pool' of 'model' has strides 0, 1"),
+    (lambda g: g.node[0].attribute.append(helper.make_attribute("group", 2)),
+     "Conv 'conv' of 'model' has filters for another number of channels, or of groups\n  got     "),
 ])
 def test_what_is_wrong_with_a_file_is_said_with_the_node(edit, text):
     with pytest.raises(ModelError) as e:
         load(broken(edit))
     assert text in str(e.value)
+
+
+@pytest.mark.parametrize(("op", "channels", "groups", "filters", "right"), [
+    ("Conv", 4, 1, (6, 4, 3, 3), True), ("Conv", 4, 2, (6, 2, 3, 3), True), ("Conv", 4, 4, (8, 1, 3, 3), True),
+    ("Conv", 4, 3, (6, 1, 3, 3), False), ("Conv", 4, 2, (5, 2, 3, 3), False), ("Conv", 4, 1, (6, 3, 3, 3), False),
+    ("ConvTranspose", 4, 1, (4, 6, 3, 3), True), ("ConvTranspose", 4, 2, (4, 3, 3, 3), True),
+    ("ConvTranspose", 4, 3, (4, 2, 3, 3), False), ("ConvTranspose", 4, 1, (6, 4, 3, 3), False)])
+def test_groups_divide_channels_and_filters_have_theirs(op, channels, groups, filters, right):
+    """ONNX Runtime takes the same files."""
+    import onnxruntime
+
+    net = model([helper.make_node(op, ["x", "w"], ["y"], "conv", group=groups)], [("x", FLOAT, [1, channels, 9, 9])],
+                [("y", FLOAT, None)], [tensor("w", np.ones(filters, np.float32))])
+    if right:
+        assert load(net.SerializeToString()).nodes[0].inputs
+        onnxruntime.InferenceSession(net.SerializeToString(), providers=["CPUExecutionProvider"]).run(
+            None, {"x": np.ones((1, channels, 9, 9), np.float32)})
+        return
+    with pytest.raises(ModelError, match="filters for another number of channels, or of groups") as e:
+        load(net.SerializeToString())
+    assert e.value.facts["got"] == (f"{channels} channels, {groups} groups, "
+                                    f"filters {'x'.join(map(str, filters))}")
+    with pytest.raises(Exception, match=r"(?i)channel|group|shape"):
+        onnxruntime.InferenceSession(net.SerializeToString(), providers=["CPUExecutionProvider"]).run(
+            None, {"x": np.ones((1, channels, 9, 9), np.float32)})
 
 
 def test_another_domain_s_strides_are_its_own():

@@ -12,7 +12,7 @@ import heapq
 import mmap
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,6 +46,8 @@ SHAPE_MOVES = ("Cast", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Uns
 """Operators through which inference follows the content of their first input, besides joints and sums."""
 POSITIVE = ("dilations", "group", "kernel_shape", "strides")
 """Attributes of ONNX's own operators that are at least 1. With a group of 0 ONNX Runtime divides by it."""
+FILTERS = {"Conv": 1, "ConvTranspose": 1, "ConvInteger": 1, "QLinearConv": 3}
+"""Convolutions, and which input their filters are."""
 DIMENSION_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_. /+*-]*")
 
 _DTYPES = {
@@ -124,7 +126,29 @@ def graph_of(proto: onnx.ModelProto, name: str, large: Mapping[str, memoryview],
                       values.infos),
     )
     found.verify()
+    for i, (n, node) in enumerate(zip(ordered, made, strict=True)):
+        if n.op_type in FILTERS and n.domain in ("", "ai.onnx"):
+            _check_groups(_who(n, i), [found.values[v] if v >= 0 else None for v in node.inputs], n, name)
     return found
+
+
+def _check_groups(who: str, inputs: Sequence[Value | None], n: onnx.NodeProto, model: str) -> None:
+    """Raises: ModelError for a convolution whose groups, channels and filters do not go together (ONNX operators,
+    Conv: C equals the filters' channels times the groups, which divide the outputs). What is open is not looked at."""
+    at = FILTERS[n.op_type]
+    data, filters = (inputs[k] if k < len(inputs) else None for k in (0, at))
+    if data is None or filters is None or len(data.shape) < 3 or len(filters.shape) < 3 \
+            or 1 in data.dynamic_axes or filters.dynamic_axes:
+        return
+    groups = next((a.i for a in n.attribute if a.name == "group"), 1)
+    channels, (first, second) = data.shape[1], filters.shape[:2]
+    wanted, whole = (first, first) if n.op_type == "ConvTranspose" else (second * groups, first)
+    if channels != wanted or whole % groups:
+        raise ModelError(f"{who} of '{model}' has filters for another number of channels, or of groups",
+                         got=f"{channels} channels, {groups} groups, filters {'x'.join(map(str, filters.shape))}",
+                         want="filters " + ("INxOUT/GROUPSx..., with groups that divide IN"
+                                            if n.op_type == "ConvTranspose" else
+                                            "OUTxIN/GROUPSx..., with groups that divide IN and OUT"))
 
 
 def _parsed(data: memoryview, name: str) -> tuple[onnx.ModelProto, dict[str, memoryview]]:
