@@ -94,12 +94,12 @@ def convolution(what: Convolution, x: NDArray[Any], weights: NDArray[Any], bias:
 def short_sums(sizes: Array, terms: int, scale: float, *operands: Array) -> Array:
     """How much more sums are off by whose products are added up as halves, four at a time or fewer.
 
-    Of `sizes`, the sums of the products' sizes, `_SHORT`; and with each of `terms` a multiply-add may take an operand
-    for zero (what is lost is at most that times the largest number), and its result. Sizes of four products stay below
-    65504.
+    Of `sizes`, the sums of the products' sizes, `_SHORT`: each goes through four roundings at most. And with each of
+    `terms` a multiply-add may take a factor for zero (what is lost is at most that times the largest number), and its
+    result; what follows rounds that, too. Sizes of four products must add up to less than 65504.
     """
     largest = max(float(np.abs(x).max(initial=0)) for x in operands)
-    return _SHORT * sizes + terms * abs(scale) * _NORMAL * (1 + largest)
+    return _SHORT * sizes + (1 + _SHORT) * terms * abs(scale) * _NORMAL * (1 + largest)
 
 
 def _amplified(size: int) -> float:
@@ -112,14 +112,14 @@ def _amplified(size: int) -> float:
 def _ended(what: Product | Convolution, sums: Array, sizes: Array, terms: int, bias: NDArray[Any] | None,
            residual: NDArray[Any] | None, short: Array | float) -> tuple[Array, Array]:
     """Sums of n terms are within (n + 3) units of the sum of sizes, in any order; a fused multiply-add rounds once.
-    short: what sums are off by as halves; of n terms fewer additions are left, which are as much smaller.
+    short: what sums of few products are off by before they are added, as halves.
 
     Source: Higham, Accuracy and Stability of Numerical Algorithms, 2nd edition, 3.1.
     """
     for more in (bias, residual):
         if more is not None:
             sums, sizes = sums + more, sizes + np.abs(more)
-    bound = (terms + 3) * _UNIT * sizes + short
+    bound = (terms + 3) * _UNIT * (sizes + short) + short
     result = activated(what.activation, sums, what.slope)
     if what.activation != "none":
         bound = max(_STEEPEST, abs(what.slope)) * bound + 1e-6 * np.maximum(np.abs(sums), np.abs(result))

@@ -237,8 +237,6 @@ _MOVED = 5.0
 56 x 56 x 64."""
 _STREAMED = 8.0
 """Bytes a cycle that columns come at from memory, all cores together: measured there, 512 x 512 filters of 3 x 3."""
-
-
 _HALVES = 0.75
 """Of a float multiply-add, one of halves on a GPU: half, and an addition of floats for each four, whose operand is
 converted on the way: assumed, no such device was measured."""
