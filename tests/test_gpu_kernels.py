@@ -380,7 +380,7 @@ SMALL = Product(1, 8, 8, 16)
 def few(monkeypatch):
     """Three candidates."""
     found = [Matrix(Tile(2, 1, 4)), Matrix(Tile(4, 1, 4)), Matrix(Tile(1, 1, 4))]
-    monkeypatch.setattr(tiles, "candidates", lambda what, traits: found)
+    monkeypatch.setattr(tiles, "candidates", lambda what, traits, halves=False: found)
     return found
 
 
@@ -486,7 +486,7 @@ from npulab.gpu.compute.device import Device
 from npulab.gpu.compute.problems import Product
 from npulab.gpu.compute.tiles import Matrix, Tile
 from npulab.gpu.compute.types import Traits
-tiles.candidates = lambda what, traits: [Matrix(Tile(2, 1, 4)), Matrix(Tile(4, 1, 4)), Matrix(Tile(1, 1, 4))]
+tiles.candidates = lambda *a: [Matrix(Tile(2, 1, 4)), Matrix(Tile(4, 1, 4)), Matrix(Tile(1, 1, 4))]
 worker = (sys.executable, "-c", '''
 import sys, json, time
 sys.stdin.readline(); sys.stdin.readline()

@@ -18,21 +18,29 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from npulab.errors import UnsupportedError
 from npulab.gpu.compute import attention_cpu, attention_gpu, chain, vectors
 from npulab.gpu.compute.problems import Attention
 from npulab.gpu.compute.types import Argument, Buffer, Launch, Lowered, Traits
 
 
-def lower(what: Attention, traits: Traits, choice: Mapping[str, int] | None = None) -> Lowered:
+def lower(what: Attention, traits: Traits, choice: Mapping[str, int] | None = None, halves: bool = False) -> Lowered:
     """choice: on a CPU "vectors" of queries and "keys" of a tile; on a GPU "across" work items for keys, "down" for
-    queries, "each": keys and queries of each. Raises: UnsupportedError unless float32 or float16; CapacityError if
-    local memory (a GPU's) or a thread's stack (a CPU's) has no room."""
+    queries, "each": keys and queries of each. halves: of float16, on a GPU, four products at a time are added up as
+    halves, before they are added as floats. Raises: UnsupportedError unless float32 or float16, and for halves unless
+    float16, on a device that computes on them and is no CPU; CapacityError if local memory (a GPU's) or a thread's
+    stack (a CPU's) has no room."""
     scale = what.scale
+    if halves:
+        vectors.checked_halves(what.number, traits)
+        if traits.cpu:
+            raise UnsupportedError("attention on a CPU computes on floats", got=traits.name, want="a GPU",
+                                   try_="without halves: they are stored, floats computed")
     if traits.cpu:
         kernel, size, group = attention_cpu.kernel(what, traits, choice or {})
         scale *= vectors.LOG2E
     else:
-        kernel, size, group = attention_gpu.kernel(what, traits, choice or {})
+        kernel, size, group = attention_gpu.kernel(what, traits, choice or {}, halves)
     arguments: tuple[Argument, ...] = (Buffer("input"), Buffer("input1"), Buffer("input2"), Buffer("output"),
                                        np.int32(what.queries), np.int32(what.keys), np.float32(scale))
     traffic = vectors.number_bytes(what.number) * what.batch * (what.queries + what.keys) * (what.depth + what.width)

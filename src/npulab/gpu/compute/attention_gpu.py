@@ -5,7 +5,7 @@ Each work item has `each` x `each` scores of a tile, and of the output its queri
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from npulab.errors import CapacityError
 from npulab.gpu.compute import vectors
@@ -16,37 +16,45 @@ SHAPES = ((16, 16, 4), (8, 8, 4), (16, 4, 4), (8, 8, 2), (8, 4, 2), (4, 4, 2), (
 """Across, down, each: the first that has room is taken."""
 
 
-def local_bytes(what: Attention, across: int, down: int, each: int) -> int:
+def local_bytes(what: Attention, across: int, down: int, each: int, halves: bool = False) -> int:
     """Of a group: queries, keys or values, scores, maxima."""
     queries, keys = down * each, across * each
-    return 4 * (what.depth * (queries + 1) + keys * (max(what.depth, what.width) + 1) + queries * (keys + 1)
-                + queries * across)
+    scores = keys * (queries + 1) if halves else queries * (keys + 1)
+    read = what.depth * (queries + 1) + keys * (max(what.depth, what.width) + 1) + scores
+    return (2 if halves else 4) * read + 4 * queries * across
 
 
-def kernel(what: Attention, traits: Traits, choice: Mapping[str, int]
+def kernel(what: Attention, traits: Traits, choice: Mapping[str, int], halves: bool = False
            ) -> tuple[Kernel, tuple[int, ...], tuple[int, ...]]:
     """Raises: CapacityError if local memory is too small for any tile."""
     shapes = [(choice["across"], choice["down"], choice["each"])] if choice else SHAPES
     items = vectors.group_items(traits) if not choice else traits.group_max
-    fit = [s for s in shapes if s[0] * s[1] <= items and local_bytes(what, *s) <= traits.local_bytes]
+    fit = [s for s in shapes if s[0] * s[1] <= items and local_bytes(what, *s, halves) <= traits.local_bytes]
     if not fit:
         raise CapacityError("attention has no room in local memory", got=f"{traits.local_bytes} bytes",
-                            want=f"{min(local_bytes(what, *s) for s in shapes)} for heads of {what.depth}")
+                            want=f"{min(local_bytes(what, *s, halves) for s in shapes)} for heads of {what.depth}")
     across, down, each = fit[0]
-    source = _source(what, across, down, each)
+    source = _source(what, across, down, each, halves)
     tiles = -(-what.queries // (down * each))
     return Kernel(source, "attention"), (tiles * across, down, what.batch), (across, down, 1)
 
 
-def _source(what: Attention, across: int, down: int, each: int) -> str:
+def _source(what: Attention, across: int, down: int, each: int, halves: bool) -> str:
+    """halves: Q, K, V and exponentials are halves in local memory, queries of a work item next to each other: it
+    computes on all of them at once. Scores are scaled when they are summed."""
     depth, width, items = what.depth, what.width, across * down
     bq, bk = down * each, across * each
     columns = -(-width // across)
     rs = range(each)
     pitch = max(depth, width) + 1  # odd: keys beside each other lie in different banks
-    score_step = " ".join(f"float q{i} = qs[d * {bq + 1} + y * {each} + {i}];" for i in rs) + " " + " ".join(
-        f"float k{j} = kv[(x + {j * across}) * {pitch} + d];" for j in rs)
-    score_sums = " ".join(f"s{i}_{j} = fma(q{i}, k{j}, s{i}_{j});" for i in rs for j in rs)
+    if halves:
+        head = vectors.preamble(what.number, each) + vectors.half_operations(each)
+        number, load, factor = "H1", "HALF_ONE", ""
+        scores, kept, outputs = _on_halves(what, across, down, each, pitch)
+    else:
+        head = vectors.preamble(what.number, 1) + "#define FLOAT_ONE(p, i) LOAD1((p) + (i))\n"
+        number, load, factor = "float", "FLOAT_ONE", " * scale"
+        scores, kept, outputs = _on_floats(what, across, down, each, pitch)
     hidden = " || key + x + {0} > first + y * {1} + {2}" if what.causal else ""
     mask = "\n".join(f"        if (key + x + {j * across} >= keys{hidden.format(j * across, each, i)}) "
                      f"s{i}_{j} = -INFINITY;" for i in rs for j in rs)
@@ -58,12 +66,8 @@ def _source(what: Attention, across: int, down: int, each: int) -> str:
             part{i} = exp(high{i} - high);
             high{i} = high;
             sum{i} *= part{i};
-            {" ".join(f"s{i}_{j} = exp(s{i}_{j} - high); sum{i} += s{i}_{j}; "
-                      f"p[(y * {each} + {i}) * {bk + 1} + x + {j * across}] = s{i}_{j};" for j in rs)}
+            {" ".join(f"s{i}_{j} = exp(s{i}_{j} - high); sum{i} += s{i}_{j};" for j in rs)}
         }}""" for i in rs)
-    out_step = " ".join(f"float p{i} = p[(y * {each} + {i}) * {bk + 1} + j];" for i in rs) + "\n" + "\n".join(
-        f"            {{ float e = kv[j * {pitch} + min(x + {c * across}, {width - 1})]; "
-        + " ".join(f"o{i}_{c} = fma(p{i}, e, o{i}_{c});" for i in rs) + " }" for c in range(columns))
     ends = "\n".join(f"""    {{
         float total = 0.0f;
         for (int j = 0; j < {across}; j++) total += most[(y * {each} + {i}) * {across} + j];
@@ -74,42 +78,39 @@ def _source(what: Attention, across: int, down: int, each: int) -> str:
                       for c in range(columns))}
         }}
     }}""" for i in rs)
-    return vectors.preamble(what.number, 1) + f"""
+    return head + f"""
 __kernel {vectors.attribute((across, down, 1))} void attention(__global const T *q, __global const T *k,
         __global const T *v, __global T *o, int queries, int keys, float scale) {{
-    __local float qs[{depth * (bq + 1)}], kv[{bk * pitch}], p[{bq * (bk + 1)}], most[{bq * across}];
+    __local {number} qs[{depth * (bq + 1)}], kv[{bk * pitch}], p[{bk * (bq + 1) if halves else bq * (bk + 1)}];
+    __local float most[{bq * across}];
     int x = get_local_id(0), y = get_local_id(1), lid = y * {across} + x, first = get_group_id(0) * {bq};
     size_t b = get_global_id(2);
     q += b * queries * {depth}; k += b * keys * {depth}; v += b * keys * {width}; o += b * queries * {width};
     for (int i = lid; i < {bq * depth}; i += {items})  // the last query stands for those beyond
-        qs[i % {depth} * {bq + 1} + i / {depth}] = LOAD1(q + (size_t)min(first + i / {depth}, queries - 1) * {depth}
-                                                         + i % {depth}) * scale;
+        qs[i % {depth} * {bq + 1} + i / {depth}] =
+            {load}(q, (size_t)min(first + i / {depth}, queries - 1) * {depth} + i % {depth}){factor};
     {" ".join(f"float high{i} = -INFINITY, sum{i} = 0.0f, part{i};" for i in rs)}
     {" ".join(f"float o{i}_{c} = 0.0f;" for i in rs for c in range(columns))}
     int last = {f"min(keys, first + {bq})" if what.causal else "keys"};
     for (int key = 0; key < last; key += {bk}) {{
         barrier(CLK_LOCAL_MEM_FENCE);  // values and scores of the tile before have been read
         for (int i = lid; i < {bk * depth}; i += {items})
-            kv[i / {depth} * {pitch} + i % {depth}] = LOAD1(k + (size_t)min(key + i / {depth}, keys - 1) * {depth}
-                                                            + i % {depth});
+            kv[i / {depth} * {pitch} + i % {depth}] =
+                {load}(k, (size_t)min(key + i / {depth}, keys - 1) * {depth} + i % {depth});
         barrier(CLK_LOCAL_MEM_FENCE);
         {" ".join(f"float s{i}_{j} = 0.0f;" for i in rs for j in rs)}
-        for (int d = 0; d < {depth}; d++) {{
-            {score_step}
-            {score_sums}
-        }}
+{scores}
 {mask}
 {highest}
         barrier(CLK_LOCAL_MEM_FENCE);  // maxima are there, keys have been read
         for (int i = lid; i < {bk * width}; i += {items})
-            kv[i / {width} * {pitch} + i % {width}] = LOAD1(v + (size_t)min(key + i / {width}, keys - 1) * {width}
-                                                            + i % {width});
+            kv[i / {width} * {pitch} + i % {width}] =
+                {load}(v, (size_t)min(key + i / {width}, keys - 1) * {width} + i % {width});
 {softmax}
+{kept}
         barrier(CLK_LOCAL_MEM_FENCE);
         {" ".join(f"o{i}_{c} *= part{i};" for i in rs for c in range(columns))}
-        for (int j = 0; j < {bk}; j++) {{
-            {out_step}
-        }}
+{outputs}
     }}
     barrier(CLK_LOCAL_MEM_FENCE);
     {" ".join(f"most[(y * {each} + {i}) * {across} + x] = sum{i};" for i in rs)}
@@ -117,6 +118,69 @@ __kernel {vectors.attribute((across, down, 1))} void attention(__global const T 
 {ends}
 }}
 """
+
+
+def _on_floats(what: Attention, across: int, down: int, each: int, pitch: int) -> tuple[str, str, str]:
+    """How scores are summed, exponentials kept in p and outputs summed."""
+    bq, bk, rs = down * each, across * each, range(each)
+    step = " ".join(f"float q{i} = qs[d * {bq + 1} + y * {each} + {i}];" for i in rs) + " " + " ".join(
+        f"float k{j} = kv[(x + {j * across}) * {pitch} + d];" for j in rs)
+    sums = " ".join(f"s{i}_{j} = fma(q{i}, k{j}, s{i}_{j});" for i in rs for j in rs)
+    kept = " ".join(f"p[(y * {each} + {i}) * {bk + 1} + x + {j * across}] = s{i}_{j};" for i in rs for j in rs)
+    out = " ".join(f"float p{i} = p[(y * {each} + {i}) * {bk + 1} + j];" for i in rs) + "\n" + "\n".join(
+        f"            {{ float e = kv[j * {pitch} + min(x + {c * across}, {what.width - 1})]; "
+        + " ".join(f"o{i}_{c} = fma(p{i}, e, o{i}_{c});" for i in rs) + " }" for c in range(-(-what.width // across)))
+    return f"""        for (int d = 0; d < {what.depth}; d++) {{
+            {step}
+            {sums}
+        }}""", f"        {kept}", f"""        for (int j = 0; j < {bk}; j++) {{
+            {out}
+        }}"""
+
+
+def _on_halves(what: Attention, across: int, down: int, each: int, pitch: int) -> tuple[str, str, str]:
+    """As `_on_floats`, four products at a time as halves. Lanes are queries."""
+    bq, bk, rs = down * each, across * each, range(each)
+
+    def queries(array: str, step: str) -> str:
+        at = f"{array} + ({step}) * {bq + 1} + y * {each}"
+        return f"vload{each}(0, {at})" if each > 1 else f"*({at})"
+
+    def lane(name: str, i: int) -> str:
+        return f"{name}.s{i:x}" if each > 1 else name
+
+    def added(us: range, left: str, right: str, sums: str) -> str:
+        """left, right: names of vectors, {0} the step's number."""
+        short = vectors.short_sum([(left.format(u), right.format(u)) for u in us])
+        return f"V added = {short}; " + " ".join(f"{sums.format(i)} += {lane('added', i)};" for i in rs)
+
+    def score(us: range) -> str:
+        lines = ["        " + " ".join(f"H q{u} = {queries('qs', f'd + {u}')};" for u in us)]
+        lines += ["        { " + " ".join(
+            f"H k{u} = (H)(kv[(x + {j * across}) * {pitch} + d + {u}]);" for u in us) + " "
+            + added(us, "q{0}", "k{0}", f"s{{0}}_{j}") + " }" for j in rs]
+        return "\n".join(lines)
+
+    def output(us: range) -> str:
+        lines = ["        " + " ".join(f"H p{u} = {queries('p', f'j + {u}')};" for u in us)]
+        lines += ["        { " + " ".join(
+            f"H e{u} = (H)(kv[(j + {u}) * {pitch} + min(x + {c * across}, {what.width - 1})]);" for u in us) + " "
+            + added(us, "p{0}", "e{0}", f"o{{0}}_{c}") + " }" for c in range(-(-what.width // across))]
+        return "\n".join(lines)
+
+    def loop(name: str, count: int, body: Callable[[range], str]) -> str:
+        whole, rest = count // vectors.FOUR * vectors.FOUR, count % vectors.FOUR
+        text = f"        for (int {name} = 0; {name} < {whole}; {name} += {vectors.FOUR}) {{\n" + body(
+            range(vectors.FOUR)) + "\n        }" if whole else ""
+        return text + (f"\n        {{ const int {name} = {whole};\n{body(range(rest))}\n        }}" if rest else "")
+
+    scaled = " ".join(f"s{i}_{j} *= scale;" for i in rs for j in rs)
+    kept = []
+    for j in rs:
+        value = f"HALVES((V)({', '.join(f's{i}_{j}' for i in rs)}))"
+        at = f"p + (x + {j * across}) * {bq + 1} + y * {each}"
+        kept.append(f"        vstore{each}({value}, 0, {at});" if each > 1 else f"        *({at}) = {value};")
+    return f"{loop('d', what.depth, score)}\n        {scaled}", "\n".join(kept), loop("j", bk, output)
 
 
 def _most(names: list[str]) -> str:

@@ -12,6 +12,7 @@ that many steps of its rows and columns to local memory first.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from npulab.gpu.compute import activations
 from npulab.gpu.compute.moves import INDEX_MAX
 from npulab.gpu.compute.tiles import Tile
 from npulab.gpu.compute.types import Activation, Argument, Buffer, Kernel, Launch, Number
-from npulab.gpu.compute.vectors import FETCH, literal, prelude
+from npulab.gpu.compute.vectors import FETCH, by_fours, half_operations, literal, prelude, short_sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +149,8 @@ def _source(image: bool, outside: bool, ragged: bool, whole: bool, ending: Endin
     input += group * inner;
     int column = (panel - group * panels) * TILE + lx * W;
 """ if grouped else "    int column = panel * TILE + lx * W;\n"
-    return f"""{prelude(number, tile.width)}{activations.helpers(ending.activation, tile.width)}
+    on_halves = half_operations(tile.width) if tile.halves else ""
+    return f"""{prelude(number, tile.width)}{on_halves}{activations.helpers(ending.activation, tile.width)}
 #define ACROSS {across}
 #define DOWN {down}
 #define TILE {tile.columns}
@@ -205,22 +207,41 @@ def _alone(image: bool, outside: bool, tile: Tile) -> str:
     return "\n".join([*lines, "    int k = 0;", *_steps(tile, "inner"), *(["    }"] if image else [])])
 
 
+def added_as_halves(tile: Tile, count: int, column: Callable[[int, int], str], number: Callable[[int, int], str]
+                    ) -> list[str]:
+    """To each sum the products of `count` steps, by fours. column(k, n): vector n of step k. number(k, m): row m's."""
+    lines = []
+    for ks in by_fours(count):
+        lines.append("        { " + " ".join(f"H w{k}_{n} = {column(k, n)};" for k in ks for n in range(tile.vectors)))
+        for m in range(tile.rows):
+            lines.append("          { " + " ".join(f"H s{k} = (H)({number(k, m)});" for k in ks) + " " + " ".join(
+                f"c{m}_{n} += {short_sum([(f's{k}', f'w{k}_{n}') for k in ks])};" for n in range(tile.vectors)) + " }")
+        lines.append("        }")
+    return lines
+
+
 def _steps(tile: Tile, end: str, more: str = "") -> list[str]:
     """Of the inner loop from k to `end`; `more` is done for each `unroll` of them."""
+    def place(n: int) -> str:
+        return f"{f'{n * tile.group[0]} * W + ' if n else ''}lx * W"
+
     def step(k: str) -> list[str]:
-        s = ["        { " + " ".join(f"V w{n} = many(w + {f'{n * tile.group[0]} * W + ' if n else ''}lx * W);"
-                                    for n in range(tile.vectors))]
+        s = ["        { " + " ".join(f"V w{n} = many(w + {place(n)});" for n in range(tile.vectors))]
         s += ["          " + f"V s{m} = (V)(one(a{m}, {k})); " + " ".join(
             f"c{m}_{n} = fma(s{m}, w{n}, c{m}_{n});" for n in range(tile.vectors)) for m in range(tile.rows)]
         return [*s, "          w += row_step; }"]
 
+    def on_halves(count: int) -> list[str]:
+        found = added_as_halves(tile, count, lambda k, n: f"HALF_MANY(w + (size_t){k} * row_step + {place(n)})",
+                                lambda k, m: f"HALF_ONE(a{m}, k + {k})")
+        return [*found, f"        w += (size_t){count} * row_step;"]
+
     lines = []
-    if tile.unroll > 1:
-        lines += [f"    for (; k <= {end} - {tile.unroll}; k += {tile.unroll}) {{{more}"]
-        for u in range(tile.unroll):
-            lines += step(f"k + {u}")
+    if tile.steps > 1:
+        lines += [f"    for (; k <= {end} - {tile.steps}; k += {tile.steps}) {{{more}"]
+        lines += on_halves(tile.steps) if tile.halves else [x for u in range(tile.steps) for x in step(f"k + {u}")]
         lines.append("    }")
-    return [*lines, f"    for (; k < {end}; k++) {{", *step("k"), "    }"]
+    return [*lines, f"    for (; k < {end}; k++) {{", *(on_halves(1) if tile.halves else step("k")), "    }"]
 
 
 def _passes(image: bool, outside: bool, tile: Tile) -> str:
@@ -240,7 +261,7 @@ def _passes(image: bool, outside: bool, tile: Tile) -> str:
     place = (f"int v = at_y[i] + ky * dilation_y, u = at_x[i] + kx * dilation_x;\n        from[i] = ({inside}) ?"
              f" input + ((size_t)(at_b[i] + v) * width + u) * pitch : {'zeros' if outside else 'input'};"
              if image else "from[i] = input + (size_t)min(first + i, rows - 1) * pitch;")
-    lines = -(-tile.columns * 4 * tile.unroll // (_LINE * tile.passes))
+    lines = -(-tile.columns * 4 * tile.steps // (_LINE * tile.passes))
     fetch = "".join(f" FETCH(next + {i * _LINE // 4});" for i in range(lines)) + f" next += {lines * _LINE // 4};"
     steps = "\n".join(_steps(tile, "end", fetch))
     return f"""    V sums[BLOCK * {tile.vectors}];
@@ -258,7 +279,7 @@ def _passes(image: bool, outside: bool, tile: Tile) -> str:
             {" ".join(f"__global const N *a{m} = from[t * {tile.rows} + {m}];" for m in rows)}
             V {sums.replace("; ", ", ")}
             __global const N *next = stretch + (size_t)(end - begin) * row_step + t * {
-                lines * _LINE // 4 * (tile.stretch // tile.unroll)};
+                lines * _LINE // 4 * (tile.stretch // tile.steps)};
             w = stretch;
             int k = begin;
 {steps}
@@ -299,28 +320,34 @@ def _shared(image: bool, outside: bool, tile: Tile) -> str:
     else:
         row = (f"__global const N *restrict a = input + (size_t)min(first - ly * {tile.rows} + r, rows - 1)"
                " * pitch;")
-    compute = "\n".join([
-        "            " + " ".join(f"V w{n} = ws[k * {tile.vectors} * ACROSS + {n} * ACROSS + lx];" for n in vectors),
-        *("            " + f"V s{m} = (V)(as[k * BLOCK + ly * {tile.rows} + {m}]); " + " ".join(
-            f"c{m}_{n} = fma(s{m}, w{n}, c{m}_{n});" for n in vectors) for m in rows)])
-    return f"""    __local float as[{depth} * BLOCK];
-    __local V ws[{depth} * {tile.vectors} * ACROSS];
+    if tile.halves:
+        one, many, number, vector, zero = "HALF_ONE", "HALF_MANY", "H1", "H", "(H)(0)"
+        compute = "\n".join(added_as_halves(
+            tile, depth, lambda k, n: f"ws[({k} * {tile.vectors} + {n}) * ACROSS + lx]",
+            lambda k, m: f"as[{k} * BLOCK + ly * {tile.rows} + {m}]"))
+    else:
+        one, many, number, vector, zero = "one", "many", "float", "V", "(V)(0.0f)"
+        compute = "\n".join([
+            f"        for (int k = 0; k < {depth}; k++) {{",
+            "            " + " ".join(f"V w{n} = ws[(k * {tile.vectors} + {n}) * ACROSS + lx];" for n in vectors),
+            *("            " + f"V s{m} = (V)(as[k * BLOCK + ly * {tile.rows} + {m}]); " + " ".join(
+                f"c{m}_{n} = fma(s{m}, w{n}, c{m}_{n});" for n in vectors) for m in rows), "        }"])
+    return f"""    __local {number} as[{depth} * BLOCK];
+    __local {vector} ws[{depth} * {tile.vectors} * ACROSS];
     int lid = ly * ACROSS + lx;
 {pixel if image else ""}
     for (int k0 = 0; k0 < inner; k0 += {depth}) {{
         for (int i = lid; i < {depth} * BLOCK; i += ACROSS * DOWN) {{
             int r = i / {depth}, k = i % {depth};
             {row}
-            as[k * BLOCK + r] = k0 + k < inner ? one(a, k0 + k) : 0.0f;
+            as[k * BLOCK + r] = k0 + k < inner ? {one}(a, k0 + k) : ({number})0;
         }}
         for (int i = lid; i < {depth} * {tile.vectors} * ACROSS; i += ACROSS * DOWN) {{
             int k = i / ({tile.vectors} * ACROSS), j = i % ({tile.vectors} * ACROSS);
-            ws[i] = k0 + k < inner ? many(w + (size_t)(k0 + k) * row_step + j * W) : (V)(0.0f);
+            ws[i] = k0 + k < inner ? {many}(w + (size_t)(k0 + k) * row_step + j * W) : {zero};
         }}
         barrier(CLK_LOCAL_MEM_FENCE);
-        for (int k = 0; k < {depth}; k++) {{
 {compute}
-        }}
         barrier(CLK_LOCAL_MEM_FENCE);
     }}
 {"    w += (size_t)inner * row_step; }" if image else ""}"""

@@ -16,6 +16,12 @@ Array = NDArray[np.float64]
 _UNIT = 2.0 ** -24
 """Largest relative error of rounding to float32."""
 _HALF = 2.0 ** -11
+_SHORT = (1 + 2.0 ** -10) ** 4 - 1
+"""Of the sizes of four products that are added up as halves, by four roundings one after the other: each is within
+2**-10 of the result, to the nearest or towards zero (OpenCL 3.0 Extensions, cl_khr_fp16: a device has one of the two),
+and so is a rounding to float32 and then to halves, as of fused multiply-adds that are emulated: 2**-11 + 2**-23."""
+_NORMAL = 2.0 ** -14
+"""The smallest half that is none of those that may count as zero (CL_FP_DENORM is not asked for)."""
 _STEEPEST = 1.5
 """Of the activations, hardswish's at 3."""
 
@@ -45,17 +51,20 @@ def activated(kind: str, x: Array, slope: float = 0.01) -> Array:
 
 
 def product(what: Product, a: NDArray[Any], b: NDArray[Any], bias: NDArray[Any] | None = None,
-            residual: NDArray[Any] | None = None) -> tuple[Array, Array]:
-    """The result, and for each of its numbers how far a kernel that adds in any order may be from it."""
+            residual: NDArray[Any] | None = None, halves: bool = False) -> tuple[Array, Array]:
+    """The result, and for each of its numbers how far a kernel that adds in any order may be from it. halves: that adds
+    four products at a time as halves."""
     left, right = a.astype(np.float64), b.astype(np.float64)
     right = right.swapaxes(-1, -2) if what.transposed else right
     sums, sizes = left @ right * what.scale, np.abs(left) @ np.abs(right) * abs(what.scale)
-    return _ended(what, sums, sizes, what.inner, bias, residual)
+    short = short_sums(sizes, what.inner, what.scale, left, right) if halves else 0.0
+    return _ended(what, sums, sizes, what.inner, bias, residual, short)
 
 
 def convolution(what: Convolution, x: NDArray[Any], weights: NDArray[Any], bias: NDArray[Any] | None = None,
-                residual: NDArray[Any] | None = None, choice: Choice | None = None) -> tuple[Array, Array]:
-    """x: NHWC, weights: OHWI. The result and the bound on errors, of Winograd's algorithm a larger one."""
+                residual: NDArray[Any] | None = None, choice: Choice | None = None, halves: bool = False
+                ) -> tuple[Array, Array]:
+    """x: NHWC, weights: OHWI. The result and the bound on errors: larger of Winograd's algorithm and of halves."""
     top, left, bottom, right = what.pads
     padded = np.pad(x.astype(np.float64), ((0, 0), (top, bottom), (left, right), (0, 0)))
     w = weights.astype(np.float64)
@@ -78,7 +87,19 @@ def convolution(what: Convolution, x: NDArray[Any], weights: NDArray[Any], bias:
         sizes = np.full_like(sizes, _amplified(choice.size) * inner * float(np.abs(padded).max(initial=0))
                              * float(np.abs(w).max(initial=0)))
         terms = inner + 4 * (choice.size + 2)
-    return _ended(what, sums, sizes, terms, bias, residual)
+    short = short_sums(sizes, terms, 1.0, padded, w) if halves else 0.0
+    return _ended(what, sums, sizes, terms, bias, residual, short)
+
+
+def short_sums(sizes: Array, terms: int, scale: float, *operands: Array) -> Array:
+    """How much more sums are off by whose products are added up as halves, four at a time or fewer.
+
+    Of `sizes`, the sums of the products' sizes, `_SHORT`: each goes through four roundings at most. And with each of
+    `terms` a multiply-add may take a factor for zero (what is lost is at most that times the largest number), and its
+    result; what follows rounds that, too. Sizes of four products must add up to less than 65504.
+    """
+    largest = max(float(np.abs(x).max(initial=0)) for x in operands)
+    return _SHORT * sizes + (1 + _SHORT) * terms * abs(scale) * _NORMAL * (1 + largest)
 
 
 def _amplified(size: int) -> float:
@@ -89,15 +110,16 @@ def _amplified(size: int) -> float:
 
 
 def _ended(what: Product | Convolution, sums: Array, sizes: Array, terms: int, bias: NDArray[Any] | None,
-           residual: NDArray[Any] | None) -> tuple[Array, Array]:
+           residual: NDArray[Any] | None, short: Array | float) -> tuple[Array, Array]:
     """Sums of n terms are within (n + 3) units of the sum of sizes, in any order; a fused multiply-add rounds once.
+    short: what sums of few products are off by before they are added, as halves.
 
     Source: Higham, Accuracy and Stability of Numerical Algorithms, 2nd edition, 3.1.
     """
     for more in (bias, residual):
         if more is not None:
             sums, sizes = sums + more, sizes + np.abs(more)
-    bound = (terms + 3) * _UNIT * sizes
+    bound = (terms + 3) * _UNIT * (sizes + short) + short
     result = activated(what.activation, sums, what.slope)
     if what.activation != "none":
         bound = max(_STEEPEST, abs(what.slope)) * bound + 1e-6 * np.maximum(np.abs(sums), np.abs(result))

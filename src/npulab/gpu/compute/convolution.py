@@ -9,26 +9,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npulab.errors import InvariantError
-from npulab.gpu.compute import blocks, depthwise, narrow, tiles, winograd
+from npulab.gpu.compute import blocks, depthwise, narrow, tiles, vectors, winograd
 from npulab.gpu.compute.problems import Convolution
 from npulab.gpu.compute.tiles import Choice, Direct, Matrix, Winograd
 from npulab.gpu.compute.types import Buffer, Kernel, Launch, Lowered, Traits
 
 
 def lower(what: Convolution, traits: Traits, weights: NDArray[Any], bias: NDArray[Any] | None,
-          choice: Choice | None = None) -> Lowered:
-    """`weights`: OHWI, `bias`: [filters] or None. Without a choice the model's first.
+          choice: Choice | None = None, halves: bool = False) -> Lowered:
+    """`weights`: OHWI, `bias`: [filters] or None. Without a choice the model's first; halves: the first whose tile has
+    them.
 
-    Raises: InvariantError for arrays of other shapes, or an algorithm that the convolution does not suit.
+    Raises: InvariantError for arrays of other shapes, or an algorithm that the convolution does not suit;
+    UnsupportedError for halves unless float16, on a device that computes on them.
     """
     checked(what, weights, bias)
     if what.groups == what.channels > 1 and choice is None:
-        return depthwise.lower(what, traits, weights, bias)
-    choice = choice or tiles.candidates(what, traits)[0]
+        return depthwise.lower(what, traits, weights, bias, halves=halves)
+    choice = choice or tiles.first(what, traits, halves)
     if isinstance(choice, Winograd):
         return winograd.lower(what, traits, weights, bias, choice)
     if isinstance(choice, Matrix) and not tiles.is_pointwise(what):
         raise InvariantError("a product's rows are not this convolution's", got=what)
+    if choice.tile.halves:
+        vectors.checked_halves(what.number, traits)
     tile, groups = choice.tile, what.groups
     taps, inner = math.prod(what.kernel), what.channels // groups
     count = what.batch * math.prod(what.out)

@@ -20,6 +20,7 @@ from npulab.errors import InvariantError
 from npulab.gpu.compute import activations, vectors
 from npulab.gpu.compute.problems import Convolution
 from npulab.gpu.compute.types import Argument, Buffer, Kernel, Launch, Lowered, Traits
+from npulab.gpu.compute.vectors import FOUR
 
 PIXELS = 8
 """Of a row at a time at most: with 3 columns of weights and 10 of input they fit the registers of a wide CPU."""
@@ -28,11 +29,15 @@ UNROLLED = 16
 
 
 def lower(what: Convolution, traits: Traits, weights: NDArray[Any], bias: NDArray[Any] | None = None,
-          choice: Mapping[str, int] | None = None) -> Lowered:
+          choice: Mapping[str, int] | None = None, halves: bool = False) -> Lowered:
     """weights: OHWI [filters, *kernel, 1]. bias: [filters].
     choice: "pixels" that a work item computes at a time, "width" of vectors; the traits say, if they are left out.
-    Raises: UnsupportedError unless float32 or float16.
+    halves: of float16, four products of a row of taps at a time are added up as halves, before they are added as
+    floats.
+    Raises: UnsupportedError unless float32 or float16; for halves unless float16, on a device that computes on them.
     """
+    if halves:
+        vectors.checked_halves(what.number, traits)
     if what.groups != what.channels or what.filters % what.channels or weights.shape[3] != 1:
         raise InvariantError("this convolution is not depthwise", got=f"{what.channels} channels in {what.groups}")
     choice = choice or {}
@@ -43,7 +48,7 @@ def lower(what: Convolution, traits: Traits, weights: NDArray[Any], bias: NDArra
     each = tiles if traits.cpu else 1  # tiles for a work item, one after the other
     group = (1, 1, 1) if traits.cpu else (*vectors.split(vectors.group_items(traits), strips, tiles), 1)
     size = (vectors.up(strips, group[0]), vectors.up(-(-tiles // each), group[1]), what.batch * height)
-    kernel = Kernel(_source(what, lanes, pixels, each, bias is not None, group), "depthwise")
+    kernel = Kernel(_source(what, lanes, pixels, each, bias is not None, group, halves), "depthwise")
     stored = np.float16 if what.number == "float16" else np.float32
     constants = {"weights": np.ascontiguousarray(weights[..., 0].transpose(1, 2, 0), stored)}
     if bias is not None:
@@ -59,24 +64,27 @@ def lower(what: Convolution, traits: Traits, weights: NDArray[Any], bias: NDArra
     return Lowered((Launch(kernel, size, group, arguments, "depthwise", what.operations, traffic),), constants)
 
 
-def _source(what: Convolution, lanes: int, pixels: int, each: int, biased: bool, group: tuple[int, ...]) -> str:
+def _source(what: Convolution, lanes: int, pixels: int, each: int, biased: bool, group: tuple[int, ...],
+            halves: bool) -> str:
     (kh, kw), (sy, sx), (dy, dx), (top, left) = what.kernel, what.strides, what.dilations, what.pads[:2]
     many = what.filters // what.channels
+    load, load1, vector = ("HALF_MANY({0})", "HALF_ONE({0}, 0)", "H") if halves else ("LOAD({0})", "LOAD1({0})", "V")
     if many == 1:
-        channel, read = "f", "LOAD(x)"
+        channel, read = "f", load.format("x")
     elif lanes == 1:
-        channel, read = f"f / {many}", "LOAD1(x)"
+        channel, read = f"f / {many}", load1.format("x")
     else:  # lanes of channels that repeat
         channel = "0"
-        read = "(V)(" + ", ".join(f"LOAD1(x + (f + {i}) / {many})" for i in range(lanes)) + ")"
+        read = f"({vector})(" + ", ".join(load1.format(f"x + (f + {i}) / {many}") for i in range(lanes)) + ")"
     start = f"{'bias[f]' if lanes == 1 else f'vload{lanes}(0, bias + f)'}" if biased else "(V)(0.0f)"
     sums = "\n".join(f"        V s{p} = start;" for p in range(pixels))
     ends = "\n".join(f"        if (ox + {p} < out_width) finish(s{p}, {p});" for p in range(pixels))
     residual = "r = r + LOAD(residual + o);" if what.residual else ""
     # an output's pixels from the left edge of its tile; a tile at the right edge computes some that it drops
-    fast, slow = _columns(kw, sx, dx, pixels, read, checked=False), _columns(kw, sx, dx, pixels, read, checked=True)
+    fast, slow = (_columns(kw, sx, dx, pixels, read, checked, halves) for checked in (False, True))
     last = (pixels - 1) * sx + (kw - 1) * dx
-    return vectors.preamble(what.number, lanes) + activations.helpers(what.activation, lanes) + f"""
+    on_halves = vectors.half_operations(lanes) if halves else ""
+    return vectors.preamble(what.number, lanes) + on_halves + activations.helpers(what.activation, lanes) + f"""
 #define finish(sum, p) {{ V r = sum; size_t o = (((size_t)row * out_width) + ox + p) * filters + f; \\
     {residual} STORE({activations.activation(what.activation, "r", lanes, what.slope)}, output + o); }}
 __kernel {vectors.attribute(group)} void depthwise(__global const T *input, __global const T *weights,
@@ -108,19 +116,29 @@ __kernel {vectors.attribute(group)} void depthwise(__global const T *input, __gl
 """
 
 
-def _columns(kw: int, sx: int, dx: int, pixels: int, read: str, checked: bool) -> str:
+def _columns(kw: int, sx: int, dx: int, pixels: int, read: str, checked: bool, halves: bool) -> str:
     """One row of a filter for `pixels` outputs, each input column once."""
+    vector, load = ("H", "HALF_MANY") if halves else ("V", "LOAD")
     if kw > UNROLLED:
+        add = f"+= {vectors.short_sum([(read, 'k')])}" if halves else f"= fma({read}, k, s{{0}})"
         taps = "\n".join(f"    c = ix + {p * sx} + kx * {dx};\n    if (c >= 0 && c < width) {{ "
-                         f"x = line + (long)c * channels; s{p} = fma({read}, k, s{p}); }}" for p in range(pixels))
-        return f"for (int kx = 0; kx < {kw}; kx++) {{\n    V k = LOAD(w + kx * filters); int c;\n{taps}\n}}"
-    text = [f"V k{k} = LOAD(w + {k} * filters);" for k in range(kw)]
+                         f"x = line + (long)c * channels; s{p} {add.format(p)}; }}" for p in range(pixels))
+        return f"for (int kx = 0; kx < {kw}; kx++) {{\n    {vector} k = {load}(w + kx * filters); int c;\n{taps}\n}}"
+    text = [f"{vector} k{k} = {load}(w + {k} * filters);" for k in range(kw)]
+    if halves:
+        text += [f"H h{p} = (H)(0);" for p in range(pixels)]
     readers: dict[int, list[tuple[int, int]]] = {}
     for p in range(pixels):
         for k in range(kw):
             readers.setdefault(p * sx + k * dx, []).append((p, k))
     for column, pairs in sorted(readers.items()):
-        sums = " ".join(f"s{p} = fma(v, k{k}, s{p});" for p, k in pairs)
+        if halves:
+            sums = " ".join(f"h{p} = HALF_FMA(v, k{k}, h{p});" for p, k in pairs)
+            ends = [f"s{p} += HALF_FLOATS(h{p}); h{p} = (H)(0);" for p, k in pairs
+                    if k + 1 == kw or (k + 1) % FOUR == 0]
+        else:
+            sums, ends = " ".join(f"s{p} = fma(v, k{k}, s{p});" for p, k in pairs), []
         guard = f"if (ix + {column} >= 0 && ix + {column} < width) " if checked else ""
-        text.append(f"{guard}{{ x = line + (long)(ix + {column}) * channels; V v = {read}; {sums} }}")
+        text.append(f"{guard}{{ x = line + (long)(ix + {column}) * channels; {vector} v = {read}; {sums} }}")
+        text += ends
     return "\n".join(text)

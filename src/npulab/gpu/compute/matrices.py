@@ -9,22 +9,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npulab.errors import InvariantError
-from npulab.gpu.compute import blocks, tiles
+from npulab.gpu.compute import blocks, tiles, vectors
 from npulab.gpu.compute.problems import Product
 from npulab.gpu.compute.tiles import Choice, Matrix, Tile
 from npulab.gpu.compute.types import Buffer, Kernel, Launch, Lowered, Traits
 
 
 def lower(what: Product, traits: Traits, b: NDArray[Any] | None, bias: NDArray[Any] | None,
-          choice: Choice | None = None) -> Lowered:
+          choice: Choice | None = None, halves: bool = False) -> Lowered:
     """`b`: what.inner x what.columns (or the other way round, if transposed), with a batch in front if batched; None:
-    it is "input1". The residual is the last input.
+    it is "input1". The residual is the last input. halves: without a choice, the model's first whose tile has them.
 
-    Raises: InvariantError for arrays of other shapes, or a choice of another algorithm.
+    Raises: InvariantError for arrays of other shapes, or a choice of another algorithm; UnsupportedError for halves
+    unless float16, on a device that computes on them.
     """
-    choice = choice or tiles.candidates(what, traits)[0]
+    choice = choice or tiles.first(what, traits, halves)
     if not isinstance(choice, Matrix):
         raise InvariantError("a product is no convolution", got=choice)
+    if choice.tile.halves:
+        vectors.checked_halves(what.number, traits)
     tile, batch = choice.tile, what.batch if what.batched else 1
     rows = blocks.Rows(what.rows if what.batched else what.rows * what.batch, what.inner, what.inner, batch)
     packed = choice.packed or what.transposed or what.columns % tile.columns != 0

@@ -39,8 +39,13 @@ def launch(what: Convolution, tile: Tile, bias: bool, label: str) -> Launch:
     ending = blocks.Ending(1.0, bias, what.residual, what.activation, what.slope)
     optional = "".join(["__global const float *restrict bias,\n    " if bias else "",
                         "__global const N *restrict residual,\n    " if what.residual else ""])
-    steps = []
-    for k in range(chunk):
+    if tile.halves:
+        one, number = "HALF_ONE", "H1"
+        steps = blocks.added_as_halves(tile, chunk, lambda k, n: f"HALF_MANY(w + {k * tile.columns} + {n} * W)",
+                                       lambda k, m: f"a[{m * step + k}]")
+    else:
+        one, number, steps = "one", "float", []
+    for k in range(0 if tile.halves else chunk):
         steps.append("            { " + " ".join(f"V w{n} = many(w + {k * tile.columns} + {n} * W);"
                                                 for n in range(tile.vectors)))
         steps += [f"              V s{m} = (V)(a[{m * step + k}]); " + " ".join(
@@ -49,7 +54,8 @@ def launch(what: Convolution, tile: Tile, bias: bool, label: str) -> Launch:
     body = "\n".join(steps)
     panels, pitch = -(-what.filters // tile.columns), _pitch(what, tile)
     before, image = what.pads[1] * what.channels, what.width * what.channels
-    source = f"""{vectors.prelude(what.number, tile.width)}{activations.helpers(what.activation, tile.width)}
+    on_halves = vectors.half_operations(tile.width) if tile.halves else ""
+    source = f"""{vectors.prelude(what.number, tile.width)}{on_halves}{activations.helpers(what.activation, tile.width)}
 #define TILE {tile.columns}
 __kernel __attribute__((reqd_work_group_size(1, 1, 1)))
 void narrow(__global const N *restrict input, __global const N *restrict weights,
@@ -58,17 +64,17 @@ void narrow(__global const N *restrict input, __global const N *restrict weights
     const int rows = {width}, columns = {what.filters}, out_pitch = columns, lx = 0;
     int row = get_global_id(0), image = row / {height};
     int y = (row - image * {height}) * {what.strides[0]} - {what.pads[0]};
-    float copied[{what.kernel[0] * pitch}];
+    {number} copied[{what.kernel[0] * pitch}];
     for (int ky = 0; ky < {what.kernel[0]}; ky++) {{
         int v = y + ky * {what.dilations[0]};
-        float *to = copied + ky * {pitch};
+        {number} *to = copied + ky * {pitch};
         if ((uint)v >= {what.height}u) {{
             for (int i = 0; i < {pitch}; i++) to[i] = 0.0f;
             continue;
         }}
         __global const N *from = input + ((size_t)image * {what.height} + v) * {image};
         for (int i = 0; i < {before}; i++) to[i] = 0.0f;
-        for (int i = 0; i < {image}; i++) to[{before} + i] = one(from, i);
+        for (int i = 0; i < {image}; i++) to[{before} + i] = {one}(from, i);
         for (int i = {before + image}; i < {pitch}; i++) to[i] = 0.0f;
     }}
     output += (size_t)row * rows * out_pitch;
@@ -79,7 +85,7 @@ void narrow(__global const N *restrict input, __global const N *restrict weights
     __global const N *restrict w = weights + panel * {what.kernel[0] * inner} * TILE;
 {blocks.accumulators(tile)}
     for (int ky = 0; ky < {what.kernel[0]}; ky++) {{
-        const float *a = copied + ky * {pitch} + first * {step};
+        const {number} *a = copied + ky * {pitch} + first * {step};
         for (int k = 0; k < {inner}; k += {chunk}) {{
 {body}
             a += {chunk};

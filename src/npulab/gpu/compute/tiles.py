@@ -14,6 +14,7 @@ import msgspec
 
 from npulab.gpu.compute.problems import Convolution, Product
 from npulab.gpu.compute.types import Traits
+from npulab.gpu.compute.vectors import FOUR, checked_halves
 
 
 class Tile(msgspec.Struct, frozen=True):
@@ -25,6 +26,8 @@ class Tile(msgspec.Struct, frozen=True):
     depth                  steps of rows and columns that a group copies to local memory; 0: none.
     passes                 tiles of rows that a work item goes through for each stretch of the inner loop: all but the
                            first read its columns from the first cache. Only where `group` is (1, 1), without depth.
+    halves                 of float16, four products at a time are added up as halves, before they are added as floats;
+                           so many steps are written out.
     """
 
     rows: int = 4
@@ -34,6 +37,12 @@ class Tile(msgspec.Struct, frozen=True):
     group: tuple[int, int] = (1, 1)
     depth: int = 0
     passes: int = 1
+    halves: bool = False
+
+    @property
+    def steps(self) -> int:
+        """Of the inner loop that are written out."""
+        return FOUR if self.halves else self.unroll
 
     @property
     def columns(self) -> int:
@@ -52,7 +61,8 @@ class Tile(msgspec.Struct, frozen=True):
 
     @property
     def local_bytes(self) -> int:
-        return 4 * self.depth * (self.columns + self.block) + 12 * self.block if self.depth else 0
+        each = 2 if self.halves else 4
+        return each * self.depth * (self.columns + self.block) + 12 * self.block if self.depth else 0
 
 
 class Matrix(msgspec.Struct, frozen=True, tag="matrix"):
@@ -78,19 +88,24 @@ class Winograd(msgspec.Struct, frozen=True, tag="winograd"):
 Choice = Matrix | Direct | Winograd
 
 
-def candidates(what: Convolution | Product, traits: Traits) -> list[Choice]:
-    """The likely best first. Deterministic. Never empty."""
+def candidates(what: Convolution | Product, traits: Traits, halves: bool = False) -> list[Choice]:
+    """The likely best first. Deterministic. Never empty. halves: with those that add up by fours as halves.
+
+    Raises: UnsupportedError for halves unless float16, on a device that computes on them.
+    """
+    if halves:
+        checked_halves(what.number, traits)
     ways: list[tuple[float, Choice]] = []
     if isinstance(what, Product):
         rows, batch = (what.rows, what.batch) if what.batched else (what.rows * what.batch, 1)
-        tiles = _tiles(traits, rows, 4 * what.inner * what.columns)
+        tiles = _tiles(traits, rows, 4 * what.inner * what.columns, halves)
         ways = [(_cycles(traits, t, rows, what.inner, what.columns, batch), Matrix(t)) for t in tiles]
     else:
         rows = what.batch * math.prod(what.out)
         inner = what.channels // what.groups * math.prod(what.kernel)
         filters = what.filters // what.groups
         pointwise = is_pointwise(what)
-        for t in _tiles(traits, rows, 4 * inner * filters):
+        for t in _tiles(traits, rows, 4 * inner * filters, halves):
             cycles = _cycles(traits, t, rows, inner, filters, what.groups)
             if is_narrow(what) and traits.cpu:  # a work item has a row of tiles, none beyond it
                 cycles -= _START * math.ceil(-(-rows // t.rows) * -(-filters // t.columns) / traits.compute_units)
@@ -103,6 +118,11 @@ def candidates(what: Convolution | Product, traits: Traits) -> list[Choice]:
                 found = _tiles(traits, _patches(what, size), 4 * points * inner // 9 * filters)
                 ways += [(_winograd(what, traits, t, size), Winograd(t, size)) for t in found]
     return [w for _, w in sorted(ways, key=lambda w: w[0])]
+
+
+def first(what: Convolution | Product, traits: Traits, halves: bool = False) -> Choice:
+    """The likely best; of those on halves, if these are asked for."""
+    return next(c for c in candidates(what, traits, halves) if c.tile.halves == halves)
 
 
 SIZES = (2, 4)
@@ -123,8 +143,13 @@ def suits_winograd(what: Convolution) -> bool:
     return (what.kernel, what.strides, what.dilations, what.groups) == ((3, 3), (1, 1), (1, 1), 1)
 
 
-def _tiles(traits: Traits, rows: int = 0, columns_bytes: int = 0) -> list[Tile]:
-    """With `rows` that few passes take, and columns that a core's caches do not hold, those with passes too."""
+def _tiles(traits: Traits, rows: int = 0, columns_bytes: int = 0, halves: bool = False) -> list[Tile]:
+    """With `rows` that few passes take, and columns that a core's caches do not hold, those with passes too. halves:
+    each on halves, too."""
+    if halves:
+        floats = _tiles(traits, rows, columns_bytes)
+        own = dict.fromkeys(msgspec.structs.replace(t, unroll=FOUR, halves=True) for t in floats)
+        return [*floats, *own]
     if traits.cpu:
         widths = [w for w in (4, 8, 16) if traits.vector // 2 <= w <= max(4, traits.vector)]
         shapes = [(r, v) for r, v in product((1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14), (1, 2, 3, 4))
@@ -148,7 +173,7 @@ def _tiles(traits: Traits, rows: int = 0, columns_bytes: int = 0) -> list[Tile]:
 def _cycles(traits: Traits, t: Tile, rows: int, inner: int, columns: int, batch: int = 1) -> float:
     """Of `batch` products, from the first work item's start to the last one's end."""
     groups = -(-rows // t.block) * -(-columns // t.columns) * batch
-    if traits.cpu:
+    if traits.cpu:  # on halves no less: vectors have as many lanes, and sums are converted
         lanes = max(1, traits.vector)
         parts = t.vectors * max(1, t.width // lanes)
         fed = 4.0 * t.columns * inner
@@ -168,10 +193,12 @@ def _cycles(traits: Traits, t: Tile, rows: int, inner: int, columns: int, batch:
         return math.ceil(groups / traits.compute_units) * (inner * cycles + _START + 6 * t.rows * parts) + once
     items = t.group[0] * t.group[1]
     accumulators = t.rows * t.vectors * t.width
-    used = accumulators + t.vectors * t.width + t.rows + 16
+    operands = t.vectors * t.width + t.rows  # of a step; on halves those of four, in half the registers
+    used = accumulators + operands * (FOUR // 2 if t.halves else 1) + 16
     occupancy = min(1.0, 2 * traits.registers / used)  # half full is enough to hide latencies
     read = (t.rows + t.vectors * t.width) * (1.0 if t.depth else 2.5)
-    step = (accumulators + read) / max(0.25, occupancy) + (8.0 / t.depth if t.depth else 0.0)
+    step = (accumulators * (_HALVES if t.halves else 1.0) + read) / max(0.25, occupancy) + (
+        8.0 / t.depth if t.depth else 0.0)
     if t.depth:
         step += (t.block + t.columns) / items * 3
     turns = math.ceil(groups / (2 * traits.compute_units)) * 2
@@ -210,6 +237,9 @@ _MOVED = 5.0
 56 x 56 x 64."""
 _STREAMED = 8.0
 """Bytes a cycle that columns come at from memory, all cores together: measured there, 512 x 512 filters of 3 x 3."""
+_HALVES = 0.75
+"""Of a float multiply-add, one of halves on a GPU: half, and an addition of floats for each four, whose operand is
+converted on the way: assumed, no such device was measured."""
 
 
 def _streamed(traits: Traits) -> float:

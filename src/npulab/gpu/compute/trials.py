@@ -87,9 +87,10 @@ class Trials:
         found = self.device.download(self.buffers["output"], self.outputs, self.kind).astype(np.float64)
         if isinstance(self.what, Convolution):
             want, bound = checks.convolution(self.what, self.inputs["input"], self.weights, self.bias, self.residual,
-                                             choice)
+                                             choice, choice.tile.halves)
         else:
-            want, bound = checks.product(self.what, self.inputs["input"], self.weights, self.bias, self.residual)
+            want, bound = checks.product(self.what, self.inputs["input"], self.weights, self.bias, self.residual,
+                                         choice.tile.halves)
         beyond = ~(np.abs(found - want) <= bound)
         if not beyond.any():
             return ""

@@ -73,17 +73,17 @@ class Tuned(msgspec.Struct, frozen=True):
 
 
 def tune(device: Device, traits: Traits, what: Convolution | Product, store: Path, seconds: float,
-         tell: Callable[[str], None] | None = None, worker: Sequence[str] = WORKER) -> Choice:
-    """The best found by now; the model's first where nothing was.
+         tell: Callable[[str], None] | None = None, worker: Sequence[str] = WORKER, halves: bool = False) -> Choice:
+    """The best found by now; the model's first where nothing was. halves: as of `tiles.candidates`, kept on their own.
 
     Candidates are tried in the model's order in a process of its own, which is ended when `seconds` are over, whatever
     it hangs in: to that come only a write of the file and the end of the process. `tell`: a line for each candidate.
 
-    Raises: UsageError if the store cannot be written.
+    Raises: UsageError if the store cannot be written; for halves as `tiles.candidates`.
     """
     end = time.monotonic() + seconds
-    ways = tiles.candidates(what, traits)
-    path, key = _place(store, device, what)
+    ways = tiles.candidates(what, traits, halves)
+    path, key = _place(store, device, what, halves)
     found = _read(path, key, ways)
     tried = list(found.tried)
     if found.trying is not None and found.attempts >= ATTEMPTS:
@@ -127,10 +127,11 @@ def tune(device: Device, traits: Traits, what: Convolution | Product, store: Pat
     return _best(tried) or ways[0]
 
 
-def best(store: Path, device: Device, traits: Traits, what: Convolution | Product) -> Choice | None:
+def best(store: Path, device: Device, traits: Traits, what: Convolution | Product, halves: bool = False
+         ) -> Choice | None:
     """What tuning found; None where there was none, or the file is damaged."""
-    path, key = _place(store, device, what)
-    return _best(_read(path, key, tiles.candidates(what, traits)).tried)
+    path, key = _place(store, device, what, halves)
+    return _best(_read(path, key, tiles.candidates(what, traits, halves)).tried)
 
 
 def _judged(choice: Choice, rival: Choice | None, answer: Answer) -> Tried:
@@ -149,8 +150,9 @@ def _best(tried: Sequence[Tried]) -> Choice | None:
     return next((t.choice for t in reversed(tried) if t.won), None)
 
 
-def _place(store: Path, device: Device, what: Convolution | Product) -> tuple[Path, dict[str, Any]]:
-    key = {"device": asdict(device.identity), "npulab": _version(), "problem": type(what).__name__, **asdict(what)}
+def _place(store: Path, device: Device, what: Convolution | Product, halves: bool) -> tuple[Path, dict[str, Any]]:
+    key = {"device": asdict(device.identity), "npulab": _version(), "problem": type(what).__name__, **asdict(what),
+           "halves": halves}
     key = msgspec.json.decode(msgspec.json.encode(key))
     name = hashlib.sha256(msgspec.json.encode(key, order="sorted")).hexdigest()[:24]
     return store / f"{name}.json", key

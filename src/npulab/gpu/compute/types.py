@@ -1,6 +1,6 @@
 """Nouns of computing on a GPU: a kernel's source, a launch of it, what a layer is lowered to, traits of a device.
 
-Tensors are dense float32, float16 (stored; computed on as floats where a device has no halves), int8 or int32. Images
+Tensors are dense float32, float16 (stored; computed on as floats unless halves are asked for), int8 or int32. Images
 are NHWC, matrices row by row.
 """
 
@@ -80,7 +80,7 @@ class Traits:
     caches         bytes of L1, L2..., of one core the first.
     operations     a second at most, in float32, a fused multiply-add two; 0: not known.
     bandwidth      bytes a second of memory; 0: not known.
-    halves         computes on float16.
+    halves         computes on float16 (cl_khr_fp16).
     sources        trait -> "measured", "stated" or "assumed".
     """
 

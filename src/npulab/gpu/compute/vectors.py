@@ -1,9 +1,12 @@
 """Pieces of OpenCL C that kernels share: vectors of a width, loads and stores of what is stored, sums over a group.
 
 Everything is computed in floats: float16 is how tensors lie in memory (vload_half and vstore_half need no extension).
+Where halves are asked for, products are computed on as `half_operations` has it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from npulab.errors import UnsupportedError
 from npulab.gpu.compute.types import Number, Traits
@@ -21,6 +24,8 @@ EXP2 = (6.931470037e-01, 2.402224243e-01, 5.550733581e-02, 9.671512991e-03, 1.32
 """2**r = 1 + r q(r) for |r| <= 1 / 2, likewise."""
 POWER2 = (9.999999404e-01, 6.931530833e-01, 2.401536107e-01, 5.582631752e-02, 8.989339694e-03, 1.877576695e-03)
 """2**r = q(r) for 0 <= r <= 1, likewise: 7.5e-8 of it off at most."""
+FOUR = 4
+"""Products at most that are added up as halves, before they are added as floats: longer sums are of no use."""
 FETCH = """#if defined(__has_builtin)
 #if __has_builtin(__builtin_prefetch)
 #define FETCH(p) __builtin_prefetch(p, 0, 2)
@@ -87,6 +92,43 @@ def preamble(number: Number, width: int) -> str:
     if width == 1:
         return text + "typedef float T;\n#define LOAD(p) (*(p))\n#define STORE(v, p) (*(p) = (v))\n" + one
     return text + f"typedef float T;\n#define LOAD(p) vload{n}(0, p)\n#define STORE(v, p) vstore{n}(v, 0, p)\n" + one
+
+
+def checked_halves(number: Number, traits: Traits) -> None:
+    """Raises: UnsupportedError to compute on halves what is not stored as halves, or where the device has none."""
+    if number != "float16":
+        raise UnsupportedError("only what is stored as halves is computed as halves", got=number, want="float16")
+    if not traits.halves:
+        raise UnsupportedError(f"{traits.name} does not compute on halves", want="the extension cl_khr_fp16",
+                               try_="without halves: they are stored, floats computed")
+
+
+def half_operations(width: int) -> str:
+    """All that kernels do with halves, here alone: H1: one. H: `width` of them. HALF_ONE(p, i), HALF_MANY(p): what is
+    stored there. HALF_FMA(a, b, c): rounded once. HALVES(v): of floats. HALF_FLOATS(h): exact."""
+    n = "" if width == 1 else str(width)
+    return f"""#pragma OPENCL EXTENSION cl_khr_fp16 : enable
+typedef half H1;
+typedef half{n} H;
+#define HALF_ONE(p, i) ((p)[i])
+#define HALF_MANY(p) {f"vload{n}(0, p)" if n else "(*(p))"}
+#define HALF_FMA(a, b, c) fma(a, b, c)
+#define HALVES(v) convert_half{n}(v)
+#define HALF_FLOATS(h) convert_float{n}(h)
+"""
+
+
+def short_sum(pairs: Sequence[tuple[str, str]]) -> str:
+    """Products of halves, at most `FOUR`, added up as halves: a float V. Operands are of H."""
+    text = "(H)(0)"
+    for a, b in pairs:
+        text = f"HALF_FMA({a}, {b}, {text})"
+    return f"HALF_FLOATS({text})"
+
+
+def by_fours(count: int) -> list[range]:
+    """0, 1, ... `count` - 1 in parts of `FOUR`, the last of what is left."""
+    return [range(i, min(i + FOUR, count)) for i in range(0, count, FOUR)]
 
 
 def literal(value: float) -> str:

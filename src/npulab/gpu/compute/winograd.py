@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from npulab.errors import InvariantError
+from npulab.errors import InvariantError, UnsupportedError
 from npulab.gpu.compute import activations, blocks, tiles, vectors
 from npulab.gpu.compute.problems import Convolution
 from npulab.gpu.compute.tiles import Choice, Winograd
@@ -73,13 +73,16 @@ def lower(what: Convolution, traits: Traits, weights: NDArray[Any], bias: NDArra
     """Without a choice the model's first of this algorithm.
 
     Raises: InvariantError for another algorithm's choice, or anything but 3 x 3 taps, one group, strides and dilations
-    of 1.
+    of 1; UnsupportedError for halves.
     """
     if not tiles.suits_winograd(what):
         raise InvariantError("Winograd's algorithm is here for 3 x 3 taps and strides of 1", got=what)
     choice = choice or next(c for c in tiles.candidates(what, traits) if isinstance(c, Winograd))
     if not isinstance(choice, Winograd):
         raise InvariantError("another algorithm's choice", got=choice)
+    if choice.tile.halves:
+        raise UnsupportedError("Winograd's algorithm computes on floats: its patches outgrow halves", got=choice,
+                               want="a direct convolution")
     m, tile = choice.size, choice.tile
     n = m + 2
     height, width = what.out
