@@ -39,8 +39,8 @@ PAUSES = (0.0, 1e-4, 1e-3)  # seconds
 PEERS_GROUP = 4096
 """Threads of a group at most where clpeak 1.1.2 asks PoCL, which states as many."""
 TURNS, IN_TURNS_BYTES = 8, 1 << 28
-COPY_TURNS, COPIES = 3, (1 << 24, 1 << 26, 1 << 28)
-"""Bytes; clpeak 1.1.2 copies 2^26 floats to a CPU."""
+COPY_TURNS, COPIES = 3, (1 << 26, 1 << 27, 1 << 29)
+"""Bytes; clpeak 1.1.2 copies 2^27 floats to a CPU, as a library in front of its calls saw."""
 PATTERN = """
 __kernel void pattern(__global const float16 *data, __global float *out) {
     uint ls = get_local_size(0), at = get_group_id(0) * ls * 16 + get_local_id(0);
@@ -66,8 +66,8 @@ WHY = {
         "through 128 MiB at least, which fits no cache either. Where they are apart by what the machine does from one "
         "minute to the next, and not by what they do, the same in turns, below, shows it."),
     "transfer to device, GB/s": (
-        "clpeak divides a large copy (256 MiB on a CPU) by its time; the probe the difference of copies of 64 and 16 "
-        "MiB, which leaves the cost of the call out. Whole copies of these sizes, below."),
+        "clpeak divides a large copy (512 MiB on a CPU) by its time; the probe the difference of copies of as many and "
+        "of a quarter, or of next to nothing. Whole copies, below: C libraries copy what is large in another way."),
     "launch, queued to start, us": (
         "Both by the device's clock, of a kernel of 16 loads a thread that fills the cores; clpeak's is a mean, the "
         "probe's a median. clpeak calls from C++, the probe from Python: the more time between calls, the longer a "

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from npulab.errors import CapacityError
 from npulab.gpu.analysis import groups, rates
 from npulab.gpu.analysis.caches import Hierarchy, Level
 from npulab.gpu.analysis.cliffs import Cliff
@@ -182,14 +183,33 @@ def test_a_shape_that_was_slow_once_is_not_given_up(monkeypatch):
     assert rates._shape(Meter(InParts(), quick=True), 1 << 26, "read", True) == (64, 8)
 
 
+@pytest.mark.parametrize(("rate", "room", "largest", "said"), [
+    (10e9, True, 1 << 29, "536870912 bytes against 134217728"), (5e9, True, 1 << 26, "67108864 bytes against 16777216"),
+    (10e9, False, 1 << 26, "67108864 bytes against 16777216")])
+def test_transfers_are_as_large_as_is_brief_and_has_room(monkeypatch, rate, room, largest, said):
+    asked = []
+
+    def transfer(_, size, to_device):
+        if size > 1 << 26 and not room:
+            raise CapacityError("the host has no room for a transfer")
+        asked.append(size)
+        return Timing((20e-6 + size / rate,) * 9, {"bytes": size})
+
+    monkeypatch.setattr(InParts, "transfer", transfer, raising=False)
+    monkeypatch.setattr(InParts, "limits", replace(InParts.limits, buffer_max=1 << 31))
+    bandwidth, cost = rates.transfers(Meter(InParts(), quick=True), True)
+    assert (bandwidth.value, bandwidth.why) == (pytest.approx(rate / 1e9, rel=1e-6), said)
+    assert (cost.value, max(asked)) == (pytest.approx(20e-6, rel=0.03), largest)
+
+
 class Copying(InParts):
-    """Transfers of 20 us and then 10 GB/s, of less than 32 MiB at `slow` of it."""
+    """Transfers of 20 us and then 10 GB/s, of less than 128 MiB at `slow` of it."""
 
     def __init__(self, slow):
         self.slow = slow
 
     def transfer(self, size, to_device):
-        return Timing((20e-6 + size / 10e9 / (self.slow if size < 1 << 25 else 1),) * 9, {"bytes": size})
+        return Timing((20e-6 + size / 10e9 / (self.slow if size < 1 << 27 else 1),) * 9, {"bytes": size})
 
 
 @pytest.mark.parametrize("slow", [1.0, 0.6, 1.7])

@@ -69,6 +69,15 @@ def devices() -> list[Identity]:
     return [_identity(d) for d in _devices()]
 
 
+def available() -> int:
+    """Bytes of memory that may be taken without taking others'."""
+    try:
+        with open("/proc/meminfo") as f:
+            return next(int(line.split()[1]) << 10 for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux
+        return 1 << 30
+
+
 def shuffled(places: int, piece: int) -> NDArray[np.uint32]:
     """0..places - 1 in a random order in which `piece` neighbours come together, pieces in a random order, too."""
     r = np.random.default_rng(places)
@@ -375,7 +384,7 @@ class OpenCL:
         return self._measured(run, lambda turns: {"barriers": turns * kernels.MET})
 
     def transfer(self, size: int, to_device: bool) -> Timing:
-        host = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+        host = self._content(size)
         buffer = self._buffer(host)
         back = np.zeros_like(host)
         found = []
@@ -388,6 +397,13 @@ class OpenCL:
             found.append(time.perf_counter() - start)
         self._do(lambda: self.cl.enqueue_copy(self.queue, back, buffer).wait())
         return Timing(tuple(found[1:]), {"bytes": float(size)}, "" if (back == host).all() else "bytes were lost")
+
+    def _content(self, size: int) -> NDArray[np.uint8]:
+        """To be transferred. Raises: CapacityError unless the host has room for it, a copy and what comes back."""
+        if (room := available()) < 4 * size:
+            raise CapacityError("the host has no room for a transfer", got=f"{room} bytes are available",
+                                want=f"4 times {size}")
+        return np.resize(np.random.default_rng(0).integers(0, 256, min(size, (1 << 20) - 1), np.uint8), size)
 
     @shrinking
     def stream_parts(self, footprint: int, width: int, way: Way, parts: int, own: bool = False) -> Timing:

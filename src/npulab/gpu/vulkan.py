@@ -160,7 +160,7 @@ class Vulkan(More):
         return Timing(tuple(found[opencl.REPEATS:]), {"launches": 1})
 
     def transfer(self, size: int, to_device: bool) -> Timing:
-        host = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+        host = self._content(size)
         buffer = self._buffer(host if not to_device else np.zeros_like(host))
         queue = self.device.queue
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import accumulate
 from typing import get_args
@@ -35,6 +36,10 @@ as large and slower is so because of somebody else, as no cache makes it so."""
 BETWEEN = (0.35, 0.45, 0.55)
 """Of the way, in octaves, from a level to the one after it: the middle is neither one's cliff, however gradual."""
 UNEVEN = 0.1  # of a transfer: how far from one of four times its size it may be
+COPIED, COPIED_AT_MOST, BRIEF = 1 << 26, 1 << 29, 0.01
+"""Bytes of a transfer; of one where the former take less than so many seconds: what is larger may be copied otherwise
+(glibc's memcpy stores past the caches from `glibc.cpu.x86_non_temporal_threshold` on, 288 MiB on one server: there 256
+MiB went at 17.5 and 512 at 19.6 GB/s, and both at 20 with a threshold of 4 MiB)."""
 SLOWER = 1.1
 """Times as long as before: more than the best of many shapes is flattered by. Something else has the device: who shares
 a core takes half of its units, which the references do not see, as their few chains leave as many idle."""
@@ -343,13 +348,17 @@ def transfers(meter: Meter, to_device: bool) -> list[Quantity]:
     """Bandwidth by what a large one takes longer than one of a quarter, cost by what a small one takes beside it. Where
     a quarter does not take a quarter (past caches, say), by what the large one takes longer than the small one."""
     name = "transfer to device" if to_device else "transfer from device"
-    large = min(1 << 26, meter.limits.buffer_max // 16 * 4)
+    large = min(COPIED, meter.limits.buffer_max // 16 * 4)
     small = 4096
 
     def took(size: int) -> Estimate:
         return meter.seconds(lambda: meter.bench.transfer(size, to_device), kind="host", calls=3, spread=0.005)
 
-    whole, quarter, least = took(large), took(large // 4), took(small)
+    whole = took(large)
+    if whole.value < BRIEF and (larger := min(COPIED_AT_MOST, meter.limits.buffer_max // 16 * 4)) > large:
+        with suppress(CapacityError):  # so many bytes have no room
+            whole, large = took(larger), larger
+    quarter, least = took(large // 4), took(small)
     seconds = whole.value - quarter.value
     error = max(whole.high - whole.value, quarter.high - quarter.value) * 1.4
     if seconds <= max(4 * error, 0.05 * whole.value):
