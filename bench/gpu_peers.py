@@ -230,7 +230,9 @@ def main() -> int:
         return 0
     print(f"{bench.identity.name}, {bench.identity.platform}, driver {bench.identity.driver}")
     at = place(bench.device)
-    mine, theirs, refused = defaultdict(list), defaultdict(list), {}
+    mine: dict[str, list[float | None]] = defaultdict(list)
+    theirs: dict[str, list[float | None]] = defaultdict(list)
+    refused: dict[str, str] = {}
     meter, made = Meter(bench, quick=True), time.monotonic()
     for part, rows in [pair for _ in range(rounds) for pair in PARTS.items()]:
         try:
