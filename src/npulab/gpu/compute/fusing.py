@@ -234,6 +234,9 @@ class _Looking:
         them."""
         nodes, value, bias, residual, scale = [n], n.outputs[0], -1, -1, 1.0
         has_bias = len(n.inputs) > 2 and n.inputs[2] >= 0
+        rank = len(self.shape(n.outputs[0]))
+        by_vector = is_own(n, "MatMul") and len(self.shape(n.inputs[1])) == 1  # there is one column, and no axis of it
+        channel = 1 if kind == "convolution" else rank - 1 if not by_vector else rank
         acted: tuple[Activation, float] = ("none", 0.01)
         while (m := self.next(value)) is not None and m.index not in taken:
             if (found := activation(self.graph, m)) is not None:
@@ -251,7 +254,7 @@ class _Looking:
             other = m.inputs[1] if m.inputs[0] == value else m.inputs[0]
             if self.shape(m.outputs[0]) != self.shape(value):
                 break
-            if not has_bias and bias < 0 and self._is_bias(kind, other, value):
+            if not has_bias and bias < 0 and self._is_bias(channel, other, value):
                 bias = other
             elif self.shape(other) == self.shape(value) and not self.graph.values[other].is_constant:
                 residual = other
@@ -261,13 +264,12 @@ class _Looking:
             value = m.outputs[0]
         return Group(kind, tuple(nodes), n, bias, residual, *acted, scale=scale)
 
-    def _is_bias(self, kind: str, other: int, value: int) -> bool:
-        """Whether a value is a constant for each channel, or column."""
+    def _is_bias(self, channel: int, other: int, value: int) -> bool:
+        """Whether a value is a constant for each place along the axis `channel`."""
         found = constant(self.graph, other)
         if found is None or found.dtype != np.float32:
             return False
         shape = self.shape(value)
-        channel = 1 if kind == "convolution" else len(shape) - 1
         wide = (1,) * (len(shape) - found.ndim) + found.shape
         return found.ndim <= len(shape) and all(
             a == (n if i == channel else 1) for i, (a, n) in enumerate(zip(wide, shape, strict=True)))

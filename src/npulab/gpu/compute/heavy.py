@@ -104,10 +104,13 @@ def product(b: Builder, g: Group) -> None:
     bias = b.numbers(g.bias) if g.bias >= 0 else None
     fused: dict[str, Any] = {"scale": g.scale, "residual": g.residual >= 0, "activation": g.activation,
                              "slope": g.slope}
-    if len(left) < 2 or len(right) < 2:
-        raise RefusedError("one of its operands is a row of numbers")
+    if not left or not right:
+        raise RefusedError("one of its operands is a single number")
+    rows_out, columns_out = left[-2:-1], right[-1:] if len(right) > 1 else ()  # what a vector has is no axis
+    left, right = ((1, *left) if len(left) == 1 else left), ((*right, 1) if len(right) == 1 else right)
     _same_inner(left[-1], right[-2])
-    shape = (*np.broadcast_shapes(left[:-2], right[:-2]), left[-2], right[-1])
+    lead = np.broadcast_shapes(left[:-2], right[:-2])
+    shape = (*lead, *rows_out, *columns_out)
     matrix = b.numbers(n.inputs[1])
     constant = matrix is not None and math.prod(right[:-2]) == 1
     if constant or math.prod(right[:-2]) == 1:
@@ -122,7 +125,6 @@ def product(b: Builder, g: Group) -> None:
             reads.append(b.dense(n.inputs[1], _last_swapped(len(right)) if transposed else None))
         what = Product(1, rows, left[-1], right[-1], transposed, **fused)
     else:
-        lead = shape[:-2]
         transposed = _lies_transposed(b, n.inputs[1])
         reads = []
         for v, own in ((n.inputs[0], left), (n.inputs[1], right)):
@@ -151,7 +153,7 @@ def _last_swapped(rank: int) -> tuple[int, ...]:
 def _lies_transposed(b: Builder, value: int) -> bool:
     """Whether a matrix lies column by column."""
     view = b.get(value).view
-    return view is not None and view.transposed(_last_swapped(len(view.shape))).is_dense and not view.is_dense
+    return view is not None and len(view.shape) > 1 and view.transposed(_last_swapped(len(view.shape))).is_dense and not view.is_dense
 
 
 def _gemm(b: Builder, g: Group) -> None:
