@@ -153,7 +153,9 @@ def _last_swapped(rank: int) -> tuple[int, ...]:
 def _lies_transposed(b: Builder, value: int) -> bool:
     """Whether a matrix lies column by column."""
     view = b.get(value).view
-    return view is not None and len(view.shape) > 1 and view.transposed(_last_swapped(len(view.shape))).is_dense and not view.is_dense
+    if view is None or view.is_dense or len(view.shape) < 2:
+        return False
+    return view.transposed(_last_swapped(len(view.shape))).is_dense
 
 
 def _gemm(b: Builder, g: Group) -> None:
