@@ -6,6 +6,7 @@ and IA-32 Architectures Software Developer's Manual, volume 2; decoding by capst
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,12 @@ STACK, STACK_BYTES = 0x7000_0000_0000, 1 << 22
 HOME = 0x6fff_dead_0000
 """The return address of the function that is followed."""
 CALLER_SAVED = (0, 1, 2, 6, 7, 8, 9, 10, 11)
+OCL_SVML = "__ocl_svml_z0_"
+"""Functions that keep rsi: those of Intel's mathematics for AVX-512 (LLVM, X86CallingConv.td: Intel_OCL_BI_AVX512)."""
+ROOTS = re.compile(r"__ocl_svml_[a-z]\d_(r?sqrt)f(1|2|4|8|16)")
+"""Functions whose name says what they do in how many lanes; those of masks have another end."""
+BLOCK = 1 << 18
+"""Bytes of code without a jump to read at most."""
 
 
 class Machine(State):
@@ -70,13 +77,12 @@ class Machine(State):
 
     def _decode(self, start: int) -> tuple[list[Step], Mix, Callable[[], int]]:
         """(what changes what is known, what it counts, where to go) of a block."""
+        if start in self.elf.elsewhere:
+            return self._named(start, self.elf.elsewhere[start])
         code, size = b"", 1 << 14
-        while not code and size:
-            code, size = self.elf.bytes_at(start, size) or b"", size >> 1
-        while more := self.elf.bytes_at(start + len(code), 16):
-            code += more
-            if len(code) > 1 << 16:
-                break
+        while size and len(code) < BLOCK:  # to the last byte
+            more = self.elf.bytes_at(start + len(code), size)
+            code, size = code + (more or b""), size if more else size >> 1
         steps: list[Step] = []
         mix: Mix = {}
         cs = self.cs.x86
@@ -126,12 +132,9 @@ class Machine(State):
             slot = self.address(i, op) if op.type == cs.X86_OP_MEM else None
 
             def leap() -> int:
-                if slot and self.elf.slots.get(at := slot() or 0, at) is None:  # another library's, which returns
+                if slot and self.elf.slots.get(at := slot() or 0, at) is None:
                     self.calls += 1
-                    for register in CALLER_SAVED:
-                        self.r[register] = self.low[register] = None
-                    self.vectors.clear()
-                    return self._whither(self.pop(), i.address)
+                    return self._elsewhere(i.address)
                 return self._whither(read(), i.address)
 
             return leap
@@ -144,6 +147,24 @@ class Machine(State):
             return target if taken else after
 
         return go
+
+    def _named(self, at: int, name: str) -> tuple[list[Step], Mix, Callable[[], int]]:
+        """A function that the file only names: a call of what is not seen, or of what its name says."""
+        m = ROOTS.fullmatch(name)
+
+        def go() -> int:
+            self.calls += not m
+            return self._elsewhere(at, (RSI,) if name.startswith(OCL_SVML) else ())
+
+        return [], {f"{m[1]} float32": int(m[2])} if m else {}, go
+
+    def _elsewhere(self, at: int, kept: Sequence[int] = ()) -> int:
+        """Back from a function of another library."""
+        for register in CALLER_SAVED:
+            if register not in kept:
+                self.r[register] = self.low[register] = None
+        self.vectors.clear()
+        return self._whither(self.pop(), at)
 
     def _call(self, i: Any, after: int) -> Callable[[], int]:
         read = self.reader(i, i.operands[0])
