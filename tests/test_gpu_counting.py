@@ -59,6 +59,19 @@ CODES = {
     "vmovq; vmovdqa; vpxor": bytes.fromhex("c4e1f96ec7c5f96fd8c4e37916d801c5e1efdbc5f97ed901c8"),
     "movd; movq; pxor": bytes.fromhex("660f6ec766480f6ec6660fefc9660f7ec966480f7ec04801c8"),
 }
+OF_MASKS = {
+    **{f"kortest{kind}; set{cc:x}": bytes.fromhex(f"31c0c5fb92cfc5fb92d6{code}0f{0x90 | cc:x}c00fb6c0")  # kmovd twice
+       for kind, code in (("w", "c5f898ca"), ("d", "c4e1f998ca")) for cc in (0, 2, 4, 7, 8)},
+    "kmovw": bytes.fromhex("c5fb92cfc5f890c9c5fb93c1"), "kmovd on the stack": bytes.fromhex(
+        "c5fb92cfc4e1f9914c24f8c4e1f9905424f8c5fb93c2"),
+    "kxnorw": bytes.fromhex("c5fb92cfc5f446c9c5fb93c1"), "kxorw": bytes.fromhex("c5fb92cfc5f447c9c5fb93c1"),
+    "vpcmpeqb": bytes.fromhex("62f17d0874c8c5fb93c1"), "vpcmpeqd": bytes.fromhex("62f17d4876c8c5fb93c1")}
+"""Of AVX-512BW: edi and esi in masks."""
+try:
+    with open("/proc/cpuinfo") as cpus:
+        HAS_MASKS = " avx512bw " in cpus.read()
+except OSError:
+    HAS_MASKS = False
 VALUES = (0, 1, 5, 31, 0x7f, 0x80, 0xff, 0x7fff_ffff, 0x8000_0000, 0xffff_ffff, 0x8000_0000_0000_0000, (1 << 64) - 1)
 
 
@@ -74,10 +87,12 @@ def machine(code):
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="compares with an x86-64 processor")
 @pytest.mark.skipif(sys.platform == "win32", reason="calls by the System V convention")
-@pytest.mark.parametrize("name", CODES)
+@pytest.mark.parametrize("name", [*CODES, *OF_MASKS])
 def test_what_the_machine_computes_the_processor_does(name):
     pytest.importorskip("capstone")
-    code = CODES[name] + RET
+    if name in OF_MASKS and not HAS_MASKS:
+        pytest.skip("needs a processor of AVX-512BW")
+    code = {**CODES, **OF_MASKS}[name] + RET
     page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
     page.write(code)
     function = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64)(
@@ -141,6 +156,23 @@ def test_what_describes_an_image_is_no_work():
 def test_instructions_are_counted_as_the_manual_has_them(code, mix):
     pytest.importorskip("capstone")
     assert machine(bytes.fromhex(code) + RET + bytes(32)).follow(0x1000) == mix
+
+
+GATHER, SCATTER = "62f27d49900c97", "62f27d4aa00c97"
+"""vpgatherdd zmm1{k1} from and vpscatterdd {k2} to [rdi + zmm2 * 4]."""
+
+
+@pytest.mark.parametrize(("code", "partial"), [
+    (GATHER, 1), ("62f17d0874c8" + GATHER, 0), ("c5f446c9" + GATHER, 0),  # vpcmpeqb k1, xmm0, xmm0; kxnorw
+    ("c5f446c9" + 2 * GATHER, 1), ("62f17d4a76c8" + GATHER, 1), ("62f17d4876c9" + GATHER, 1),  # with k2; xmm0, xmm1
+    ("c5f546c9" + GATHER, 1), ("c5fd46c862f2fd49920cd7", 0),  # kxnorb for 16 lanes, for 8 of vgatherdpd
+    ("b8ffff0000c5f892d0" + SCATTER, 0), ("b8ff7f0000c5f892d0" + SCATTER, 1),  # mov eax; kmovw k2, eax
+    ("c5f446c962f37d481ec901" + GATHER, 1), ("c5f446c9c5f447c9" + GATHER, 1)])  # vpcmpltud k1; kxorw
+def test_gathers_whose_masks_may_leave_lanes_out_are_found(code, partial):
+    pytest.importorskip("capstone")
+    follower = machine(bytes.fromhex(code) + RET + bytes(32))
+    for _ in range(2):
+        assert follower.follow(0x1000).get("masked", 0) == partial
 
 
 @pytest.mark.parametrize(("code", "known"), [
@@ -447,6 +479,14 @@ def test_intels_code_with_local_memory_and_barriers_is_read(intel_bench, group):
         out[get_global_id(0)] = x; }""", (5 * group,), (group,))
     assert c.why == ""
     assert (c.mix["load bytes"], c.mix["mul int32"]) == (4, 1)
+
+
+def test_lanes_that_intels_code_leaves_out_are_not_counted(intel_bench):
+    c = counted_here(intel_bench, """__kernel void k(__global uint *out, uint turns) {
+        uint l = get_global_id(0), x = out[l];
+        for (uint i = 0; i < turns; i++) if (x & 1) x += out[x & 1023];
+        out[l] = x; }""")
+    assert (c.mix, c.why == "lanes of vectors are switched off by masks" or "hangs on data" in c.why) == (None, True)
 
 
 def test_what_intels_code_does_not_say_is_not_read(intel_bench):

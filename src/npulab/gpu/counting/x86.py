@@ -12,6 +12,7 @@ from typing import Any
 
 from npulab.gpu.counting.elf import Elf
 from npulab.gpu.counting.mix import OWN, Mix, NotRead, add
+from npulab.gpu.counting.x86_masks import lanes_by_mask
 from npulab.gpu.counting.x86_mix import kinds
 from npulab.gpu.counting.x86_state import NAMES, RCX, RDI, RDX, RSI, RSP, Known, State, Step
 from npulab.gpu.counting.x86_steps import step
@@ -31,7 +32,8 @@ BLOCK = 1 << 18
 class Machine(State):
     """One thread of an ELF file's code.
 
-    calls  of what is not seen.     known  sums of 32 bits whose result is known.
+    calls  of what is not seen.     known  sums of 32 bits whose result is known.     partial  gathers and scatters
+    whose mask is not known to leave no lane out.
     """
 
     def __init__(self, elf: Elf, memory: Mapping[int, int], described: Sequence[range] = ()) -> None:
@@ -41,12 +43,12 @@ class Machine(State):
         self._decoder = self.cs.Cs(self.cs.CS_ARCH_X86, self.cs.CS_MODE_64)
         self._decoder.detail = True
         self._blocks: dict[int, tuple[list[Step], Mix, Callable[[], int]]] = {}
-        self.calls = self.known = 0
+        self.calls = self.known = self.partial = 0
 
     def follow(self, function: int, *arguments: int) -> Mix:
         """What a call does. Raises: NotRead."""
         self.forget()
-        self.calls = self.known = 0
+        self.calls = self.known = self.partial = 0
         for register, value in zip((RDI, RSI, RDX, RCX, 8, 9), arguments, strict=False):
             self.r[register] = value
         self.r[RSP] = STACK
@@ -69,6 +71,8 @@ class Machine(State):
             add(out, self._blocks[at][1], times)
         if self.calls:
             out["calls"] = self.calls
+        if self.partial:
+            out["masked"] = out.get("masked", 0.0) + self.partial
         if self.aside:
             out["load bytes"] = out.get("load bytes", 0.0) - self.aside
         return out
@@ -95,6 +99,8 @@ class Machine(State):
                 return steps, mix, self._jump(i, name, after)
             counted = kinds(i, cs, self._own)
             add(mix, counted)
+            if masked := lanes_by_mask(i, cs):
+                steps.append(self._looking(*masked))
             if does := step(self, i, name):
                 steps.append(does)
             if counted.get("add int32") == 1:
@@ -109,6 +115,15 @@ class Machine(State):
             self.known += read() is not None
 
         return note
+
+    def _looking(self, mask: str, lanes: int) -> Step:
+        """Before a gather: whether all of its lanes are done."""
+        whole = (1 << lanes) - 1
+
+        def look() -> None:
+            self.partial += self.masks.get(mask, 0) & whole != whole
+
+        return look
 
     def _own(self, base: str) -> bool:
         """Whether a register points into the stack; the frame's does all through a function."""
@@ -164,6 +179,7 @@ class Machine(State):
             if register not in kept:
                 self.r[register] = self.low[register] = None
         self.vectors.clear()
+        self.masks.clear()
         return self._whither(self.pop(), at)
 
     def _call(self, i: Any, after: int) -> Callable[[], int]:
