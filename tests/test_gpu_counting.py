@@ -307,9 +307,9 @@ def elf(kind, sections, machine=62):
         headers.append(struct.pack("<IIQQQQIIQQ", names.index(name + b"\0"), sort, flags, 0, at + len(body),
                                    len(content), link, info, 16, 0))
         body += content
-    return (b"\x7fELF\x02\x01" + bytes(10) + struct.pack("<HHIQQQIHHHHHH", kind, machine, 0, 0, 0, at + len(body), 0, 64,
-                                                         0, 0, 64, len(headers), len(headers) - 1)
-            + body + b"".join(headers))
+    header = struct.pack("<HHIQQQIHHHHHH", kind, machine, 0, 0, 0, at + len(body), 0, 64, 0, 0, 64, len(headers),
+                         len(headers) - 1)
+    return b"\x7fELF\x02\x01" + bytes(10) + header + body + b"".join(headers)
 
 
 def relocated(far=b"far", relocations=((AT_CONSTANT, 2, ABS64, 4), (AT_CALL, 3, PLT32, -4)), code=WORKED):
@@ -407,8 +407,10 @@ def test_sections_that_say_they_are_large_are_not_read():
     """As many bytes as there are, not as many as they say; and no more than the file has in all."""
     binary = relocated()
     at = struct.unpack_from("<Q", inner := elf(1, [(b"text", 1, 2, bytes(64), 0, 0)] * 3), 40)[0]
+
     def changed(offset, value):
         return contained(inner[:at + offset] + value.to_bytes(8, "little") + inner[at + offset + 8:])
+
     assert "ends early" in intel.count(changed(64 + 32, 1 << 60), *LAUNCHED).why
     assert "overlap" in intel.count(changed(64 + 32, len(inner) - 64), *LAUNCHED).why
     assert "have no room" in intel.count(changed(64 + 48, 1 << 63), *LAUNCHED).why
@@ -429,6 +431,7 @@ def intel_bench(bench):
 
 def counted_here(bench, text, size=(512,), group=(256,), arguments=None):
     import numpy as np
+
     out = bench._buffer(np.zeros(1 << 16, np.uint32))
     return counting.count(bench.cl, bench.queue, text, "k", size, group, (out, *(arguments or (np.uint32(4),))))
 
@@ -486,11 +489,12 @@ def test_lanes_that_intels_code_leaves_out_are_not_counted(intel_bench):
         uint l = get_global_id(0), x = out[l];
         for (uint i = 0; i < turns; i++) if (x & 1) x += out[x & 1023];
         out[l] = x; }""")
-    assert (c.mix, c.why == "lanes of vectors are switched off by masks" or "hangs on data" in c.why) == (None, True)
+    assert (c.mix, c.why) == (None, "lanes of vectors are switched off by masks")
 
 
 def test_what_intels_code_does_not_say_is_not_read(intel_bench):
     import numpy as np
+
     c = counted_here(intel_bench, "__kernel void k(__global uint *out, __local uint *x, uint turns) { *out = *x; }",
                      arguments=(intel_bench.cl.LocalMemory(64), np.uint32(4)))
     assert c.why == "an argument is neither a number nor a buffer nor an image: LocalMemory"

@@ -89,8 +89,9 @@ class Elf:
             at += size
         for _, kind, _, _, offset, size, link, info, _, _ in self._sections:
             if kind == RELOCATIONS and info in contents:
-                for one in range(offset, offset + size - 23, 24):
-                    self._relocate(contents[info], self._places[info], link, *struct.unpack_from("<QQq", self._data, one))
+                for entry in range(offset, offset + size - 23, 24):
+                    place, how, addend = struct.unpack_from("<QQq", self._data, entry)
+                    self._relocate(contents[info], self._places[info], link, place, how, addend)
         self.segments = [Segment(self._places[i], bytes(content), bool(self._sections[i][2] & SECTION_WRITES))
                          for i, content in contents.items()]
 
@@ -114,7 +115,7 @@ class Elf:
         at = self._sections[symbols][4] + 24 * number
         name, _, _, section, value, _ = struct.unpack_from("<IBBHQQ", self._data, at)
         if section in self._places:
-            return self._places[section] + value
+            return self._places[section] + int(value)
         link = self._sections[symbols][6]
         if section or link >= len(self._sections):
             raise NotRead("a relocation names what is not loaded")

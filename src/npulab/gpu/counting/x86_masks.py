@@ -1,5 +1,5 @@
-"""Registers of masks (AVX-512), followed where they are put there as a whole: gathers have one even if it leaves no lane
-out. What is compared in vectors is not known. Source: as in npulab.gpu.counting.x86.
+"""Registers of masks (AVX-512), followed where they are put there as a whole: gathers have one even if it leaves no
+lane out. What is compared in vectors is not known. Source: as in npulab.gpu.counting.x86.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def step(masks: dict[str, int], i: Any, name: str, cs: Any, reader: Callable[[An
             return None if value is None else value & whole
 
         if names[0]:
-            read = (lambda: masks.get(names[1])) if names[1] else reader(ops[1])
+            if names[1]:
+                return lambda: put(names[0], of(masks.get(names[1])))
+            read = reader(ops[1])
             return lambda: put(names[0], of(read()))
         write = writer(ops[0])
         return lambda: write(of(masks.get(names[1])))
