@@ -361,6 +361,14 @@ def test_what_a_call_leaves_known(name, known):
     assert c.mix == {"add int32": 1, "calls": 1} if known else "hangs on data" in c.why
 
 
+def test_constants_are_not_loaded_from_memory():
+    """A turn: movabs rax, constant; mov edx, [rax]; mov eax, [rdi]; dec ecx; jnz."""
+    pytest.importorskip("capstone")
+    code = bytes.fromhex("8b4f0848b800000000000000008b108b07ffc975eec3")
+    c = intel.count(relocated(relocations=((5, 2, ABS64, 4),), code=code), "chain", (1,), (1,), (None, bytes(4)), 1)
+    assert c.mix == {"add int32": 1, "load bytes": 4}
+
+
 def test_arguments_are_packed_as_c_does():
     number = (1 << 33).to_bytes(8, "little")
     assert intel.packed((None, b"abcd", None, b"e", b"fg", number)) == (

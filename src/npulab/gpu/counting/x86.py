@@ -99,6 +99,8 @@ class Machine(State):
                 return steps, mix, self._jump(i, name, after)
             counted = kinds(i, cs, self._own)
             add(mix, counted)
+            if loaded := counted.get("load bytes"):
+                steps += [self._constant(i, o, loaded) for o in i.operands if o.type == cs.X86_OP_MEM]
             if masked := lanes_by_mask(i, cs):
                 steps.append(self._looking(*masked))
             if does := step(self, i, name):
@@ -115,6 +117,16 @@ class Machine(State):
             self.known += read() is not None
 
         return note
+
+    def _constant(self, i: Any, op: Any, size: float) -> Step:
+        """Before a load: whether it is of a constant of the program, whose address a register has."""
+        address = self.address(i, op)
+
+        def look() -> None:
+            if (at := address()) is not None and self.elf.bytes_at(at, 1, constant=True) is not None:
+                self.aside += size
+
+        return look
 
     def _looking(self, mask: str, lanes: int) -> Step:
         """Before a gather: whether all of its lanes are done."""

@@ -25,7 +25,8 @@ class State:
     """Of one thread; None is not known.
 
     memory      bytes that are known beside the file's constants.
-    described   places of what a runtime says of images: what is read there is no work, and is added up in `aside`.
+    described   places of what a runtime says of images: what is read there is no work, and is added up in `aside`, as
+                constants are.
     vectors     lanes of vector registers that carry integers.     masks  registers of masks that are known.
     """
 
@@ -49,7 +50,7 @@ class State:
         self.memory: dict[int, Known] = dict(self.initial)
         self.vectors.clear()
         self.masks.clear()
-        self.aside = 0
+        self.aside = 0.0
 
     def address(self, i: Any, op: Any) -> Callable[[], Known]:
         m = op.mem
