@@ -1,5 +1,9 @@
-"""The little of ELF that a kernel's shared object is read by: its functions and what is loaded where (System V ABI,
-chapter 4; 64 bits, little-endian)."""
+"""The little of ELF that a kernel's code is read by: its functions and what is loaded where (System V ABI, chapter 4,
+and its AMD64 supplement, 4.4; 64 bits, little-endian).
+
+Of a shared object that is what its segments say. A relocatable object has none: its sections are put one after the
+other here, and its relocations are applied. What is in no file gets a place of its own where nothing is loaded.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,16 @@ from npulab.gpu.counting.mix import NotRead
 X86_64 = 62
 MACHINES = {3: "x86", 40: "Arm", X86_64: "x86-64", 183: "AArch64", 243: "RISC-V"}
 LOAD, WRITES = 1, 2
-SYMBOLS, RELOCATIONS, RELATIVE = 2, 4, 8
+SYMBOLS, RELOCATIONS, EMPTY, RELATIVE = 2, 4, 8, 8
+RELOCATABLE = 1
+"""A kind of file."""
+SECTION_WRITES, SECTION_LOADED = 1, 2
+SECTIONS, ELSEWHERE = 0x40_0000, 0x6000_0000
+"""Where the sections of a relocatable object are put, within 2 GiB as the small code model has it, and what it only
+names."""
+NAMED = 1 << 12
+PLACES = {1: (8, False), 2: (4, True), 4: (4, True), 10: (4, False), 11: (4, False), 24: (8, True)}
+"""R_X86_64_64, PC32, PLT32, 32, 32S, PC64: bytes, and whether counted from the place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +43,8 @@ class Elf:
             raise NotRead("the binary is no 64-bit ELF file")
         self._data = data
         try:
-            (_, machine, _, _, at, sections, _, _, size, count, each, many, _) = struct.unpack_from("<HHIQQQIHHHHHH",
-                                                                                                     data, 16)
+            (self.kind, machine, _, _, at, sections, _, _, size, count, each, many, named) = struct.unpack_from(
+                "<HHIQQQIHHHHHH", data, 16)
             self.machine = MACHINES.get(machine, f"machine {machine}")
             self.segments = []
             for i in range(count):
@@ -41,6 +54,74 @@ class Elf:
             self._sections = [struct.unpack_from("<IIQQQQIIQQ", data, sections + i * each) for i in range(many)]
         except (struct.error, OverflowError):
             raise NotRead("the ELF file ends early") from None
+        self._names = self._sections[named][4] if named < many else 0
+        self._places: dict[int, int] = {}
+        self.elsewhere: dict[int, str] = {}
+        """Places that stand for what another library has, with its name."""
+        if self.kind == RELOCATABLE:
+            self._load()
+
+    def section(self, name: str) -> bytes | None:
+        """Of the first one of this name."""
+        return next((self._data[s[4]:s[4] + s[5]] for s in self._sections if self._text(self._names + s[0]) == name),
+                    None)
+
+    def _text(self, at: int) -> str:
+        """The name there; "" if none of NAMED bytes ends."""
+        return self._data[at:max(0, self._data.find(b"\0", at, at + NAMED))].decode("ascii", "replace")
+
+    def _load(self) -> None:
+        """Sections to their places, then relocations. Raises: NotRead."""
+        if any(offset + size > len(self._data) for _, kind, _, _, offset, size, *_ in self._sections if kind != EMPTY):
+            raise NotRead("the ELF file ends early")
+        if sum(s[5] for s in self._sections if s[1] != EMPTY) > len(self._data):
+            raise NotRead("sections of the ELF file overlap")
+        at, contents = SECTIONS, {}
+        for i, (_, kind, flags, _, offset, size, _, _, align, _) in enumerate(self._sections):
+            if not flags & SECTION_LOADED:
+                continue
+            at = -(-at // (align or 1)) * (align or 1)
+            if at + size > ELSEWHERE:
+                raise NotRead("the ELF file's sections have no room")
+            self._places[i] = at
+            if kind != EMPTY:
+                contents[i] = bytearray(self._data[offset:offset + size])
+            at += size
+        for _, kind, _, _, offset, size, link, info, _, _ in self._sections:
+            if kind == RELOCATIONS and info in contents:
+                for entry in range(offset, offset + size - 23, 24):
+                    place, how, addend = struct.unpack_from("<QQq", self._data, entry)
+                    self._relocate(contents[info], self._places[info], link, place, how, addend)
+        self.segments = [Segment(self._places[i], bytes(content), bool(self._sections[i][2] & SECTION_WRITES))
+                         for i, content in contents.items()]
+
+    def _relocate(self, content: bytearray, base: int, symbols: int, place: int, info: int, addend: int) -> None:
+        kind, number = info & 0xffff_ffff, info >> 32
+        if kind not in PLACES:
+            raise NotRead(f"a relocation of kind {kind} is not known")
+        size, counted = PLACES[kind]
+        value = self._symbol(symbols, number) + addend - (base + place if counted else 0)
+        if place + size > len(content):
+            raise NotRead("a relocation is not in its section")
+        if size == 4 and not -1 << 31 <= value < 1 << (32 if kind == 10 else 31):
+            raise NotRead("a relocation does not fit")
+        content[place:place + size] = (value & ((1 << 8 * size) - 1)).to_bytes(size, "little")
+
+    def _symbol(self, symbols: int, number: int) -> int:
+        """Address of a symbol; of one that is not in the file, a place of ELSEWHERE."""
+        if (symbols >= len(self._sections) or self._sections[symbols][1] != SYMBOLS
+                or 24 * number + 24 > self._sections[symbols][5]):
+            raise NotRead("a relocation names no symbol")
+        at = self._sections[symbols][4] + 24 * number
+        name, _, _, section, value, _ = struct.unpack_from("<IBBHQQ", self._data, at)
+        if section in self._places:
+            return self._places[section] + int(value)
+        link = self._sections[symbols][6]
+        if section or link >= len(self._sections):
+            raise NotRead("a relocation names what is not loaded")
+        address = ELSEWHERE + 16 * number
+        self.elsewhere[address] = self._text(self._sections[link][4] + name)
+        return address
 
     @cached_property
     def functions(self) -> dict[str, int]:
@@ -53,8 +134,7 @@ class Elf:
             for at in range(offset, min(offset + size, len(self._data) - 23), 24):
                 name, info, _, section, value, _ = struct.unpack_from("<IBBHQQ", self._data, at)
                 if info & 15 == 2 and section:
-                    end = self._data.find(b"\0", names + name)
-                    out[self._data[names + name:end].decode("ascii", "replace")] = value
+                    out[self._text(names + name)] = self._places.get(section, 0) + value
         return out
 
     @cached_property

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from npulab.gpu.counting import pocl, ptx
+from npulab.gpu.counting import intel, pocl, ptx
 from npulab.gpu.counting.mix import Argument, Counted, NotRead, Picture
 
 TURNS = "turns"
@@ -32,13 +32,15 @@ def count(cl: Any, queue: Any, source: str, name: str, size: Sequence[int], grou
         none = [np.uint32(0) if k == turns else a for k, a in enumerate(arguments)]  # changes nothing
         getattr(anew, name)(queue, tuple(size), tuple(group), *none).wait()
         binary = bytes(anew.get_info(cl.program_info.BINARIES)[0])
+        told = [_told(cl, a) for a in arguments]
     except NotRead as e:
         return Counted(None, why=str(e))
     except cl.Error as e:
         return Counted(None, why=f"the driver does not give its binary: {str(e).strip()[:120]}")
-    told = [_told(cl, a) for a in arguments]
     if binary.startswith(pocl.MAGIC):
         return pocl.count(binary, name, size, group, told, turns)
+    if intel.is_intel(binary):
+        return intel.count(binary, name, size, group, told, turns)
     if ptx.is_ptx(binary):
         return ptx.count(binary, name, size, group, told, turns)
     return Counted(None, why="the driver's binary is of no known kind")
@@ -47,8 +49,10 @@ def count(cl: Any, queue: Any, source: str, name: str, size: Sequence[int], grou
 def _told(cl: Any, argument: Any) -> Argument:
     if isinstance(argument, np.generic):
         return argument.tobytes()
-    if not isinstance(argument, cl.Image):
+    if isinstance(argument, cl.Buffer):
         return None
+    if not isinstance(argument, cl.Image):
+        raise NotRead(f"an argument is neither a number nor a buffer nor an image: {type(argument).__name__}")
     info, kind = cl.image_info, argument.format
     width, height, row = (int(argument.get_image_info(i)) for i in (info.WIDTH, info.HEIGHT, info.ROW_PITCH))
     return Picture(width, height, row, int(kind.channel_order), int(kind.channel_data_type), int(kind.channel_count),

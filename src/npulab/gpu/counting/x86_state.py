@@ -25,8 +25,9 @@ class State:
     """Of one thread; None is not known.
 
     memory      bytes that are known beside the file's constants.
-    described   places of what a runtime says of images: what is read there is no work, and is added up in `aside`.
-    vectors     lanes of vector registers that carry integers.
+    described   places of what a runtime says of images: what is read there is no work, and is added up in `aside`, as
+                constants are.
+    vectors     lanes of vector registers that carry integers.     masks  registers of masks that are known.
     """
 
     def __init__(self, elf: Elf, memory: Mapping[int, int], described: Sequence[range] = ()) -> None:
@@ -35,6 +36,7 @@ class State:
         self.cs, self.elf = capstone, elf
         self.initial, self.described = dict(memory), tuple(described)
         self.vectors: dict[str, x86_lanes.Lanes] = {}  # the same all along: steps hold it
+        self.masks: dict[str, int] = {}
         self.forget()
 
     def forget(self) -> None:
@@ -47,7 +49,8 @@ class State:
         self.of: bool | None = None
         self.memory: dict[int, Known] = dict(self.initial)
         self.vectors.clear()
-        self.aside = 0
+        self.masks.clear()
+        self.aside = 0.0
 
     def address(self, i: Any, op: Any) -> Callable[[], Known]:
         m = op.mem

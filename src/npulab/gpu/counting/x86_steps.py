@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from npulab.gpu.counting import x86_lanes
+from npulab.gpu.counting import x86_lanes, x86_masks
 from npulab.gpu.counting.x86_state import NAMES, RAX, RBP, RDX, RSP, Known, State, Step
 
 
@@ -83,6 +83,13 @@ def step(s: State, i: Any, name: str) -> Step | None:
             second(x)
 
         return exchange
+    def tested(value: Known, bits: int) -> None:
+        s.flags(value, bits, None if value is None else value == (1 << bits) - 1, False)
+        s.sf = False
+
+    if masks := x86_masks.step(s.masks, i, name, s.cs.x86, lambda op: s.reader(i, op), lambda op: s.writer(i, op),
+                               tested):
+        return masks if name.startswith(("kmov", "kortest")) else both(unknown(s, i), masks)
     if s.described and any(o.type == s.cs.x86.X86_OP_REG and i.reg_name(o.reg)[1:3] == "mm" for o in ops):
         return (x86_lanes.step(s.vectors, i, s.cs.x86, lambda op: s.reader(i, op),
                                lambda op: s.writer(i, op))
