@@ -432,10 +432,15 @@ def main(device: int = 0) -> int:
     bench = opencl.open_device(device)
     bench.one_by_one = False  # the cases are about neighbours in a group
     print(bench.identity.name)
-    bad = 0
+    bad = tried = 0
     with unhurried():
         for case in (*KERNELS, *DEVICES):
-            said = case.do(bench)
+            try:
+                said = case.do(bench)
+            except UnsupportedError as e:
+                print(f"left out {case.name}\n         {e.message}")
+                continue
+            tried += 1
             verdict = "refused" if re.search(case.reason, said) else f"REFUSED, not for '{case.reason}'" if said else \
                 "BELIEVED"
             bad += verdict != "refused"
@@ -444,7 +449,7 @@ def main(device: int = 0) -> int:
             t = run()
             bad += bool(t.wrong)
             print(f"{'REFUSED' if t.wrong else 'accepted':8} {name}: {t.wrong or t.counted or 'nothing is counted'}")
-    print(f"{len(KERNELS) + len(DEVICES)} sabotaged, {len(list(honest(bench)))} honest, {bad} judged wrongly")
+    print(f"{tried} sabotaged, {len(list(honest(bench)))} honest, {bad} judged wrongly")
     return int(bad > 0)
 
 
