@@ -267,6 +267,17 @@ def test_large_memory_is_filled_once(bench, unhurried, monkeypatch):
     assert large()[4:] == [2 * filled.WORTH, filled.WORTH]
 
 
+def test_no_more_is_kept_than_a_quarter_of_the_memory_that_is_there(bench, monkeypatch):
+    """A device may allow half of the host's for a buffer: kept together they were 6.7 GB."""
+    monkeypatch.setattr(filled, "available", lambda: 8 * filled.WORTH)
+    kept = filled.Filled()
+    for way in ("read", "write"):
+        kept(bench, way, 1, filled.WORTH // 4, 1)
+    assert len(kept._kept) == 2
+    kept(bench, "read", 2, filled.WORTH // 8, 1)
+    assert [key[:2] for key in kept._kept] == [("write", 1), ("read", 2)]
+
+
 def test_memory_that_is_kept_is_given_back_where_there_is_no_room(bench, monkeypatch):
     kept = filled.Filled()
     monkeypatch.setattr(bench, "filled", kept)

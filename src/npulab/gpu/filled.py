@@ -25,6 +25,15 @@ ROUNDS = 64
 REMEMBERED = 256  # ways through one
 
 
+def available() -> int:
+    """Bytes of memory that may be taken without taking others'."""
+    try:
+        with open("/proc/meminfo") as f:
+            return next(int(line.split()[1]) << 10 for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux
+        return 1 << 30
+
+
 class Sums:
     """What the vectors at each place of a memory add up to, modulo 2**32, and along ways through it: each is asked for
     in every repetition. size: places."""
@@ -54,9 +63,11 @@ class Sums:
 
 class Filled:
     """Buffers of one device, each for one way of going through it: the last ones, as far as they are no larger together
-    than the largest that it allows. `clear` when it has no room for others."""
+    than the largest that it allows, and than a quarter of the host's memory, of which they may be. `clear` when it has
+    no room for others."""
 
     def __init__(self) -> None:
+        self._most = available() // 4
         self._kept: OrderedDict[tuple[Way, int, int, int], tuple[Any, Sums]] = OrderedDict()
 
     def __call__(self, bench: OpenCL, way: Way, parts: int, size: int, lanes: int) -> tuple[Any, Sums]:
@@ -71,7 +82,7 @@ class Filled:
         made = bench._buffer(data if way != "copy" else np.concatenate([data, np.zeros_like(data)])), Sums(sums)
         if _bytes(key) >= WORTH:
             self._kept[key] = made
-            while len(self._kept) > 1 and sum(map(_bytes, self._kept)) > bench.limits.buffer_max:
+            while len(self._kept) > 1 and sum(map(_bytes, self._kept)) > min(bench.limits.buffer_max, self._most):
                 self._kept.popitem(last=False)
         return made
 

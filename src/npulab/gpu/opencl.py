@@ -17,7 +17,7 @@ from npulab.errors import CapacityError, DeviceError, UnsupportedError, UsageErr
 from npulab.gpu import bounds, counting, extras, kernels
 from npulab.gpu.counting import Asked, Counted
 from npulab.gpu.exact import chained, congruential, operands
-from npulab.gpu.filled import Filled, Sums
+from npulab.gpu.filled import Filled, Sums, available
 from npulab.gpu.types import OPERATIONS_A_STEP, Element, Identity, Limits, Operation, Timing, Way
 
 ENOUGH = 2e-3
@@ -67,15 +67,6 @@ class Compiled:
 def devices() -> list[Identity]:
     """All OpenCL devices, in the order of their numbers. Raises: UsageError without pyopencl."""
     return [_identity(d) for d in _devices()]
-
-
-def available() -> int:
-    """Bytes of memory that may be taken without taking others'."""
-    try:
-        with open("/proc/meminfo") as f:
-            return next(int(line.split()[1]) << 10 for line in f if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # not Linux
-        return 1 << 30
 
 
 def shuffled(places: int, piece: int) -> NDArray[np.uint32]:
