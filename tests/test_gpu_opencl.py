@@ -246,6 +246,20 @@ def test_streams_take_as_many_turns_as_memory_needs(bench, unhurried, monkeypatc
     assert bench.stream(1 << 20, 1, 4, "read").wrong == ""
 
 
+def test_memory_that_takes_more_turns_than_others_is_gone_through(bench, unhurried, monkeypatch):
+    """By loads of 4 bytes of few threads; only a driver that ends loops early is asked for fewer."""
+    asked = []
+    monkeypatch.setattr(bench, "_time", lambda kernel, size, group, *a: asked.append(int(a[-1])) or 1.0)
+    monkeypatch.setattr(bench, "_checked", lambda *_: "")
+    monkeypatch.setattr(bench, "_count", lambda: (counting.Counted({"load bytes": 16.0}), 1))
+    monkeypatch.setattr(bench, "filled", lambda *_: (None, None))
+    each = 4 * kernels.STREAMED["read"] * bench.full_groups * (1 if bench.one_by_one else bench.group)
+    assert "cached" not in bench.stream(5 * opencl.TURNS_MAX // 4 * each, 2, 4, "read").wrong
+    assert max(asked) == 5 * opencl.TURNS_MAX // 4
+    monkeypatch.setattr(bench, "turns_max", 1 << 15)
+    assert "a cached buffer: 32768 turns" in bench.stream(5 * opencl.TURNS_MAX // 4 * each, 2, 4, "read").wrong
+
+
 def test_large_memory_is_filled_once(bench, unhurried, monkeypatch):
     made = []
     monkeypatch.setattr(bench, "filled", filled.Filled())

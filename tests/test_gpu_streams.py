@@ -83,6 +83,22 @@ def test_a_bandwidth_that_others_disturb_has_an_interval_with_both(monkeypatch, 
         assert found.interval == pytest.approx(tuple(sorted((1e-6, 1e-6 / share))))
 
 
+@pytest.mark.parametrize(("later", "want"), [
+    ((1.15,), 1.15), ((1.9, 1.15), 1.15), ((1.9, 1.9, 1.9), "it does not stay: 1 GB/s, and 0.5263 a little later")])
+def test_narrow_loads_that_something_disturbed_are_asked_again(monkeypatch, later, want):
+    """By the cores' clock they took nearly twice what they took by memory's, which is 1.1 of it: no clock does that."""
+    each = iter(later)
+    monkeypatch.setattr(rates, "_shaped", lambda *_: Estimate(0.5e-9, 0.5e-9, 0.5e-9))
+    meter = SimpleNamespace(pace={"core": 1.1, "memory": 1.0}.get, seen={}, bench=None,
+                            seconds=lambda *_: Estimate(*(next(each) * 1e-9,) * 3))
+    ask = lambda: rates._either(meter, None, 1 << 28, 8, 1, Estimate(1e-9, 1e-9, 1e-9))  # noqa: E731
+    if isinstance(want, str):
+        with pytest.raises(Refused, match=want):
+            ask()
+    else:
+        assert ask().value == pytest.approx(want * 1e-9)
+
+
 def test_caches_that_help_are_named(monkeypatch):
     with pytest.raises(Refused, match="caches help: 67108864 bytes"):
         disturbed(monkeypatch, (0.5,), 1 << 27)

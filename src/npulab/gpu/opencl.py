@@ -432,7 +432,8 @@ class OpenCL:
         work   of all threads by turns, or what a turn of each is asked for: that is counted in the compiled code.
         whole  turns that go through all of the memory: with fewer, repetitions would find it in caches.
         """
-        most = min(most, self.turns_max)
+        if self.turns_max < TURNS_MAX:  # the driver ends loops early
+            most = min(most, self.turns_max)
         turns = min(whole, most)
         seconds, wrong = run(turns)  # compiles
         while turns < most:
