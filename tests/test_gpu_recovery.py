@@ -5,13 +5,14 @@ import math
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from npulab.errors import CapacityError, DeviceError, UnsupportedError
 from npulab.gpu import analysis
-from npulab.gpu.analysis import conclude
+from npulab.gpu.analysis import conclude, registers
 from npulab.gpu.analysis.caches import hierarchy
 from npulab.gpu.analysis.chase import Chase
 from npulab.gpu.analysis.cliffs import cliff, rising
@@ -499,6 +500,17 @@ def test_registers_that_are_given_in_multiples_and_spare_ones_are_seen_through()
     assert explain(fit(96 << 10, 1, 0), 32)[0] == 96 << 10
     assert explain(fit(256 << 10, 8, 5), 32)[0] == 256 << 10
     assert explain({32: 40, 64: 7, 96: 31}, 32) is None
+
+
+def test_more_registers_never_make_room_for_more_threads(monkeypatch):
+    """Seen on a processor, whose times said 1 or 2 by chance, and taken for a register file of 9 KiB."""
+    seen = dict(zip(registers.COUNTS, (1, 1, 2, 2, 2, 2, 1, 1), strict=True))
+    monkeypatch.setattr(registers, "_resident", lambda meter, count, warp: seen[count])
+    meter = SimpleNamespace(quick=False)
+    with pytest.raises(Refused, match="more threads fit at once with more registers each: 16 with 16, 16 with 32, 32"):
+        registers.registers(meter, 16)
+    seen.update(dict(zip(registers.COUNTS, (64, 64, 42, 32, 25, 21, 18, 32), strict=True)))  # the largest was spilled
+    assert registers.registers(meter, 32)[1].value == 256 << 10
 
 
 # clocks that fall, benches that lie

@@ -28,6 +28,9 @@ def registers(meter: Meter, warp: int) -> list[Quantity]:
     most = max(fit.values())
     if len(fit) > 1 and most == min(fit.values()):
         raise Refused(f"as many threads, {most * warp}, fit at once with {min(fit)} registers each as with {max(fit)}")
+    if fit[min(fit)] < most:  # whatever a compiler spills, none has more room than those with the fewest registers
+        seen = ", ".join(f"{n * warp} with {r}" for r, n in fit.items())
+        raise Refused(f"more threads fit at once with more registers each: {seen}")
     out = [Quantity("resident threads", most * warp, "threads a core", None, "measured",
                     f"with {min(fit)} registers each; more run in a second wave")]
     limited = {r: n for r, n in fit.items() if n < most}
