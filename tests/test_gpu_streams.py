@@ -49,6 +49,24 @@ def test_a_bench_without_parts_is_asked_for_16_bytes(monkeypatch):
     assert found.why.startswith("read, 16 bytes a load, through ")
 
 
+@pytest.mark.parametrize(("bursts", "waited", "refused"), [
+    (0, [], False), (1, [0.5], False), (3, [0.5, 1.0, 2.0], False), (4, [0.5, 1.0, 2.0], True)])
+def test_the_first_references_wait_for_a_quieter_moment(monkeypatch, bursts, waited, refused):
+    """They are compared with to the end: scattered by a neighbour, they had every rate refused."""
+    slept = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    busy = iter([1, 3, 1, 1, 3] * bursts)
+    monkeypatch.setattr(Meter, "_reference", lambda self, kind: 1e-9 * (next(busy, 1) if kind == "core" else 1))
+    meter = Meter(InParts(), quick=True)
+    assert slept == waited
+    ask = lambda: meter.seconds(lambda: Timing((1e-3,) * 9, {"operations": 1e6}), "operations")  # noqa: E731
+    if refused:
+        with pytest.raises(Refused, match="the first references scatter by"):
+            ask()
+    else:
+        assert ask().value == pytest.approx(1e-9)
+
+
 def disturbed(monkeypatch, times, largest=1 << 30):
     """A bench whose streams through half of the footprint take `times` of their time."""
     each = itertools.chain(times, itertools.repeat(times[-1]))

@@ -17,6 +17,8 @@ Kind = Literal["core", "alone", "memory", "host"]
 ATTEMPTS, MOVES = 3, 8
 """Tries of an experiment that the bench doubts, and of one during which the clock moved: of two speeds that a machine
 changes between some times a second each may end three tries."""
+PAUSES = (0.5, 1.0, 2.0)
+"""Seconds to wait for a quieter moment, where the first references scatter."""
 ASTRAY = 0.4  # a reference that differs by more after all tries has the experiment refused; scatter of the first, all
 TRIES = 8
 MOVED = 0.03  # a reference that differs by more (and more than they scatter) from before to after: done again
@@ -88,9 +90,13 @@ class Meter:
         kinds: tuple[Kind, ...] = ("core", "alone", "memory")
         for kind in kinds:
             try:
-                found = [self._reference(kind) for _ in range(5)]
-                first = statistics.median(found)  # all that follows is compared with it: not with what was disturbed
-                scatter = statistics.stdev(found) / first  # of a busy machine: no clock moves like this
+                for pause in (*PAUSES, None):  # what disturbs the first references would cost every finding
+                    found = [self._reference(kind) for _ in range(5)]
+                    first = statistics.median(found)  # all that follows is compared with it: not with the disturbed
+                    scatter = statistics.stdev(found) / first  # of a busy machine: no clock moves like this
+                    if scatter <= ASTRAY or pause is None:
+                        break
+                    time.sleep(pause)
                 if scatter > ASTRAY:
                     self._astray[kind] = f"the clock does not stay: the first references scatter by {scatter:.0%}"
                 if scatter > UNTOLD:
