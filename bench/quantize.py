@@ -278,6 +278,9 @@ def side(python: str, shared: Path, count: int = 500) -> None:
                 print(f"  {who:24} {granularity:12} {some} images: top-1 {right.mean():.4f} "
                       f"({points(right, full):+.1f})  CPU {said['cpu']:6.1f} s  wall {said['wall']:6.1f} s  "
                       f"peak {said['peak'] / 1024:6.0f} MiB", flush=True)
+        alone = _aside("one image in ONNX Runtime", sys.executable, model, case, 1, "", Path(folder))
+        if alone is not None:
+            print(f"  opened in ONNX Runtime and run on one image, once: peak {alone['peak'] / 1024:.0f} MiB", flush=True)
         case = of_files("CIFAR ResNet", shared / "models/float/pretrainedResnet.tflite",
                         shared / "images/cifar10-5000.zip", "raw", measure=count)
         model = Path(folder) / "cifar.onnx"
@@ -298,7 +301,7 @@ def _aside(who: str, runs_in: str, model: Path, case: Case, count: int, granular
     path, out = folder / f"{case.name}.npy", folder / "out.onnx"
     if not path.exists():
         np.save(path, np.concatenate([f[name] for f in case.test]))
-    code = NNCF if who == "NNCF" else ORT if who.startswith("ONNX") else NPULAB
+    code = {"NNCF": NNCF, "ONNX": ORT, "one": ONCE}.get(who.split()[0], NPULAB)
     done = subprocess.run([runs_in, "-c", code, who, str(model), str(path), str(count), str(out), granularity, name],
                           capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
     if done.returncode:
@@ -356,6 +359,14 @@ before, cpu, wall = memory(), time.process_time(), time.perf_counter()
 quantize_static(model, out, Reader(), quant_format=QuantFormat.QDQ, activation_type=QuantType.QInt8,
                 weight_type=QuantType.QInt8, per_channel=granularity == "per-channel",
                 calibrate_method=getattr(CalibrationMethod, who.split()[-1]))
+""" + DONE
+ONCE = COMMON + """
+import onnx, onnxruntime
+before, cpu, wall = memory(), time.process_time(), time.perf_counter()
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = 2
+options.enable_cpu_mem_arena = False
+onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"]).run(None, {name: data[0]})
 """ + DONE
 NNCF = COMMON + """
 import nncf, onnx, onnxruntime
