@@ -280,7 +280,7 @@ def side(python: str, shared: Path, count: int = 500) -> None:
                       f"peak {said['peak'] / 1024:6.0f} MiB", flush=True)
         alone = _aside("one image in ONNX Runtime", sys.executable, model, case, 1, "", Path(folder))
         if alone is not None:
-            print(f"  opened in ONNX Runtime and run on one image, once: peak {alone['peak'] / 1024:.0f} MiB", flush=True)
+            print(f"  opened in ONNX Runtime, one image: peak {alone['peak'] / 1024:.0f} MiB", flush=True)
         case = of_files("CIFAR ResNet", shared / "models/float/pretrainedResnet.tflite",
                         shared / "images/cifar10-5000.zip", "raw", measure=count)
         model = Path(folder) / "cifar.onnx"
