@@ -2,6 +2,7 @@
 
 import ast
 import math
+import re
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
@@ -500,6 +501,25 @@ def test_registers_that_are_given_in_multiples_and_spare_ones_are_seen_through()
     assert explain(fit(96 << 10, 1, 0), 32)[0] == 96 << 10
     assert explain(fit(256 << 10, 8, 5), 32)[0] == 256 << 10
     assert explain({32: 40, 64: 7, 96: 31}, 32) is None
+
+
+class Hosted(Simulated):
+    """The host's processor, which no level of this machine is quick enough for."""
+
+    @property
+    def limits(self):
+        return replace(super().limits, processor=True)
+
+
+def test_a_processor_whose_first_level_is_slow_has_no_first_cache_that_shows():
+    """lavapipe and SwiftShader do so much for each load that L1 and L2 do not show: what was left of L3 was L1."""
+    found = named(conclude(Hosted(QUIET, 0), quick=True))
+    assert found["L1 size"].status == "refused"
+    assert re.fullmatch(r"the first level that shows takes [\d.]+ ns a load, a processor's first cache at most 5: .*",
+                        found["L1 size"].why)
+    assert found["memory latency"].status == "measured"
+    assert not {"L1 line", "L1 latency", "L2 size"} & found.keys()
+    assert found["memory bandwidth"].status == "measured"
 
 
 def test_more_registers_never_make_room_for_more_threads(monkeypatch):

@@ -28,6 +28,9 @@ LOAD_BYTES = 256
 """A cycle and compute unit out of its nearest memory: NVIDIA and AMD 128, an x86 core 128 and 64 stored beside."""
 DRAM_LEAST = 1e-8
 """Seconds: a row's column access (CL) alone takes 13 ns in DDR4 and DDR5 (JEDEC JESD79-4, JESD79-5)."""
+FIRST_OF_PROCESSOR = 5e-9
+"""Seconds, of a load from a processor's first cache: 4 or 5 cycles (Intel, AMD and Arm, optimization manuals), of 1 GHz
+and more. Slower ones are no first cache: what the driver does for each load hides the smaller ones."""
 LINK_MOST = 1e12
 """Bytes a second between host and device: twice the widest link, NVLink-C2C's 450 GB/s each way."""
 NEARER = 1.25
@@ -135,6 +138,13 @@ def _levels(others: Sequence[Quantity], what: str, below: float) -> list[Quantit
     """Measured ones of levels nearer than `below`."""
     return [q for q in others if q.status == "measured" and (m := LEVEL.match(q.name)) and m[2] == what
             and int(m[1]) < below]
+
+
+def first_objection(latency: float, limits: Limits) -> str:
+    """Why the first level of memory that shows is not the first cache; "" if nothing says so."""
+    return (f"the first level that shows takes {1e9 * latency:.3g} ns a load, a processor's first cache at most "
+            f"{1e9 * FIRST_OF_PROCESSOR:g}: what the driver does for each load hides it"
+            if limits.processor and latency > FIRST_OF_PROCESSOR else "")
 
 
 def unit_objection(found: Quantity, seen: Mapping[str, Sequence[float]]) -> str:

@@ -167,9 +167,9 @@ class OpenCL:
         self.limits = Limits(int(device.max_compute_units), int(device.max_work_group_size),
                              int(device.local_mem_size), int(device.max_mem_alloc_size),
                              frozenset(("float32", "int32", *more)), float(device.max_clock_frequency) * 1e6,
-                             _subgroup(device))
+                             _subgroup(device), bool(device.type & cl.device_type.CPU))
         self.group = min(GROUP, self.limits.group_max)
-        self.one_by_one = bool(device.type & cl.device_type.CPU)  # the threads of a group, as PoCL does
+        self.one_by_one = self.limits.processor  # the threads of a group, as PoCL does
         self.words = 1 << (min(WORDS_MAX, self.limits.local_bytes // 4).bit_length() - 1)
         self._kernel = lru_cache(maxsize=64)(self._compiled)
         self._counts: dict[tuple[Any, ...], Counted] = {}

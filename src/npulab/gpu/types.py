@@ -43,6 +43,7 @@ class Limits:
     compute_units  cores.      group_max  threads of a work group.     local_bytes  of local memory a group.
     buffer_max     bytes of one buffer.       elements  what it computes on.      clock_hz  as stated, 0: not.
     subgroup       threads of a subgroup (warp, wavefront) as stated, 0: not.
+    processor      it is the host's.
     """
 
     compute_units: int
@@ -52,6 +53,7 @@ class Limits:
     elements: frozenset[Element]
     clock_hz: float = 0.0
     subgroup: int = 0
+    processor: bool = False
 
 
 @dataclass(frozen=True, slots=True)

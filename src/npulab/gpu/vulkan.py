@@ -141,7 +141,7 @@ class Vulkan(More):
             min(int(given["max-compute-workgroup-size-x"]), int(given["max-compute-invocations-per-workgroup"])),
             int(given["max-compute-workgroup-storage-size"]),
             min(int(given["max-buffer-size"]), int(given["max-storage-buffer-binding-size"])) // 16 * 16,
-            frozenset(("float32", "int32", *halves)))
+            frozenset(("float32", "int32", *halves)), processor=self.cpu)
         self.group = min(opencl.GROUP, self.limits.group_max)
         self.one_by_one = False  # llvmpipe has neighbours in the lanes of a vector
         self.words = 1 << (min(opencl.WORDS_MAX, self.limits.local_bytes // 4).bit_length() - 1)

@@ -43,8 +43,12 @@ def conclude(bench: Bench, progress: Progress | None = None, quick: bool = False
         return registers.registers(meter, int(warp))
 
     def levels() -> list[Quantity]:
-        hierarchy.append(caches.hierarchy(meter))
-        return _of(hierarchy[0])
+        made = caches.hierarchy(meter)
+        if made.levels and (hidden := bounds.first_objection(made.levels[0].latency.value, meter.limits)):
+            return [Quantity("L1 size", None, "bytes", None, "refused", hidden),
+                    *(q for q in _of(made) if q.name == "memory latency")]
+        hierarchy.append(made)
+        return _of(made)
 
     def bandwidth(index: int, way: Way) -> list[Quantity]:
         if not hierarchy:
