@@ -88,10 +88,10 @@ def test_a_bandwidth_that_does_not_stay_is_not_put_down_to_caches(monkeypatch):
         disturbed(monkeypatch, (1.6,))
 
 
-@pytest.mark.parametrize(("share", "refused"), [(1.08, None), (0.96, None), (0.93, "caches help"),
-                                                (1.12, "it does not stay")])
+@pytest.mark.parametrize(("share", "refused"), [(1.04, None), (0.96, None), (0.93, "caches help"),
+                                                (1.08, "it does not stay")])
 def test_a_bandwidth_that_others_disturb_has_an_interval_with_both(monkeypatch, share, refused):
-    """What is half as large takes 8 % more, time and again: not from caches."""
+    """What is half as large takes 4 % more or less, time and again; of 8 % nothing is said."""
     if refused:
         with pytest.raises(Refused, match=refused):
             disturbed(monkeypatch, (share,), 1 << 27)

@@ -31,8 +31,7 @@ ATTEMPTS = 2  # more at a comparison that something disturbed
 PRECISE = 0.005  # half of an interval, relative
 AGAIN = 5  # at most that footprints of one level, or of memory, are asked again
 EVEN, EVEN_GRADUAL, EVEN_MEMORY = 0.04, 0.1, 0.05
-"""How far apart they may be. Of a level that is shared, and of memory, the interval says how far they are: what is half
-as large and slower is so because of somebody else, as no cache makes it so."""
+"""How far apart they may be; of a level that is shared, and of memory, the interval says how far they are."""
 BETWEEN = (0.35, 0.45, 0.55)
 """Of the way, in octaves, from a level to the one after it: the middle is neither one's cliff, however gradual."""
 UNEVEN = 0.1  # of a transfer: how far from one of four times its size it may be
@@ -213,7 +212,7 @@ def _memory_bandwidth(meter: Meter, found: Hierarchy | None, way: Way, width: in
         took, half = _agreed(ask, EVEN_MEMORY)
         more = f"; half as many reach {1e-9 / half.value:.4g}"
         slower = half.value > took.value
-        if _apart([took, half]) <= (EVEN_GRADUAL if slower else EVEN_MEMORY):
+        if _apart([took, half]) <= EVEN_MEMORY:
             took = replace(took, low=min(took.low, half.low), high=max(took.high, half.high))
             break
         if known or slower or 2 * footprint > largest:
