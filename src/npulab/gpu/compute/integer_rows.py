@@ -11,13 +11,14 @@ Softmax (tensorflow/lite/kernels/internal/reference/softmax.h; npulab.reference.
 the largest, and their exponentials are a table. A sum of them stops at 512, from where on each share of 1 / 256 is
 rounded to 0: such rows are -128 throughout. (LiteRT ends its process there: a shift of more than 31 bits.)
 
-Layer normalization, which TFLite has not: with S = sum of q, d = columns q - S and V = columns (sum of q q) - S S, whole
-numbers all of them,
+Layer normalization, which TFLite has not: with S = sum of q, d = columns q - S and V = columns (sum of q q) - S S,
+whole numbers all of them,
 
     zero_out + rint(d / sqrt(V + epsilon (columns / scale_in)**2) gamma / scale_out + beta / scale_out), in -128..127,
 
 is (x - mean) / sqrt(variance + epsilon) gamma + beta rounded once, ties to even numbers as ONNX's QuantizeLinear does.
-From V on it is computed in floats: before rint the first term is within 10 2**-24 of itself, the second within 2 2**-24.
+From V on it is computed in floats: before rint the first term is off by 10 2**-24 of itself at most, the second by
+2 2**-24.
 A row of equal numbers is beta, with epsilon 0 too.
 """
 
