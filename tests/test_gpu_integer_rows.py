@@ -57,6 +57,22 @@ def float32(value):
     return float(np.float32(value))
 
 
+def peaked(shape):
+    """(x, scale, beta): few numbers are large, so that their shares are."""
+    r = np.random.default_rng(shape)
+    for beta in (0.5, 1.0, 3.0):
+        yield np.floor(256 * r.random(shape) ** 8 - 128).astype(np.int8), float32(r.uniform(0.1, 0.2)), beta
+
+
+def many_sums():
+    """All differences, and 0 to 439 more numbers at some distance from the largest."""
+    x = np.full((600, 700), -128, np.int8)
+    for i, row in enumerate(x):
+        row[:256] = np.arange(-128, 128)
+        row[256:256 + i % 440] = 127 - i % 90
+    return x
+
+
 def softmax(device, traits, x, scale, beta=1.0):
     what = Softmax(*x.shape, beta, "int8")
     return computed(device, integer_rows.softmax(what, traits, scale), [x], x.shape, "int8")
@@ -66,10 +82,8 @@ def softmax(device, traits, x, scale, beta=1.0):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_softmax_is_litert_byte_for_byte(device, name, shape):
     pytest.importorskip("ai_edge_litert")
-    r, seen = np.random.default_rng(shape), set()
-    for beta in (0.5, 1.0, 3.0):
-        x = np.floor(256 * r.random(shape) ** 8 - 128).astype(np.int8)  # few are large: their shares are
-        scale = float32(r.uniform(0.1, 0.2))
+    seen = set()
+    for x, scale, beta in peaked(shape):
         want = litert_of(x, scale, beta)
         np.testing.assert_array_equal(softmax(device, TRAITS[name], x, scale, beta), want)
         seen |= set(want.flat)
@@ -98,11 +112,7 @@ def test_softmax_is_the_reference_byte_for_byte(device, traits, columns, scale):
 
 
 def test_every_difference_and_many_sums(device, traits):
-    """Shares in rows whose sums take all sizes: 1 element to 600 beside the largest, at all distances from it."""
-    x = np.full((600, 700), -128, np.int8)
-    for i, row in enumerate(x):
-        row[:256] = np.arange(-128, 128)
-        row[256:256 + i % 440] = 127 - i % 90
+    x = many_sums()
     for scale in (0.02, 0.11):
         np.testing.assert_array_equal(softmax(device, traits, x, scale), softmax_of(x, scale))
 
@@ -131,16 +141,17 @@ def moments(row, scale, epsilon):
     return n * q - total, Fraction(isqrt((below.denominator << 240) // below.numerator), 1 << 120) if below else 0
 
 
-def bounds_of(x, arguments, gamma, beta, epsilon, at):
-    """(the least and the largest code that each output may have): they differ where floats may reach a tie."""
+def bounds_of(x, arguments, gamma, beta, epsilon, at, off):
+    """(the least and the largest code that each output may have): they differ where floats may reach a tie. off: what
+    both terms are off, of themselves."""
     (scale_in, scale_out, zero_out), found = arguments, []
     for row in x:
         d, root = moments(row, scale_in, epsilon)
         for distance, g, b in zip(d[at], gamma[at], beta[at], strict=True):
             first = int(distance) * root * Fraction(float(g)) / Fraction(scale_out)
             second = Fraction(float(b)) / Fraction(scale_out)
-            off = (10 * abs(first) + 2 * abs(second)) * Fraction(U)
-            found.append([round(first + second + sign * off) + zero_out for sign in (-1, 1)])
+            bound = (off[0] * abs(first) + off[1] * abs(second)) * Fraction(U)
+            found.append([round(first + second + sign * bound) + zero_out for sign in (-1, 1)])
     return np.clip(np.array(found).reshape(len(x), -1, 2), -128, 127)
 
 
@@ -149,11 +160,11 @@ def normalized(device, traits, x, arguments, gamma=None, beta=None, epsilon=1e-5
     return computed(device, lowered, [x], x.shape, "int8")
 
 
-def check_normal(run, x, arguments, affine=True, epsilon=1e-5, at=slice(None)):
+def check_normal(run, x, arguments, affine=True, epsilon=1e-5, at=slice(None), off=(10, 2)):
     columns = x.shape[1]
     both = np.random.default_rng(3).standard_normal((2, columns)) if affine else (np.ones(columns), np.zeros(columns))
     found = run(x, arguments, *(both if affine else (None, None)), epsilon)[:, at]
-    limits = bounds_of(x, arguments, *both, epsilon, at)
+    limits = bounds_of(x, arguments, *both, epsilon, at, off)
     assert ((limits[..., 0] <= found) & (found <= limits[..., 1])).all()
     told = limits[..., 0] == limits[..., 1]
     assert told.mean() > 0.99  # else nearly anything would do
