@@ -158,7 +158,7 @@ def _across(name: str, kind: str, w: int, combine: str) -> str:
 
 _SCALAR = "#pragma clang loop vectorize(disable) unroll_count(8)"
 """A loop that looks numbers up: LLVM 15 gathers vectors of them, which takes a fifth more."""
-_SHARES = f"""
+SHARES = f"""
 int high_product(int a, int b) {{ return convert_int((convert_long(a) * b + (1L << 30)) >> 31); }}
 uint reciprocal(uint sum, int zeros) {{
     // 1 / x in units of 2**-31, x = sum << zeros in the same, 1 to 2: Newton's steps from 48 / 17 - 32 / 17 (x / 2) on
@@ -173,12 +173,13 @@ char share(uint exponential, ulong factor, int shift) {{
     return convert_char((int)min((exponential * factor + (1ul << 30) + (1ul << (shift - 1))) >> shift, 255ul) - 128);
 }}
 """
+"""What becomes of a row's sum, and of an exponential."""
 
 
 def _softmax_on_cpu(w: int) -> str:
     """A work item has rows. Of each it makes a table of outputs by differences, too. seen: from where on in that table
     any is above -128."""
-    return _vectors(w) + _SHARES + _across("highest", "char", w, MAX) + f"""
+    return _vectors(w) + SHARES + _across("highest", "char", w, MAX) + f"""
 __kernel {vectors.attribute((1,))} void softmax(__global const char *input, __global char *output,
         __global const uint *exponentials, int rows, int columns, int each, int seen) {{
     int first = get_global_id(0) * each, most = min(first + each, rows);
@@ -211,7 +212,7 @@ __kernel {vectors.attribute((1,))} void softmax(__global const char *input, __gl
 
 def _softmax_on_gpu(group: tuple[int, ...]) -> str:
     """Work items of a group beside each other share a row, or some rows if those are short."""
-    return _SHARES + vectors.reduction("highest", group[0], MAX, "int") + \
+    return SHARES + vectors.reduction("highest", group[0], MAX, "int") + \
         vectors.reduction("total", group[0], SUM_OF_TERMS, "int") + f"""
 __kernel {vectors.attribute(group)} void softmax(__global const char *input, __global char *output,
         __global const uint *exponentials, int rows, int columns, int each, int seen) {{

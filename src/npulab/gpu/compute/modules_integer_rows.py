@@ -49,14 +49,7 @@ def softmax(what: Softmax, scale_in: float) -> Layer:
         sums.set(added(sums.get(), kept(s, s.bits((exponentials(i) + (1 << 11)) >> 12, "int"), i, what.columns)))
     factor, zeros = reciprocal(s, row.joined(sums.get(), added))
 
-    def shares(i: Value) -> Value:
-        high, low = wide(s, exponentials(i), s.spread(factor, 4))
-        # a product over 2**31, then over 2**(35 - zeros): both roundings at once, in words of 32 bits
-        high = high + s.spread(s.constant(1) << (s.constant(33) - zeros), 4)
-        high = s.select(low < (1 << 32) - (1 << 30), high, high + 1) >> s.spread(s.constant(34) - zeros, 4)
-        return s.bits(s.builtin("UMin", high, s.like(255, high)), "int") - 128
-
-    row.stored(2, shares)
+    row.stored(2, lambda i: shares(s, exponentials(i), factor, zeros))
     return row.layer(5.0, constants)
 
 
@@ -70,6 +63,14 @@ def reciprocal(s: Shader, total: Value) -> tuple[Value, Value]:
     for _ in range(3):
         y = y + (doubled_high(s, s.constant(1 << 29, "int") - doubled_high(s, half, y), y) << 2)
     return s.builtin("UMin", s.bits(y, "uint") << 1, s.constant((1 << 31) - 1)), zeros
+
+
+def shares(s: Shader, exponentials: Value, factor: Value, zeros: Value) -> Value:
+    """Products with `factor` over 2**31, then over 2**(35 - zeros): both roundings at once, in words of 32 bits."""
+    high, low = wide(s, exponentials, s.spread(factor, 4))
+    high = high + s.spread(s.constant(1) << (s.constant(33) - zeros), 4)
+    high = s.select(low < (1 << 32) - (1 << 30), high, high + 1) >> s.spread(s.constant(34) - zeros, 4)
+    return s.bits(s.builtin("UMin", high, s.like(255, high)), "int") - 128
 
 
 def layer_norm(what: LayerNorm, scale_in: float, scale_out: float, zero_out: int, gamma: NDArray[Any] | None = None,
