@@ -302,6 +302,8 @@ NO_NORMS = [
     ({"scale_out": np.nan}, "scale_out is no scale"), ({"zero_out": 128}, "the zero points are no bytes"),
     ({"zero_out": 0.5}, "the zero points are no bytes"), ({"epsilon": -1e-5}, "epsilon .* is no number from 0"),
     ({"epsilon": np.nan}, "epsilon .* is no number from 0"), ({"scale_in": 1e-30}, "epsilon .* is no number from 0"),
+    ({"scale_in": 1e-200}, "epsilon .* is no number from 0"),
+    ({"gamma": np.ones(4), "scale_out": 1e-309}, "gamma / scale_out has a number that float32 has not"),
     ({"gamma": np.ones(3)}, "gamma is of another shape"), ({"beta": np.ones((1, 4))}, "beta is of another shape"),
     ({"gamma": np.array([1, np.nan, 1, 1])}, "gamma / scale_out has a number that float32 has not"),
     ({"beta": np.full(4, 1e38), "scale_out": 1e-3}, "beta / scale_out has a number that float32 has not"),

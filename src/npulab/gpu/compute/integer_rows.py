@@ -18,8 +18,7 @@ whole numbers all of them,
 
 is (x - mean) / sqrt(variance + epsilon) gamma + beta rounded once, ties to even numbers as ONNX's QuantizeLinear does.
 From V on it is computed in floats: before rint the first term is off by 10 2**-24 of itself at most, the second by
-2 2**-24.
-A row of equal numbers is beta, with epsilon 0 too.
+2 2**-24. A row of equal numbers is beta, with epsilon 0 too.
 """
 
 from __future__ import annotations
@@ -94,7 +93,8 @@ def factors_of(what: LayerNorm, scale_in: float, scale_out: float, zero_out: int
     _scale("scale_in", scale_in)
     _scale("scale_out", scale_out)
     whole("the zero points", np.asarray([zero_out]), -128, 127, "bytes")
-    added = what.epsilon * (what.columns / scale_in) ** 2
+    ratio = what.columns / scale_in
+    added = what.epsilon * ratio * ratio  # a power would raise where it overflows
     if not 0 <= added <= LARGEST:
         raise InvariantError("epsilon (columns / scale_in)**2 is no number from 0 on that float32 holds",
                              got=f"epsilon {what.epsilon:g}, {what.columns} columns, scale_in {scale_in:g}")
@@ -103,7 +103,8 @@ def factors_of(what: LayerNorm, scale_in: float, scale_out: float, zero_out: int
         values = np.full(what.columns, 1.0 if name == "gamma" else 0.0) if array is None else np.asarray(array)
         if values.shape != (what.columns,):
             raise InvariantError(f"{name} is of another shape", want=(what.columns,), got=values.shape)
-        values = values.astype(np.float64) / scale_out
+        with np.errstate(over="ignore"):
+            values = values.astype(np.float64) / scale_out
         if not (np.abs(values) <= LARGEST).all():
             raise InvariantError(f"{name} / scale_out has a number that float32 has not",
                                  got=f"{values[np.argmax(np.abs(values))]:g}")
