@@ -213,6 +213,16 @@ def test_layer_norm_is_rounded_once(device, name, shape):
     check_normal(run, drawn(shape, 2, 100, 103), (30.0, 0.02, 0))  # far from zero
 
 
+def means_of_all_sizes(columns=1000):
+    r = np.random.default_rng(8)
+    return np.array([r.integers(low, 128, columns) for low in range(-128, 127, 15)], np.int8)
+
+
+def test_moments_of_all_sizes(device, traits):
+    """V is what two numbers of more than 32 bits differ by."""
+    check_normal(lambda *given: normalized(device, traits, *given), means_of_all_sizes(), (0.05, 0.05, 3))
+
+
 @pytest.mark.parametrize("columns", [1, 3, 17, 64, 1000])
 @pytest.mark.parametrize("epsilon", [0.0, 1e-12, 1e-5, 0.3])
 def test_layer_norm_of_extremes(device, traits, columns, epsilon):

@@ -18,6 +18,7 @@ from test_gpu_integer_rows import (
     drawn,
     litert_of,
     many_sums,
+    means_of_all_sizes,
     peaked,
     rows_of,
     softmax_of,
@@ -87,6 +88,11 @@ def test_layer_norm_is_rounded_once(vulkan_bench, shape):
     check_normal(do, drawn(shape), (0.037, 0.021, -9), off=OFF)
     check_normal(do, drawn(shape, 1), (0.0004, 0.4 / 127, 127), affine=False, off=OFF)
     check_normal(do, drawn(shape, 2, 100, 103), (30.0, 0.02, 0), off=OFF)
+
+
+def test_moments_of_all_sizes(vulkan_bench):
+    """V is what two numbers of more than 32 bits differ by, in words with a borrow."""
+    check_normal(normalizing(vulkan_bench), means_of_all_sizes(), (0.05, 0.05, 3), off=OFF)
 
 
 @pytest.mark.parametrize("columns", [1, 3, 17, 64, 1000])
