@@ -261,7 +261,7 @@ def dots(w: int) -> str:
     if w not in _MADD:
         return text + plain
     bits, macro = _MADD[w]
-    return text + f"""#if defined({macro}) && defined(__has_builtin)
+    return text + f"""#if defined({macro}) && defined(__has_builtin) && !defined(PLAIN)
 #if __has_builtin(__builtin_ia32_pmaddwd{bits})
 #define PAIRS
 #endif
