@@ -156,8 +156,8 @@ def test_beyond_the_limit_sums_are_direct(device, monkeypatch):
     want = integers_of(what, x, given["weights"], *(given[n] for n in list(given)[1:]))
     with pytest.raises(InvariantError) as e:
         integers.convolution(what, CPU, **given, algorithm="winograd")
-    assert e.value.message == ("Winograd's algorithm is here for 3 x 3 taps, strides and dilations of 1, one group, and "
-                               "sums below 2**29")
+    assert e.value.message == ("Winograd's algorithm is here for 3 x 3 taps, strides and dilations of 1, one group, "
+                               "and sums below 2**29")
     assert e.value.facts == {"got": "3 x 3 taps, strides (1, 1), dilations (1, 1), 1 groups, sums up to 536993280",
                              "try": 'algorithm="direct": the bytes are the same'}
     np.testing.assert_array_equal(found_of(device, CPU, what, x, given, None), want)
@@ -178,9 +178,9 @@ def test_the_largest_sum_is_of_the_weights_at_hand():
     ({}, "winograd"), ({"strides": (2, 1)}, "direct"), ({"dilations": (1, 2)}, "direct"), ({"channels": 3}, "direct"),
     ({"groups": 2}, "direct"), ({"kernel": (3, 1)}, "direct")])
 def test_which_algorithm(changed, algorithm):
-    what = replace(layer(12, 12, 64, 64), **changed)
-    given = drawn(layer(1, 1, 1, 64))[1] | {
-        "weights": np.ones((64, *what.kernel, what.channels // what.groups), np.int8)}
+    what = replace(layer(28, 28, 128, 128), **changed)
+    given = drawn(layer(1, 1, 1, 128))[1] | {
+        "weights": np.ones((128, *what.kernel, what.channels // what.groups), np.int8)}
     lowered = integers.convolution(what, CPU, **given)
     assert ("patches" in lowered.scratch) == (algorithm == "winograd")
     if changed and changed != {"channels": 3}:

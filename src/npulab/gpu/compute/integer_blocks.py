@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -85,31 +85,51 @@ class Bytes:
     left: bool
 
 
-def tile_of(traits: Traits, rows: int, steps: int, columns: int, z: int) -> Tile:
-    """The model's first: least cycles of the core that has most to do."""
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Of a launch: rows, pairs of a sum, columns, products; and whether sums become bytes."""
+
+    rows: int
+    pairs: int
+    columns: int
+    z: int
+    ending: bool
+
+
+def tile_of(traits: Traits, size: Size) -> Tile:
+    """The model's first."""
     if not traits.cpu:
-        width = min(4, vectors.fitting(traits, columns) if traits.vector > 1 else 4)
-        across, down = vectors.split(vectors.group_items(traits), -(-columns // width), -(-rows // 4))
+        width = min(4, vectors.fitting(traits, size.columns) if traits.vector > 1 else 4)
+        across, down = vectors.split(vectors.group_items(traits), -(-size.columns // width), -(-size.rows // 4))
         return Tile(4, 1, width, 1, (across, down))
     width, registers = traits.vector, max(8, traits.registers // traits.vector)
-
-    def cycles(shape: tuple[int, int]) -> float:
-        down, across = shape
-        items = -(-rows // down) * -(-columns // (across * width)) * z
-        return -(-items // traits.compute_units) * (steps * (down * across + 0.3 * (down + across)) + _START
-                                                    + _ENDING * down * across)
-
-    shapes = [(r, v) for v in (1, 2, 3, 4) for r in range(1, 15) if (r + 1) * v + 2 <= registers]
-    down, across = min(shapes, key=cycles)
-    # a work item costs about 100 ns to begin
-    each = max(1, min(math.ceil(_LEAST / (steps * down * across)),
-                      -(-rows // down) * -(-columns // (across * width)) * z // (_TURNS * traits.compute_units)))
-    return Tile(down, across, width, each, (1, 1))
+    shapes = [Tile(r, v, width, 1, (1, 1)) for v in (1, 2, 3, 4) for r in range(1, 15) if (r + 1) * v + 2 <= registers]
+    tile = min(shapes, key=lambda t: cycles(traits, t, size))
+    items = -(-size.rows // tile.rows) * -(-size.columns // tile.columns) * size.z
+    each = min(math.ceil(_LEAST / (size.pairs * tile.rows * tile.vectors)), items // (_TURNS * traits.compute_units))
+    return replace(tile, each=max(1, each))
 
 
-_START, _ENDING, _LEAST, _TURNS = 60.0, 20.0, 4000.0, 8
-"""Cycles of a tile's beginning, and of each of its vectors that becomes bytes; cycles of a work item, and work items of a
-core, at least: assumed."""
+def cycles(traits: Traits, tile: Tile, size: Size) -> float:
+    """Of the core that has most to do, and until the weights are there."""
+    items = -(-size.rows // tile.rows) * -(-size.columns // tile.columns) * size.z
+    sums = tile.rows * tile.columns / (traits.vector if traits.cpu else _LANES)
+    loads = (tile.rows + tile.vectors) if traits.cpu else 0
+    each = size.pairs * (_PAIR * sums + _LOAD * loads) + _START + (_ENDING if size.ending else _STORE) * sums
+    return -(-items // traits.compute_units) * each + 4.0 * size.z * size.pairs * size.columns / _STREAMED
+
+
+LAUNCH, MOVED = 60_000.0, 14.0
+"""Cycles of one more launch; bytes a cycle of a core that are written and read again: measured on two cores of an AMD
+Zen 5 with PoCL 3.1, as are the next."""
+_PAIR, _LOAD, _START, _ENDING, _STORE = 0.6, 0.2, 60.0, 20.0, 3.0
+"""Cycles of a vector's pairs, of a load, of a tile's beginning, of a vector that becomes bytes, or does not."""
+_STREAMED = 24.0
+"""Bytes a cycle that weights come at, all cores together: fitted there to which algorithm was quicker in 25 layers."""
+_LEAST, _TURNS = 4000.0, 8
+"""Cycles of a work item, and work items of a core, at least."""
+_LANES = 16
+"""Of a GPU's core: as good as such a vector, assumed."""
 
 
 def pack(matrix: NDArray[Any], tile: Tile) -> NDArray[np.int16]:
@@ -121,13 +141,12 @@ def pack(matrix: NDArray[Any], tile: Tile) -> NDArray[np.int16]:
     return np.ascontiguousarray(padded.reshape(z, taps, pairs, 2, panels, tile.columns).transpose(0, 4, 1, 2, 5, 3))
 
 
-def pack_rescale(start: NDArray[Any], multipliers: NDArray[Any], shifts: NDArray[Any], z: int, width: int
-                 ) -> NDArray[np.int32]:
-    """Each [z * columns] -> [z, panels, 3, width], zeros behind the last. int32 wraps, here as in sums."""
-    table = np.array([start, multipliers, shifts], np.int64).reshape(3, z, -1)
-    columns = table.shape[2]
+def pack_rescale(table: NDArray[np.int64], z: int, width: int) -> NDArray[np.int32]:
+    """[3, z * columns] biases, multipliers, shifts -> [z, panels, 3, width], zeros behind the last. int32 wraps, as in
+    sums."""
+    columns = table.shape[1] // z
     padded = np.zeros((3, z, vectors.up(columns, width)), np.int64)
-    padded[:, :, :columns] = table
+    padded[:, :, :columns] = table.reshape(3, z, columns)
     return np.ascontiguousarray(padded.reshape(3, z, -1, width).transpose(1, 2, 0, 3).astype(np.int32))
 
 
@@ -139,8 +158,9 @@ def launch(rows: Rows, columns: Columns, tile: Tile, ending: Bytes | None, roles
     numbers = [rows.count, rows.inner, columns.count, panels, rows.pitch, columns.pitch, rows.step, columns.step,
                rows.out[1], rows.out[2], math.prod(rows.size), rows.size[1], *rows.strides,
                rows.dilations[0] * rows.size[1] * rows.pitch, rows.dilations[1] * rows.pitch]
+    weights = panels * tile.columns * rows.inner * math.prod(rows.taps)
     if max(*numbers, math.prod(rows.size) * rows.out[0] * rows.pitch, rows.step * columns.z,
-           rows.count * columns.pitch * columns.z, panels * tile.columns * rows.inner * math.prod(rows.taps)) > INDEX_MAX:
+           rows.count * columns.pitch * columns.z, weights) > INDEX_MAX:
         raise CapacityError(f"{label} has more elements than kernels count", want=INDEX_MAX)
     kernel = Kernel(_source(tile, rows.taps, ending, ending is not None and columns.count % tile.columns != 0), "block")
     names = ("rows", "weights", *(("rescale",) if ending else ()), "output")
@@ -149,8 +169,7 @@ def launch(rows: Rows, columns: Columns, tile: Tile, ending: Bytes | None, roles
     across, down = tile.group
     size = (vectors.up(panels, across), vectors.up(-(-rows.count // (tile.rows * tile.each)), down))
     size = size if tile.group != (1, 1) else size[::-1]  # on a CPU rows follow in time, the panel stays in its caches
-    traffic = 4 * (rows.step * columns.z + panels * tile.columns * rows.inner * math.prod(rows.taps) * columns.z)
-    traffic += (1 if ending else 4) * rows.count * columns.count * columns.z
+    traffic = 4 * (rows.step + weights) * columns.z + (1 if ending else 4) * rows.count * columns.count * columns.z
     return Launch(kernel, (*size, columns.z), (*tile.group, 1), tuple(arguments), label, operations, float(traffic))
 
 
@@ -165,14 +184,16 @@ def _source(tile: Tile, taps: tuple[int, int], ending: Bytes | None, ragged: boo
             f"            {{ int a = a{m}[{k}]; " + " ".join(f"DOT(c{m}_{n}, a, w{n});" for n in ns) + " }"
             for m in ms) + " }"
 
-    loops = "".join(f"        for (int k{a} = 0; k{a} < {t}; k{a}++)\n" for a, t in zip("yx", taps, strict=True) if t > 1)
-    tap = " + ".join(f"k{a} * tap_{a}" for a, t in zip("yx", taps, strict=True) if t > 1) or "0"
+    many = [(a, t) for a, t in zip("yx", taps, strict=True) if t > 1]
+    loops = "".join(f"        for (int k{a} = 0; k{a} < {t}; k{a}++)\n" for a, t in many)
+    tap = " + ".join(f"k{a} * tap_{a}" for a, _ in many) or "0"
     pixels = "\n".join(
         f"        int p{m} = min(first + {m}, rows - 1), q{m} = p{m} / out_width, b{m} = q{m} / out_height;\n"
         f"        __global const int *restrict r{m} = input + ((size_t)b{m} * plane + (q{m} - b{m} * out_height) * "
         f"stride_y * width + (p{m} - q{m} * out_width) * stride_x) * pitch;" for m in ms)
-    ends = "\n".join(f"        if (first + {m} < rows) {{\n            __global {'char' if ending else 'int'} *to = output "
-                     f"+ (size_t)(first + {m}) * out_pitch + panel * {wide};\n"
+    number = "char" if ending else "int"
+    ends = "\n".join(f"        if (first + {m} < rows) {{\n"
+                     f"            __global {number} *to = output + (size_t)(first + {m}) * out_pitch + panel * {wide};\n"
                      + "\n".join(f"            {_store(ending, ragged, f'c{m}_{n}', n, w)}" for n in ns)
                      + "\n        }" for m in ms)
     rescale = "\n".join(f"    I {name}{n} = {load(w, f'rescale + {(i * tile.vectors + n) * w}')};"
@@ -183,8 +204,8 @@ def _source(tile: Tile, taps: tuple[int, int], ending: Bytes | None, ragged: boo
     return f"""{dots(w)}{requantized(w, ending) if ending else ""}
 __kernel {vectors.attribute((*tile.group, 1))} void block(__global const int *restrict input,
         __global const int *restrict weights, {"__global const int *restrict rescale, " if ending else ""}
-        __global {"char" if ending else "int"} *restrict output, int rows, int inner, int columns, int panels, int pitch,
-        int out_pitch, int step, int out_step, int out_height, int out_width, int plane, int width, int stride_y,
+        __global {number} *restrict output, int rows, int inner, int columns, int panels, int pitch, int out_pitch, int step,
+        int out_step, int out_height, int out_width, int plane, int width, int stride_y,
         int stride_x, int tap_y, int tap_x) {{
     int panel = get_global_id({across}), z = get_global_id(2);
     if (panel >= panels) return;
@@ -235,7 +256,7 @@ def store(w: int, value: str, at: str) -> str:
 
 
 def stores(name: str, of: str, w: int) -> str:
-    """name(v, p): `w` chars or shorts to p. In one piece: PoCL's vstore16 of them is as many stores as there are lanes."""
+    """name(v, p): `w` chars or shorts to p, in one piece: PoCL's vstore16 of them is sixteen stores."""
     if w == 1:
         return f"inline void {name}({of} v, __global {of} *p) {{ *p = v; }}\n"
     return f"""#ifdef __clang__
@@ -254,7 +275,7 @@ _MADD = {16: ("512", "__AVX512BW__"), 8: ("256", "__AVX2__"), 4: ("128", "__SSE2
 def dots(w: int) -> str:
     """I: `w` ints. DOT(c, a, b): of each lane c += the product of a's and b's low halves + that of the high halves."""
     n = "" if w == 1 else str(w)
-    plain = f"""#define LOW(x) ((x) << 16 >> 16)
+    plain = """#define LOW(x) ((x) << 16 >> 16)
 #define DOT(c, a, b) c += (I)(LOW(a)) * LOW(b) + (I)((a) >> 16) * ((b) >> 16)
 """
     text = f"typedef int{n} I;\n"

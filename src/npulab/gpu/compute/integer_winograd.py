@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npulab.gpu.compute import integer_blocks, tiles, vectors
-from npulab.gpu.compute.integer_blocks import Bytes, load
+from npulab.gpu.compute.integer_blocks import Bytes, Size, load
 from npulab.gpu.compute.problems import Convolution
 from npulab.gpu.compute.types import Argument, Buffer, Kernel, Launch, Lowered, Traits
 from npulab.gpu.compute.winograd import matrices
@@ -35,7 +35,7 @@ SIZE, POINTS = 2, 16
 def most(what: Convolution, weights: NDArray[Any], zero_in: int) -> int:
     """The largest |sum| without a bias that bytes can make of these weights: it is reached."""
     w = weights.reshape(what.filters, -1).astype(np.int64)
-    ends = [w * (byte - int(zero_in)) for byte in (-128, 127)]
+    ends = [w * (byte - zero_in) for byte in (-128, 127)]
     return int(max(np.maximum(*ends).sum(1).max(), -np.minimum(*ends).sum(1).min()))
 
 
@@ -43,13 +43,26 @@ def suits(what: Convolution, weights: NDArray[Any], zero_in: int) -> bool:
     return tiles.suits_winograd(what) and most(what, weights, zero_in) < 1 << 29
 
 
+def cycles(what: Convolution, traits: Traits) -> float:
+    """Of the launches, by a model."""
+    size = _size(what)
+    moved = POINTS * size.rows * (4 * what.channels + 8 * what.filters) / integer_blocks.MOVED
+    return (integer_blocks.cycles(traits, integer_blocks.tile_of(traits, size), size)
+            + moved / traits.compute_units + 3 * integer_blocks.LAUNCH)
+
+
+def _size(what: Convolution) -> Size:
+    patches = what.batch * math.prod(-(-n // SIZE) for n in what.out)
+    return Size(patches, -(-what.channels // 2), what.filters, POINTS, False)
+
+
 def lower(what: Convolution, traits: Traits, weights: NDArray[Any], zero_in: int, rescale: NDArray[np.int32],
           ending: Bytes) -> Lowered:
     """What `suits`, of checked arguments. rescale: [3, filters] biases, multipliers, shifts."""
     height, width = what.out
     grid = -(-height // SIZE), -(-width // SIZE)
-    patches, pairs = what.batch * math.prod(grid), -(-what.channels // 2)
-    tile = integer_blocks.tile_of(traits, patches, pairs, what.filters, POINTS)
+    size = _size(what)
+    patches, pairs, tile = size.rows, size.pairs, integer_blocks.tile_of(traits, size)
     pitch = vectors.up(what.filters, tile.columns)
     g = np.array([[2 * x for x in row] for row in matrices(SIZE)[1]], np.int64)
     u = np.einsum("ay,bx,oyxi->abio", g, g, weights.astype(np.int64)).reshape(POINTS, 1, what.channels, what.filters)
@@ -82,7 +95,8 @@ def _to_patches(what: Convolution, traits: Traits, grid: tuple[int, int], pitch:
               for i in range(n) for j in range(n)]
     body = "\n".join(lines)
     source = f"""typedef short{many} P;
-{integer_blocks.stores("put", "short", w)}__kernel void to_patches(__global const char *restrict input, __global short *restrict patches, int channels,
+{integer_blocks.stores("put", "short", w)}
+__kernel void to_patches(__global const char *restrict input, __global short *restrict patches, int channels,
         int height, int width, int down, int across, int top, int left, int parts, int pitch, int work, int each) {{
     int begin = get_global_id(0) * each, end = min(begin + each, work);
     size_t plane = (size_t)(work / parts) * pitch;
@@ -155,4 +169,5 @@ def _launch(kernel: Kernel, roles: Sequence[str], numbers: Sequence[int], row: i
 
 def _sum(factors: Sequence[Fraction], names: Sequence[str]) -> str:
     """Factors are 1, -1 and 0."""
-    return "".join(f" {'+' if f > 0 else '-'} {x}" for f, x in zip(factors, names, strict=True) if f).removeprefix(" + ")
+    terms = [f" {'+' if f > 0 else '-'} {x}" for f, x in zip(factors, names, strict=True) if f]
+    return "".join(terms).removeprefix(" + ")

@@ -9,7 +9,8 @@
 
 with the two roundings of MultiplyByQuantizedMultiplier: a rounding doubling high product, ties up, then a rounding
 division by a power of two, ties away from 0 (tensorflow/lite/kernels/internal/common.h; npulab.reference.requantize).
-The zero point is folded into the bias: padding is read as zero_in, so that every sum lacks the same zero_in S w.
+Sums are of pairs of int16 (`integer_blocks`), by 3 x 3 taps also by Winograd's algorithm (`integer_winograd`): the
+bytes are the same.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from numpy.typing import NDArray
 from npulab.errors import InvariantError, UnsupportedError
 from npulab.gpu.compute import convolution as floats
 from npulab.gpu.compute import integer_blocks, integer_winograd, vectors
-from npulab.gpu.compute.integer_blocks import Bytes, load
+from npulab.gpu.compute.integer_blocks import Bytes, Size, load
 from npulab.gpu.compute.problems import Convolution
 from npulab.gpu.compute.types import Argument, Buffer, Kernel, Launch, Lowered, Traits
 
 Algorithm = Literal["direct", "winograd"]
 PIXELS = 6
-"""Of a row at a time, on a CPU: each with one vector of filters."""
+"""Of a row at a time where groups are single channels, on a CPU: each with one vector of filters."""
 
 
 def product(batch: int, rows: int, inner: int, columns: int, traits: Traits, weights: NDArray[Any],
@@ -47,11 +48,12 @@ def convolution(what: Convolution, traits: Traits, weights: NDArray[Any], bias: 
                 algorithm: Algorithm | None = None) -> Lowered:
     """weights: int8 OHWI [filters, *kernel, channels // groups], zero point 0; bias: int32 [filters].
     multipliers (0 or 2**30..2**31 - 1), shifts (-31..30): of each filter. Activations are in low and high. Without an
-    algorithm the likely quicker one; the bytes are the same.
+    algorithm the likely quicker one.
 
     Raises: as `checked`; InvariantError for Winograd's algorithm where `integer_winograd.suits` says no.
     """
     checked(what, weights, bias, zero_in, multipliers, shifts, zero_out, low, high)
+    zero_in = int(zero_in)
     suits = integer_winograd.suits(what, weights, zero_in)
     if algorithm == "winograd" and not suits:
         raise InvariantError(
@@ -61,15 +63,18 @@ def convolution(what: Convolution, traits: Traits, weights: NDArray[Any], bias: 
             try_='algorithm="direct": the bytes are the same')
     ending = Bytes(int(zero_out), int(low), int(high), bool(max(shifts) > 0))
     rescale = np.array([np.zeros(what.filters) if bias is None else bias, multipliers, shifts], np.int64)
-    if algorithm == "winograd" or (algorithm is None and suits and _quicker(what)):
+    if algorithm == "winograd" or (algorithm is None and suits and _quicker(what, traits)):
         return integer_winograd.lower(what, traits, weights, zero_in, rescale.astype(np.int32), ending)
     if what.groups == what.channels > 1:
         return _depthwise(what, traits, weights, zero_in, rescale, ending)
     return _direct(what, traits, weights, zero_in, rescale, ending)
 
 
-def _quicker(what: Convolution) -> bool:
-    return what.channels >= 16 and what.filters >= 16
+def _quicker(what: Convolution, traits: Traits) -> bool:
+    """Winograd's algorithm than direct sums, of what has 3 x 3 taps, by a model of cycles."""
+    size = Size(what.batch * math.prod(what.out), 9 * vectors.up(what.channels, 2) // 2, what.filters, 1, True)
+    direct = integer_blocks.cycles(traits, integer_blocks.tile_of(traits, size), size) + 2 * integer_blocks.LAUNCH
+    return integer_winograd.cycles(what, traits) < direct
 
 
 def _direct(what: Convolution, traits: Traits, weights: NDArray[Any], zero_in: int, rescale: NDArray[np.int64],
@@ -85,12 +90,13 @@ def _direct(what: Convolution, traits: Traits, weights: NDArray[Any], zero_in: i
         matrix, taps = matrix.reshape(1, kh, kw * even, filters), (kh, 1)
     pairs = matrix.shape[2] // 2
     out, pitch = (what.batch, *what.out), groups * even // 2
-    tile = integer_blocks.tile_of(traits, math.prod(out), pairs * math.prod(taps), filters, groups)
+    tile = integer_blocks.tile_of(traits, Size(math.prod(out), pairs * math.prod(taps), filters, groups, True))
     rows = integer_blocks.Rows(out, size, pairs, pitch, even // 2, taps, what.strides, what.dilations)
     columns = integer_blocks.Columns(filters, groups, what.filters, filters)
     label = f"int8 {kh}x{kw} convolution {what.channels} to {what.filters}"
-    constants = {"weights": integer_blocks.pack(matrix, tile),
-                 "rescale": integer_blocks.pack_rescale(*rescale, groups, tile.columns)}
+    constants: dict[str, NDArray[Any]] = {
+        "weights": integer_blocks.pack(matrix, tile),
+        "rescale": integer_blocks.pack_rescale(rescale, groups, tile.columns)}
     return Lowered((_widening(what, traits, size, even, zero_in),
                     integer_blocks.launch(rows, columns, tile, ending,
                                           {"rows": "wide", "weights": "weights", "rescale": "rescale",
@@ -106,7 +112,8 @@ def _widening(what: Convolution, traits: Traits, size: tuple[int, int], even: in
     many, pitch, each = "" if w == 1 else str(w), what.groups * even, size[1] if traits.cpu else 1
     group = (1, 1) if traits.cpu else vectors.split(vectors.group_items(traits), size[1], what.batch * size[0])
     source = f"""typedef short{many} P;
-{integer_blocks.stores("put", "short", w)}__kernel {vectors.attribute(group)} void widen(__global const char *restrict input, __global short *restrict wide,
+{integer_blocks.stores("put", "short", w)}
+__kernel {vectors.attribute(group)} void widen(__global const char *restrict input, __global short *restrict wide,
         int height, int width, int padded_height, int padded_width, int rows) {{
     int row = get_global_id(1), begin = get_global_id(0) * {each}, end = min(begin + {each}, padded_width);
     if (row >= rows) return;
@@ -144,8 +151,9 @@ def _depthwise(what: Convolution, traits: Traits, weights: NDArray[Any], zero_in
     each = tiles if traits.cpu else 1
     group = (1, 1, 1) if traits.cpu else (*vectors.split(vectors.group_items(traits), strips, tiles), 1)
     start = rescale[0] - zero_in * weights.reshape(what.filters, -1).astype(np.int64).sum(1)
-    constants = {"weights": np.ascontiguousarray(weights.transpose(1, 2, 3, 0), np.int8),
-                 "rescale": np.array([start, *rescale[1:]]).astype(np.int32)}  # int32 wraps, here as there
+    constants: dict[str, NDArray[Any]] = {
+        "weights": np.ascontiguousarray(weights.transpose(1, 2, 3, 0), np.int8),
+        "rescale": np.array([start, *rescale[1:]]).astype(np.int32)}  # int32 wraps, here as there
     kernel = Kernel(_source(what, w, pixels, each, group, zero_in, ending), "convolve")
     arguments: tuple[Argument, ...] = (
         Buffer("input"), *(Buffer(r) for r in constants), Buffer("output"),
@@ -201,7 +209,7 @@ def whole(name: str, array: NDArray[Any], least: int, most: int, kind: str = "wh
 
 def _source(what: Convolution, w: int, pixels: int, each: int, group: tuple[int, ...], zero_in: int, ending: Bytes
             ) -> str:
-    """The zero point is folded into the bias: padding is read as zero_in, so that every sum lacks the same zero_in S w."""
+    """The zero point is in the bias: padding is read as zero_in, so that every sum lacks the same zero_in S w."""
     n = "" if w == 1 else str(w)
     (kh, kw), (sy, sx), (dy, dx), (top, left) = what.kernel, what.strides, what.dilations, what.pads[:2]
     many = what.filters // what.channels
