@@ -193,7 +193,7 @@ def _source(tile: Tile, taps: tuple[int, int], ending: Bytes | None, ragged: boo
         f"stride_y * width + (p{m} - q{m} * out_width) * stride_x) * pitch;" for m in ms)
     number = "char" if ending else "int"
     ends = "\n".join(f"        if (first + {m} < rows) {{\n"
-                     f"            __global {number} *to = output + (size_t)(first + {m}) * out_pitch + panel * {wide};\n"
+                     f"            __global {number} *to = output + (size_t)(first + {m}) * out_pitch + column;\n"
                      + "\n".join(f"            {_store(ending, ragged, f'c{m}_{n}', n, w)}" for n in ns)
                      + "\n        }" for m in ms)
     rescale = "\n".join(f"    I {name}{n} = {load(w, f'rescale + {(i * tile.vectors + n) * w}')};"
@@ -204,8 +204,8 @@ def _source(tile: Tile, taps: tuple[int, int], ending: Bytes | None, ragged: boo
     return f"""{dots(w)}{requantized(w, ending) if ending else ""}
 __kernel {vectors.attribute((*tile.group, 1))} void block(__global const int *restrict input,
         __global const int *restrict weights, {"__global const int *restrict rescale, " if ending else ""}
-        __global {number} *restrict output, int rows, int inner, int columns, int panels, int pitch, int out_pitch, int step,
-        int out_step, int out_height, int out_width, int plane, int width, int stride_y,
+        __global {number} *restrict output, int rows, int inner, int columns, int panels, int pitch,
+        int out_pitch, int step, int out_step, int out_height, int out_width, int plane, int width, int stride_y,
         int stride_x, int tap_y, int tap_x) {{
     int panel = get_global_id({across}), z = get_global_id(2);
     if (panel >= panels) return;
@@ -213,7 +213,7 @@ __kernel {vectors.attribute((*tile.group, 1))} void block(__global const int *re
     output += (size_t)z * out_step;
     weights += ((size_t)z * panels + panel) * inner * {math.prod(taps) * wide};
 {moved}
-    int left = columns - panel * {wide};
+    int column = panel * {wide}, left = columns - column;
     for (int t = 0; t < {tile.each}; t++) {{
         int first = ((int)get_global_id({1 - across}) * {tile.each} + t) * {tile.rows};
         if (first >= rows) return;
