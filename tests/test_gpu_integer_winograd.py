@@ -159,7 +159,7 @@ def test_beyond_the_limit_sums_are_direct(device, monkeypatch):
     assert e.value.message == ("Winograd's algorithm is here for 3 x 3 taps, strides and dilations of 1, one group, "
                                "and sums below 2**29")
     assert e.value.facts == {"got": "3 x 3 taps, strides (1, 1), dilations (1, 1), 1 groups, sums up to 536993280",
-                             "try": 'algorithm="direct": the bytes are the same'}
+                             "try": "direct sums: the bytes are the same"}
     np.testing.assert_array_equal(found_of(device, CPU, what, x, given, None), want)
     monkeypatch.setattr(integer_winograd, "suits", lambda *_: True)
     assert (found_of(device, CPU, what, x, given) != want).any()  # the limit is one
@@ -191,10 +191,17 @@ def test_which_algorithm(changed, algorithm):
 # that these tests see what is wrong
 
 
-@pytest.mark.parametrize(("which", "at"), [(0, (1, 2)), (1, (2, 1)), (2, (3, 1))])
-def test_a_wrong_entry_is_seen(device, monkeypatch, which, at):
+def flipped(which, at):
+    """A^T, G and B^T with one sign that is wrong."""
     wrong = [[list(row) for row in matrix] for matrix in matrices(2)]
     wrong[which][at[0]][at[1]] *= Fraction(-1)
+    return wrong
+
+
+@pytest.mark.parametrize(("which", "at"), [(0, (1, 2)), (1, (2, 1)), (2, (3, 1))])
+def test_a_wrong_entry_is_seen(device, monkeypatch, which, at):
+    wrong = flipped(which, at)
+    assert wrong[which][at[0]][at[1]]
     monkeypatch.setattr(integer_winograd, "matrices", lambda m: wrong)
     with pytest.raises(AssertionError, match="not equal"):
         check(device, CPU, LAYERS["odd"], *drawn(LAYERS["odd"]))

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from npulab.errors import InvariantError
 from npulab.gpu.compute import integer_blocks, tiles, vectors
 from npulab.gpu.compute.integer_blocks import Bytes, Size, load
 from npulab.gpu.compute.problems import Convolution
@@ -41,6 +42,23 @@ def most(what: Convolution, weights: NDArray[Any], zero_in: int) -> int:
 
 def suits(what: Convolution, weights: NDArray[Any], zero_in: int) -> bool:
     return tiles.suits_winograd(what) and most(what, weights, zero_in) < 1 << 29
+
+
+def checked(what: Convolution, weights: NDArray[Any], zero_in: int) -> None:
+    """Raises: InvariantError for what does not `suits`."""
+    if not suits(what, weights, zero_in):
+        raise InvariantError(
+            "Winograd's algorithm is here for 3 x 3 taps, strides and dilations of 1, one group, and sums below 2**29",
+            got=f"{what.kernel[0]} x {what.kernel[1]} taps, strides {what.strides}, dilations {what.dilations}, "
+                f"{what.groups} groups, sums up to {most(what, weights, zero_in)}",
+            try_="direct sums: the bytes are the same")
+
+
+def transformed(weights: NDArray[Any]) -> NDArray[np.int64]:
+    """[points, channels, filters] 2 G g (2 G)^T."""
+    g = np.array([[2 * x for x in row] for row in matrices(SIZE)[1]], np.int64)
+    u: NDArray[np.int64] = np.einsum("ay,bx,oyxi->abio", g, g, weights.astype(np.int64))
+    return u.reshape(POINTS, *u.shape[2:])
 
 
 def cycles(what: Convolution, traits: Traits) -> float:
@@ -64,11 +82,10 @@ def lower(what: Convolution, traits: Traits, weights: NDArray[Any], zero_in: int
     size = _size(what)
     patches, pairs, tile = size.rows, size.pairs, integer_blocks.tile_of(traits, size)
     pitch = vectors.up(what.filters, tile.columns)
-    g = np.array([[2 * x for x in row] for row in matrices(SIZE)[1]], np.int64)
-    u = np.einsum("ay,bx,oyxi->abio", g, g, weights.astype(np.int64)).reshape(POINTS, 1, what.channels, what.filters)
     rows = integer_blocks.Rows((1, 1, patches), (1, patches), pairs, pairs, patches * pairs)
     columns = integer_blocks.Columns(what.filters, POINTS, pitch, patches * pitch)
-    constants: dict[str, NDArray[Any]] = {"weights": integer_blocks.pack(u, tile), "rescale": rescale}
+    u = integer_blocks.pack(transformed(weights)[:, None], tile)
+    constants: dict[str, NDArray[Any]] = {"weights": u, "rescale": rescale}
     scratch = {"patches": 4 * POINTS * patches * pairs, "products": 4 * POINTS * patches * pitch}
     product = integer_blocks.launch(rows, columns, tile, None,
                                     {"rows": "patches", "weights": "weights", "output": "products"},

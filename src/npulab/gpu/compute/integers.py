@@ -54,16 +54,13 @@ def convolution(what: Convolution, traits: Traits, weights: NDArray[Any], bias: 
     """
     checked(what, weights, bias, zero_in, multipliers, shifts, zero_out, low, high)
     zero_in = int(zero_in)
-    suits = integer_winograd.suits(what, weights, zero_in)
-    if algorithm == "winograd" and not suits:
-        raise InvariantError(
-            "Winograd's algorithm is here for 3 x 3 taps, strides and dilations of 1, one group, and sums below 2**29",
-            got=f"{what.kernel[0]} x {what.kernel[1]} taps, strides {what.strides}, dilations {what.dilations}, "
-                f"{what.groups} groups, sums up to {integer_winograd.most(what, weights, zero_in)}",
-            try_='algorithm="direct": the bytes are the same')
+    if algorithm == "winograd":
+        integer_winograd.checked(what, weights, zero_in)
+    elif algorithm is None and integer_winograd.suits(what, weights, zero_in) and _quicker(what, traits):
+        algorithm = "winograd"
     ending = Bytes(int(zero_out), int(low), int(high), bool(max(shifts) > 0))
     rescale = np.array([np.zeros(what.filters) if bias is None else bias, multipliers, shifts], np.int64)
-    if algorithm == "winograd" or (algorithm is None and suits and _quicker(what, traits)):
+    if algorithm == "winograd":
         return integer_winograd.lower(what, traits, weights, zero_in, rescale.astype(np.int32), ending)
     if what.groups == what.channels > 1:
         return _depthwise(what, traits, weights, zero_in, rescale, ending)
