@@ -273,7 +273,8 @@ _MADD = {16: ("512", "__AVX512BW__"), 8: ("256", "__AVX2__"), 4: ("128", "__SSE2
 
 
 def dots(w: int) -> str:
-    """I: `w` ints. DOT(c, a, b): of each lane c += the product of a's and b's low halves + that of the high halves."""
+    """I: `w` ints. DOT(c, a, b): of each lane c += the product of a's and b's low halves + that of the high halves;
+    where PLAIN is defined, as if the compiler had no builtin."""
     n = "" if w == 1 else str(w)
     plain = """#define LOW(x) ((x) << 16 >> 16)
 #define DOT(c, a, b) c += (I)(LOW(a)) * LOW(b) + (I)((a) >> 16) * ((b) >> 16)
