@@ -28,6 +28,7 @@ from npulab.gpu.compute.attention_cpu import STEP_MOST
 from npulab.gpu.compute.problems import Attention, Convolution, LayerNorm, Softmax
 from npulab.gpu.compute.types import Activation, Buffer, Kernel, Launch, Lowered, Traits
 from npulab.reference import requantize
+from test_gpu_kernels import any_convolution
 
 EPS = 2.0**-24
 HALF = 2.0**-11
@@ -577,7 +578,7 @@ GROUPS = {
 }
 
 
-def check_integers(device, traits, what: Convolution, seed=0, shifts=None, big=False, low=-128, high=127):
+def check_integers(device, traits, what: Convolution, seed=0, shifts=None, big=False, low=-128, high=127, few=False):
     rng = np.random.default_rng(seed)
     x = rng.integers(-128, 128, (what.batch, what.height, what.width, what.channels)).astype(np.int8)
     w = rng.integers(-127, 128, (what.filters, *what.kernel, what.channels // what.groups)).astype(np.int8)
@@ -589,7 +590,7 @@ def check_integers(device, traits, what: Convolution, seed=0, shifts=None, big=F
     shape = (what.batch, *what.out, what.filters)
     found = computed(device, lowered, [x], shape, "int8")
     want = integers_of(what, x, w, bias, zero_in, m, shifts, zero_out, low, high)
-    assert big or len(np.unique(want)) > 20
+    assert big or few or len(np.unique(want)) > 20
     assert (found == want).all()
 
 
@@ -630,6 +631,14 @@ def test_integer_products(device, traits):
 @turns("name", GROUPS)
 def test_integers_in_groups(device, traits, name):
     check_integers(device, traits, GROUPS[name], 3)
+
+
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_integers(device, data):
+    what = any_convolution(data, residual=False, number="int8")
+    kind, seed = data.draw(st.sampled_from(sorted(TRAITS))), data.draw(st.integers(0, 99))
+    check_integers(device, TRAITS[kind], what, seed, few=True)
 
 
 @pytest.mark.parametrize("name", ["small cpu", "mali"])
