@@ -18,6 +18,7 @@ from npulab.gpu.compute import (
     modules_attention,
     modules_convolution,
     modules_integer_rows,
+    modules_integer_winograd,
     modules_integers,
     modules_products,
     modules_rows,
@@ -59,6 +60,8 @@ def layers(halves: bool) -> Iterator[tuple[str, str, Layer, float]]:
     conv = Convolution(1, 56, 56, 64, 64, (3, 3), pads=(1, 1, 1, 1), number="int8")
     rest = (None, 3, [1 << 30] * 64, [-8] * 64, 0)
     yield "3x3 56x56 64-64", "int8", modules_integers.convolution(conv, bytes_, *rest), conv.operations
+    yield ("3x3 56x56 64-64, F(2x2)", "int8", modules_integer_winograd.convolution(conv, bytes_, *rest),
+           conv.operations)
     square = r.integers(-127, 128, (256, 256)).astype(np.int8)
     layer = modules_integers.product(1, 256, 256, 256, square, None, 3, [1 << 30] * 256, [-8] * 256, 0)
     yield "product 256 256 256", "int8", layer, 2.0 * 256**3
