@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from npulab.gpu.counting import intel, pocl, ptx
+from npulab.gpu.counting import intel, pocl, ptx, rusticl
 from npulab.gpu.counting.mix import Argument, Counted, NotRead, Picture
 
 TURNS = "turns"
@@ -37,6 +37,8 @@ def count(cl: Any, queue: Any, source: str, name: str, size: Sequence[int], grou
     if ptx.is_ptx(binary):
         return ptx.count(binary, name, size, group, told, turns)
     if not binary.startswith(pocl.MAGIC) and not intel.is_intel(binary):
+        if rusticl.is_rusticl(binary):
+            return rusticl.count(binary, name, size, group, told, turns)
         return Counted(None, why="the driver's binary is of no known kind")
     try:
         import capstone  # noqa: F401
