@@ -6,10 +6,13 @@ import re
 import shutil
 import struct
 import subprocess
+import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from npulab.gpu import kernels, opencl
+from npulab.gpu import counting, kernels, opencl
 from npulab.gpu.counting import SUMS, rusticl, source, spirv
 from npulab.gpu.types import Timing
 from scripts import loaded
@@ -264,6 +267,26 @@ def test_a_module_is_found_wherever_it_is(module, before, behind):
     assert rusticl.is_rusticl(binary)
     assert list(rusticl.modules(binary)) == [module]
     assert rusticl.count(binary, *LAUNCHED).mix == MIX
+
+
+def test_a_driver_is_told_by_what_it_keeps(module, monkeypatch):
+    """Capstone is for machine code alone."""
+    class Kept(SimpleNamespace):
+        def get_info(self, _):
+            return [kept(module)]
+
+        def k(self, queue, size, group, *arguments):
+            return SimpleNamespace(wait=lambda: None)
+
+    class Buffer:
+        pass
+
+    cl = SimpleNamespace(Program=lambda *_: SimpleNamespace(build=lambda **_: Kept()), Buffer=Buffer,
+                         Error=RuntimeError, program_info=SimpleNamespace(BINARIES=0))
+    monkeypatch.setitem(sys.modules, "capstone", None)
+    c = counting.count(cl, SimpleNamespace(context=None), "__kernel void k(__global float *out, uint turns) {}", "k",
+                       (8,), (4,), [Buffer(), np.uint32(5)])
+    assert (c.mix, source(c)) == (MIX, "work counted in SPIR-V, as the driver is given it")
 
 
 def test_one_of_several_modules_is_not_chosen(module, assembled):

@@ -34,17 +34,21 @@ def count(cl: Any, queue: Any, source: str, name: str, size: Sequence[int], grou
         return Counted(None, why=str(e))
     except cl.Error as e:
         return Counted(None, why=f"the driver does not give its binary: {str(e).strip()[:120]}")
-    if ptx.is_ptx(binary):
-        return ptx.count(binary, name, size, group, told, turns)
-    if not binary.startswith(pocl.MAGIC) and not intel.is_intel(binary):
-        if rusticl.is_rusticl(binary):
-            return rusticl.count(binary, name, size, group, told, turns)
+    if binary.startswith(pocl.MAGIC):
+        read = pocl.count
+    elif intel.is_intel(binary):
+        read = intel.count
+    elif ptx.is_ptx(binary):
+        read = ptx.count
+    elif rusticl.is_rusticl(binary):
+        read = rusticl.count
+    else:
         return Counted(None, why="the driver's binary is of no known kind")
-    try:
-        import capstone  # noqa: F401
-    except ImportError:
-        return Counted(None, why=NO_CAPSTONE)
-    read = intel.count if intel.is_intel(binary) else pocl.count
+    if read in (pocl.count, intel.count):
+        try:
+            import capstone  # noqa: F401
+        except ImportError:
+            return Counted(None, why=NO_CAPSTONE)
     return read(binary, name, size, group, told, turns)
 
 
