@@ -43,7 +43,10 @@ def kernel(what: Attention, traits: Traits, choice: Mapping[str, int], factors: 
                             f"{what.depth} and {what.width}", want=f"at most {STACK}")
     n = "" if w == 1 else w
     text = f"typedef float{n} V;\ntypedef int{n} I;\n" + vectors.exponential2(w) + _pairs(w)
-    text += f"#define ROUNDED(x) (as_int{n}(fma(x, (V)({STEPS}.0f), (V)(12582912.0f))) - 0x4b400000)  // 1.5 * 2**23\n"
+    text += f"""I rounded(V x) {{  // in the lowest bits of a number around 1.5 * 2**23
+    return as_int{n}(fma(x, (V)({STEPS}.0f), (V)(12582912.0f))) - 0x4b400000;
+}}
+"""
     text += "".join(kind.text() for kind in kinds)
     end = f"else tile_{last}(q, k, v, o, {tiles * many * w}, queries, keys, factor, gain);" if last else ""
     groups = tiles + bool(last)
@@ -199,7 +202,7 @@ void tile_{many}(__global const char *q, __global const char *k, __global const 
             lines.append(f"""            {{
                 V a = exponential2(convert_float{n_}(room[i * {many} + {n}] - top{n}) * factor);
                 V b = exponential2(convert_float{n_}(room[(i + 1) * {many} + {n}] - top{n}) * factor);
-                I pair = (ROUNDED(a) + (ROUNDED(b) << 16)) & mask;{hidden}
+                I pair = (rounded(a) + (rounded(b) << 16)) & mask;{hidden}
                 more{n} = pairs(more{n}, pair, (I)(0x10001));
                 room[i / 2 * {many} + {n}] = pair;
             }}""")

@@ -17,7 +17,7 @@ from npulab.gpu.compute.types import Kernel, Traits
 if TYPE_CHECKING:
     from npulab.gpu.compute.integer_attention import Factors
 
-SHAPES = ((16, 16, 4), (8, 8, 4), (16, 4, 4), (8, 8, 2), (8, 4, 2), (4, 4, 2), (4, 4, 1), (4, 1, 1))
+SHAPES = ((16, 16, 4), (8, 8, 4), (16, 4, 4), (8, 8, 2), (8, 4, 2), (4, 4, 2), (4, 2, 2), (4, 1, 1))
 """Across, down, each: the first that has room is taken."""
 STEPS = 255
 """Of a share: 1 is so many."""
