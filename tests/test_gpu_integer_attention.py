@@ -9,10 +9,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from npulab.errors import CapacityError, InvariantError, UnsupportedError
-from npulab.gpu.compute import attention, checks, integer_attention, integer_attention_cpu, integer_attention_gpu
+from npulab.gpu.compute import attention, checks, integer_attention, integer_attention_cpu, integer_attention_gpu, modules_integer_attention
+from npulab.gpu.compute.modules import run
 from npulab.gpu.compute.problems import Attention
 from npulab.gpu.compute.types import Kernel
 from test_gpu_attention import CPU, GPU, SMALL_CPU, computed, turns
+from test_gpu_modules import unpadded, valid
 
 STEPS = {True: integer_attention_cpu.STEPS, False: integer_attention_gpu.STEPS}
 SCALES, ZEROS, OUT = (0.02, 0.03, 0.04), (5, -7, 11), (0.02, -9)
@@ -273,3 +275,89 @@ def test_a_group_has_the_local_memory_that_is_counted():
         fit = next(s for s in integer_attention_gpu.SHAPES if s[0] * s[1] <= 8)
         assert len(sizes) == 4
         assert 4 * sum(map(int, sizes)) == integer_attention_gpu.local_bytes(what, *fit)
+
+
+# as SPIR-V
+
+
+def over_vulkan(bench, what, inputs, scales=SCALES, zeros=ZEROS, out=OUT, local_bytes=1 << 14):
+    layer = modules_integer_attention.attention(what, scales, zeros, *out, local_bytes)
+    found, _ = run(bench, layer, dict(zip(("input", "input1", "input2"), inputs, strict=True)))
+    unpadded(found)
+    return found
+
+
+def off_vulkan(what, found, inputs, **more):
+    given = {"scales": SCALES, "zeros": ZEROS, "out": OUT} | more
+    want, bound = checks.integer_attention(what, *inputs, given["scales"], given["zeros"], *given["out"],
+                                           modules_integer_attention.STEPS)
+    return (np.abs(found - want) / bound).max()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_int8_attention_over_vulkan(vulkan_bench, name):
+    what = CASES[name]
+    inputs = drawn(what)
+    found = over_vulkan(vulkan_bench, what, inputs)
+    assert what.keys == 1 or len(np.unique(found)) > 3
+    assert off_vulkan(what, found, inputs) <= 1
+
+
+@pytest.mark.parametrize("scale", [1e30, 0.0, 1.0])
+def test_extremes_over_vulkan(vulkan_bench, scale):
+    """Scores that rise, then fall, from tile to tile; with the largest numbers there are."""
+    what = heads(1, 18, 37, 32, 5, scale=scale)
+    for rising in (1, -1):
+        inputs = drawn(what, low=127)
+        inputs[1][0] = np.linspace(-128, 127, 37)[::rising, None]
+        more = {"zeros": (-128, 127, -128)}
+        assert off_vulkan(what, over_vulkan(vulkan_bench, what, inputs, **more), inputs, **more) <= 1
+
+
+def test_smaller_tiles_over_vulkan(vulkan_bench):
+    what = heads(1, 37, 21, 20, 12, causal=True)
+    inputs, sizes = drawn(what), set()
+    for local_bytes in (1 << 14, 5000, 3100, 2450):
+        layer = modules_integer_attention.attention(what, SCALES, ZEROS, *OUT, local_bytes)
+        sizes.add(layer.modules[0].local_bytes)
+        assert off_vulkan(what, over_vulkan(vulkan_bench, what, inputs, local_bytes=local_bytes), inputs) <= 1
+    assert len(sizes) == 4
+
+
+@pytest.mark.parametrize("name", ["Q", "V", "out", "scale", "unscaled", "unseen"])
+def test_a_wrong_shader_is_outside_the_bound(vulkan_bench, monkeypatch, name):
+    what = heads(1, 20, 48, 16, 8, scale=0.2, causal=name == "unseen")
+    inputs = drawn(what)
+    inputs[1] = (inputs[1] * np.linspace(0.1, 1, 48)[:, None]).astype(np.int8)
+    assert off_vulkan(what, over_vulkan(vulkan_bench, what, inputs), inputs) <= 1
+    flash = modules_integer_attention._Flash
+    if name == "unscaled":  # what was added up, when larger scores come
+        real = flash._shares
+
+        def shares(self, *given):
+            with pytest.MonkeyPatch.context() as inside:
+                inside.setattr(flash, "_exponential", exponential)
+                real(self, *given)
+
+        exponential = flash._exponential
+        monkeypatch.setattr(flash, "_shares", shares)
+        monkeypatch.setattr(flash, "_exponential", lambda self, x: self.s.constant(1.0, "float"))
+    if name == "unseen":
+        monkeypatch.setattr(flash, "_seen", lambda self, key, place: key < self.what.keys)
+    more = {"Q": {"zeros": (6, -7, 11)}, "V": {"zeros": (5, -7, 12)}, "out": {"out": (0.02, -8)},
+            "scale": {"scales": (0.02, 0.0312, 0.04)}}.get(name, {})
+    assert off_vulkan(what, over_vulkan(vulkan_bench, what, inputs, **more), inputs) > 1
+
+
+def test_modules_of_int8_attention_are_valid_for_vulkan(tmp_path):
+    valid(tmp_path, [modules_integer_attention.attention(what, SCALES, ZEROS, *OUT) for what in CASES.values()])
+
+
+def test_what_the_shader_of_int8_attention_has_not():
+    attend = modules_integer_attention.attention
+    with pytest.raises(UnsupportedError, match="integer attention is of bytes"):
+        attend(replace(CASES["odd"], number="float32"), SCALES, ZEROS, *OUT)
+    with pytest.raises(UnsupportedError, match="32 bits"):
+        attend(heads(1 << 16, 1 << 10, 1, 1 << 10, 1), SCALES, ZEROS, *OUT)
+    with pytest.raises(CapacityError, match="no tile of attention fits"):
+        attend(heads(1, 1, 1, 4096, 1), SCALES, ZEROS, *OUT)

@@ -129,10 +129,11 @@ class Shader:
         return total
 
     def convert(self, value: Value, kind: Kind) -> Value:
-        """A number of another kind: uint to float, float to half and back."""
+        """A number of another kind: uint to float, int to float and back, float to half and back."""
         if value.type.kind == kind:
             return value
-        opcode = "ConvertUToF" if value.type.kind == "uint" else "FConvert"
+        opcode = "ConvertFToS" if kind == "int" else {"uint": "ConvertUToF", "int": "ConvertSToF"}.get(
+            value.type.kind, "FConvert")
         return self.typed(opcode, Type(kind, value.type.lanes), value)
 
     def bits(self, value: Value, kind: Kind) -> Value:

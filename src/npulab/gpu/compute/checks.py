@@ -128,7 +128,7 @@ def integer_attention(what: Attention, q: NDArray[Any], k: NDArray[Any], v: NDAr
     apart = np.stack([(errors[b][:, :, None] * np.abs(v[b][None] - mean[b][:, None])).sum(1) for b in range(len(v))])
     off = apart / (weights - errors).sum(-1, keepdims=True) + (4 * tiles + 12) * unit * 255
     gain = scales[2] / scale_out
-    return np.clip(mean * gain + zero_out, -128, 127), 0.5 + gain * off + 6 * unit * (255 * gain + 256)
+    return np.clip(mean * gain + zero_out, -128, 127), 0.5 + gain * off + 8 * unit * (255 * gain + 256)
 
 
 def _amplified(size: int) -> float:
