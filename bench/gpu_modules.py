@@ -17,6 +17,7 @@ from npulab.gpu import vulkan
 from npulab.gpu.compute import (
     modules_attention,
     modules_convolution,
+    modules_integer_attention,
     modules_integers,
     modules_products,
     modules_rows,
@@ -59,6 +60,9 @@ def layers(halves: bool) -> Iterator[tuple[str, str, Layer, float]]:
     square = r.integers(-127, 128, (256, 256)).astype(np.int8)
     layer = modules_integers.product(1, 256, 256, 256, square, None, 3, [1 << 30] * 256, [-8] * 256, 0)
     yield "product 256 256 256", "int8", layer, 2.0 * 256**3
+    what = Attention(8, 256, 256, 64, 64, 0.125, number="int8")
+    heads = modules_integer_attention.attention(what, (0.02,) * 3, (0,) * 3, 0.004, 0)
+    yield "attention 8 heads 256 by 64", "int8", heads, heads.operations
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 kernel that is wrong is not."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,10 +10,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from npulab.errors import CapacityError, InvariantError, UnsupportedError
-from npulab.gpu.compute import attention, checks, integer_attention, integer_attention_cpu, integer_attention_gpu, modules_integer_attention
+from npulab.gpu.compute import (
+    attention,
+    checks,
+    integer_attention,
+    integer_attention_cpu,
+    integer_attention_gpu,
+    modules_integer_attention,
+)
+from npulab.gpu.compute.device import Device
 from npulab.gpu.compute.modules import run
 from npulab.gpu.compute.problems import Attention
 from npulab.gpu.compute.types import Kernel
+from npulab.gpu.compute.watch import Doing
 from test_gpu_attention import CPU, GPU, SMALL_CPU, computed, turns
 from test_gpu_modules import unpadded, valid
 
@@ -188,7 +198,8 @@ def test_a_wrong_kernel_is_outside_the_bound(device, name):
     inputs[1] = (inputs[1] * np.linspace(0.1, 1, 48)[:, None]).astype(np.int8)
     choice = {"vectors": 2, "keys": 12} if cpu else None
     assert off(traits, what, ran(device, traits, what, inputs, choice=choice), inputs) <= 1
-    assert off(traits, what, ran(device, traits, what, inputs, choice=choice, changes=changes or (), **more), inputs) > 1
+    found = ran(device, traits, what, inputs, choice=choice, changes=changes or (), **more)
+    assert off(traits, what, found, inputs) > 1
 
 
 # other witnesses
@@ -275,6 +286,25 @@ def test_a_group_has_the_local_memory_that_is_counted():
         fit = next(s for s in integer_attention_gpu.SHAPES if s[0] * s[1] <= 8)
         assert len(sizes) == 4
         assert 4 * sum(map(int, sizes)) == integer_attention_gpu.local_bytes(what, *fit)
+
+
+@pytest.mark.parametrize(("elements", "source", "language"), [
+    ({"int8x4"}, "dot_4x8packed_ss_int", "CL3.0"), ({"int8x4"}, "x * y", "CL1.2"), ({"char4"}, "dot_4x8packed", "CL1.2")])
+def test_dot_products_are_compiled_in_the_language_that_has_them(elements, source, language):
+    seen = []
+
+    class Program:
+        def __init__(self, context, source):
+            self.f = source
+
+        def build(self, options):
+            seen.extend(options)
+            return self
+
+    stub = SimpleNamespace(cl=SimpleNamespace(Program=Program, Error=OSError), limits=SimpleNamespace(elements=elements),
+                           context=None, doing=Doing(), _programs={})
+    assert Device.kernel(stub, Kernel(source, "f")) == source
+    assert seen == [f"-cl-std={language}"]
 
 
 # as SPIR-V

@@ -95,8 +95,9 @@ class _Tile:
 
     def __init__(self, what: Attention, w: int, many: int, sums: int, keys: int, factors: Factors) -> None:
         self.what, self.w, self.many, self.factors, self.low = what, w, many, factors, factors.low
-        self.rows, self.halves = max(1, min(sums // many, vectors.up(what.keys, 2))), -(-what.depth // 2)
-        count = -(-what.width // self.rows)
+        most = max(1, sums // many)
+        self.rows, self.halves = min(most, vectors.up(what.keys, 2)), -(-what.depth // 2)
+        count = -(-what.width // most)
         less, more = divmod(what.width, count)
         sizes = [(0, more, less + 1), (more * (less + 1), count - more, less)]
         self.parts = [x for x in sizes if x[1]]
