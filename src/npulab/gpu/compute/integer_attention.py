@@ -17,8 +17,8 @@ Rounding shares is all that the result owes to tiles: each share is half a step 
 no more than itself. A sum of weights that are rounded alike stays between the least and the largest V.
 
 Sources: Chen et al., INT-FlashAttention (arXiv 2409.16997): both products of int8, shares rounded where they were
-exponentials, scaled late; Dao et al., FlashAttention (arXiv 2205.14135). Here shares are rounded relative to
-their tile's largest, not the largest so far, and L is the sum of what was rounded.
+exponentials; Dao et al., FlashAttention (arXiv 2205.14135): tiles. Here shares are rounded relative to their tile's
+largest, not the largest so far (what that is worth: docs/kernels-attention.md), and L is the sum of what was rounded.
 
 integer_attention_cpu: a work item has a tile of queries. integer_attention_gpu: a group has.
 """
