@@ -17,6 +17,7 @@ from npulab.gpu import vulkan
 from npulab.gpu.compute import (
     modules_attention,
     modules_convolution,
+    modules_integer_attention,
     modules_integer_rows,
     modules_integer_winograd,
     modules_integers,
@@ -69,6 +70,9 @@ def layers(halves: bool) -> Iterator[tuple[str, str, Layer, float]]:
     yield "softmax 1024 by 1000", "int8", rows, rows.operations
     norm = modules_integer_rows.layer_norm(LayerNorm(1024, 1000, number="int8"), 0.05, 0.05, 0)
     yield "layer norm 1024 by 1000", "int8", norm, norm.operations
+    what = Attention(8, 256, 256, 64, 64, 0.125, number="int8")
+    heads = modules_integer_attention.attention(what, (0.02,) * 3, (0,) * 3, 0.004, 0)
+    yield "attention 8 heads 256 by 64", "int8", heads, heads.operations
 
 
 def main() -> None:
