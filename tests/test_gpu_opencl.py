@@ -426,7 +426,7 @@ def test_a_device_that_is_not_there(bench):
 
 
 def test_a_kernel_that_does_not_compile(bench, monkeypatch):
-    monkeypatch.setattr(kernels, "BARRIER", "__kernel void meet(int) { nonsense }")
+    monkeypatch.setattr(kernels, "BARRIER", "__kernel void meet(int) {{ nonsense }}")
     with pytest.raises(DeviceError, match="does not compile the kernel 'meet'"):
         bench.barrier()
 

@@ -44,7 +44,7 @@ def unhurried(monkeypatch):
 def recipes():
     yield "chase", shaders.CHASE, "chase"
     yield "launch", shaders.LAUNCH, "launch"
-    yield "barrier", shaders.BARRIER, "meet"
+    yield "barrier", shaders.barrier(64), "meet"
     yield "diverge", shaders.DIVERGE, "diverge"
     yield "local", shaders.local(4096), "local_loads"
     yield "hold", shaders.hold(64), "hold"
