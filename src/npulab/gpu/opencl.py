@@ -289,9 +289,9 @@ class OpenCL:
 
         most = (1 << 24) // kernels.STEPS - 64 if element == "float32" else TURNS_MAX
         each = kernels.STEPS * chains * width * OPERATIONS_A_STEP[element]
-        if element in ("char4", "int8x4"):  # compilers make products of bytes of others, in more lanes than needed
+        if element == "char4":  # compilers make products of bytes of others, in lanes that not all are needed
             return self._measured(run, Asked("operations", {counting.PRODUCTS: each}, most=4), most)
-        counted = {"add int32": counting.SUMS}.get(what := f"{operation} {element}", what)
+        counted = {"fma int8x4": "fma int8", "add int32": counting.SUMS}.get(what := f"{operation} {element}", what)
         asked = Asked("operations", {counted: each},
                       pads=width * chains > 1 and (width == 2 or width * chains % 4 != 0))
         return self._measured(run, asked, most)
