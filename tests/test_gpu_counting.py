@@ -17,9 +17,10 @@ import pytest
 from npulab.gpu import counting, kernels, opencl, shaders
 from npulab.gpu.counting import SUMS, Asked, Counted, intel, objection, pocl, ptx, source, spirv, work
 from npulab.gpu.counting.elf import Elf
-from npulab.gpu.counting.mix import NotRead, Picture
+from npulab.gpu.counting.mix import MACHINE, NotRead, Picture
 from npulab.gpu.counting.opencl import place
 from npulab.gpu.counting.turns import of_a_turn
+from npulab.gpu.spirv_builder import Shader
 
 # machine code: what the processor makes of it is right
 
@@ -70,9 +71,10 @@ OF_MASKS = {
 IN_LANES = bytes.fromhex(
     "62f2fd487cc7c4e1f96ecec4e37122cf0262f37d4838c902c5fb92ce62f16d48efd262f27d487cde")
 """zmm0: rdi in all lanes, zmm1: the same but for rsi and edi in lanes 8 to 11, zmm2: 0, zmm3: esi in all, k1: esi."""
-LANES_OUT, MASK_OUT = bytes.fromhex(
+LANES_OUT = bytes.fromhex(
     "62f1fe487f5424fd488b842440ffffff48c1c0074833842448ffffff48c1c0074833842450ffffff48c1c0074833842458ff"
-    "ffff48c1c0074833842460ffffff48c1c0074833842468ffffff48c1c0074833842470ffffff48c1c0074833842478ffffff"), bytes.fromhex("c5fb93c2")
+    "ffff48c1c0074833842460ffffff48c1c0074833842468ffffff48c1c0074833842470ffffff48c1c0074833842478ffffff")
+MASK_OUT = bytes.fromhex("c5fb93c2")
 """zmm2 to eight words of the stack, and all of these, rolled, to rax; k2 to eax."""
 OF_LANES = {
     "vpaddd zmm2, zmm0, zmm1": "62f17d48fed1", "vpaddq zmm2, zmm1, zmm0": "62f1f548d4d0",
@@ -103,19 +105,28 @@ OF_LANES = {
     "vpaddq zmm3 {k1}, zmm0, zmm1; vmovdqa64 zmm2, zmm3": "62f1fd49d4d962f1fd486fd3",
     "vmovdqu8 zmm2 {k1} {z}, zmm1": "62f17fc96fd1", "vmovdqu16 zmm2 {k1}, zmm1": "62f1ff496fd1",
     "vmovdqa32 zmm2 {k1}, zmm1": "62f17d496fd1", "vmovapd zmm2 {k1}, zmm1": "62f1fd4928d1",
-    "vmovdqu32 [rsp - 64], zmm0; vmovdqu32 [rsp - 64] {k1}, zmm1; vmovdqu64 zmm2, [rsp - 64]": "62f17e487f4424ff62f17e497f4c24ff62f1fe486f5424ff",
-    "vmovdqu64 [rsp - 64], zmm1; vpaddd zmm2, zmm0, dword ptr [rsp - 36]{1to16}; vpaddq zmm2, zmm2, qword ptr [rsp - 32]{1to8}": "62f1fe487f4c24ff62f17d58fe5424f762f1ed58d45424fc",
+    "vmovdqu32 [rsp - 64], zmm0; vmovdqu32 [rsp - 64] {k1}, zmm1; vmovdqu64 zmm2, [rsp - 64]":
+        "62f17e487f4424ff62f17e497f4c24ff62f1fe486f5424ff",
+    "vmovdqu64 [rsp - 64], zmm1; vpaddd zmm2, zmm0, dword ptr [rsp - 36]{1to16}; "
+    "vpaddq zmm2, zmm2, qword ptr [rsp - 32]{1to8}":
+        "62f1fe487f4c24ff62f17d58fe5424f762f1ed58d45424fc",
     "vmovdqu [rsp - 64], ymm0; vpaddd ymm2, ymm1, [rsp - 64]": "c5fe7f4424c0c5f5fe5424c0",
     "vmovdqu [rsp - 64], xmm1; vpmovzxbd zmm2, [rsp - 64]": "c5fa7f4c24c062f27d48315424fc",
-    "vmovdqu [rsp - 64], xmm1; vmovd xmm2, dword ptr [rsp - 60]; vpinsrq xmm2, xmm2, [rsp - 64], 1": "c5fa7f4c24c0c5f96e5424c4c4e3e9225424c001",
+    "vmovdqu [rsp - 64], xmm1; vmovd xmm2, dword ptr [rsp - 60]; vpinsrq xmm2, xmm2, [rsp - 64], 1":
+        "c5fa7f4c24c0c5f96e5424c4c4e3e9225424c001",
     "movdqu xmm2, xmm1; paddd xmm2, xmm0; pxor xmm2, xmm3": "f30f6fd1660ffed0660fefd3",
     "vmovdqa64 zmm2, zmm1; movdqa xmm2, xmm0": "62f1fd486fd1660f6fd0",
     "vmovdqa64 zmm2, zmm1; vmovdqa xmm2, xmm2": "62f1fd486fd1c5f96fd2",
+    "vmovdqa64 zmm2, zmm1; movd xmm2, edi": "62f1fd486fd1660f6ed7",
+    "vmovdqa64 zmm2, zmm1; movq xmm2, xmm0": "62f1fd486fd1f30f7ed0",
+    "vmovdqa64 zmm2, zmm1; vmovd xmm2, edi": "62f1fd486fd1c5f96ed7",
     "vmovdqa64 zmm2, zmm1; pinsrd xmm2, edi, 1": "62f1fd486fd1660f3a22d701",
     "movdqa xmm2, xmm1; pslld xmm2, 3; psubq xmm2, xmm0": "660f6fd1660f72f203660ffbd0"}
 TO_MASKS = {
 
-    "kmovd k2, edi; ktestd k2, k1; setb al; sete cl; movzx ecx, cl; movzx eax, al; lea eax, [eax + 2 * ecx]; kmovd k2, eax": "c5fb92d7c4e1f999d10f92c00f94c10fb6c90fb6c0678d0448c5fb92d0",
+    "kmovd k2, edi; ktestd k2, k1; setb al; sete cl; movzx ecx, cl; movzx eax, al; "
+    "lea eax, [eax + 2 * ecx]; kmovd k2, eax":
+        "c5fb92d7c4e1f999d10f92c00f94c10fb6c90fb6c0678d0448c5fb92d0",
     "vpcmpeqd k2, zmm0, zmm1": "62f17d4876d1", "vpcmpltud k2, zmm1, zmm3": "62f375481ed301",
     "vpcmpled k2, zmm1, zmm3": "62f375481fd302", "vpcmpgtd k2, zmm1, zmm3": "62f1754866d3",
     "vpcmpnltuq k2, zmm1, zmm3": "62f3f5481ed305", "vpcmpneqb k2, ymm1, ymm3": "62f375283fd304",
@@ -243,7 +254,8 @@ OF_EAX = "c5f892c8"
     (GATHER, {"load bytes": 64, "masked": 1}), ("62f17d0874c8" + GATHER, {"load bytes": 64}),  # vpcmpeqb k1, xmm0, xmm0
     ("c5f446c9" + GATHER, {"load bytes": 64}),  # kxnorw
     ("c5f446c9" + 2 * GATHER, {"load bytes": 64}),  # which clears its mask
-    ("62f17d4a76c8" + GATHER, {"load bytes": 64, "masked": 1}), ("62f17d4876c9" + GATHER, {"load bytes": 64, "masked": 1}),
+    ("62f17d4a76c8" + GATHER, {"load bytes": 64, "masked": 1}),  # vpcmpeqd k1 {k2}; then of xmm0 and xmm1
+    ("62f17d4876c9" + GATHER, {"load bytes": 64, "masked": 1}),
     ("c5f546c9" + GATHER, {"load bytes": 32}), ("c5fd46c862f2fd49920cd7", {"load bytes": 64}),  # kxnorb; vgatherdpd
     ("b8ffff0000c5f892d0" + SCATTER, {"store bytes": 64}), ("b8ff7f0000c5f892d0" + SCATTER, {"store bytes": 60}),
     ("c5f446c962f37d481ec901" + GATHER, {"load bytes": 64, "masked": 1}),  # vpcmpltud k1
@@ -452,6 +464,21 @@ def test_what_a_call_leaves_known(name, known):
     assert c.mix == {"add int32": 1, "calls": 1} if known else "hangs on data" in c.why
 
 
+@pytest.mark.parametrize(("name", "sums"), [(b"__ocl_svml_z0_udiv16", 0.5),
+                                            (b"__ocl_svml_z0_sinf16", None), (b"far", None)])
+def test_quotients_of_a_call_are_known(name, sums):
+    """ecx: turns; zmm0 and zmm17 all of it, zmm1: 2; call; ebx: zmm0; vaddss and dec ebx as often; the same of zmm17,
+    which mathematics for AVX-512 keeps."""
+    pytest.importorskip("capstone")
+    code = bytes.fromhex("8b4f08b80200000062f27d487cc162f27d487cc862e27d487cc9" "e800000000"
+                         "c5f97ec3" "c5e258dbffcb75f8" "62b1fd486fc1" "c5f97ec3" "c5e258dbffcb75f8" "c3")
+    c = intel.count(relocated(name, ((27, 3, PLT32, -4),), code), "chain", (1,), (1,), (None, bytes(4)), 1)
+    if sums:
+        assert c.mix["add float32"] == sums + 1
+    else:
+        assert c.mix is None
+
+
 def test_constants_are_not_loaded_from_memory():
     """A turn: movabs rax, constant; mov edx, [rax]; mov eax, [rdi]; dec ecx; jnz."""
     pytest.importorskip("capstone")
@@ -581,6 +608,18 @@ def test_intels_code_with_local_memory_and_barriers_is_read(intel_bench, group):
         out[get_global_id(0)] = x; }""", (5 * group,), (group,))
     assert c.why == ""
     assert (c.mix["load bytes"], c.mix["mul int32"]) == (4, 1)
+
+
+@pytest.mark.parametrize(("run", "work"), [
+    (lambda b: b.local(3), "loads"), (lambda b: b.local_write(5), "stores"), (lambda b: b.diverge(4), "operations"),
+    (lambda b: b.barrier(), "barriers")], ids=["local memory", "stores to it", "two ways", "barriers"])
+def test_intels_code_whose_way_goes_by_vectors_is_followed(intel_bench, monkeypatch, run, work):
+    """Masks of compared numbers of the work items, and loops that end when none is left."""
+    monkeypatch.setattr(opencl, "SCALES", 0.0)
+    monkeypatch.setattr(opencl, "ENOUGH", 1e-5)
+    t = run(intel_bench)
+    assert (t.wrong, t.counted) == ("", "work counted in x86-64 machine code")
+    assert t.work[work] == int(t.work[work]) > 0
 
 
 def test_lanes_that_intels_code_leaves_out_are_not_counted(intel_bench):
@@ -777,6 +816,24 @@ def test_sums_of_a_shaders_loop_are_none_of_its_chains(width, chains):
     c = spirv.count(module, (512,), (64,), bytes(16), 0, 1)
     steps = 16 * width * chains
     assert {k: n for k, n in c.mix.items() if "add" in k} == {"add int32": steps + 1, SUMS: steps}
+
+
+def test_barriers_of_a_shader_are_counted_beside_the_words_that_are_exchanged(monkeypatch):
+    """Where all words arrive, a barrier may be missing all the same."""
+    exchanged = Asked("barriers", {"load bytes": 8, "store bytes": 8}, 8 * 64, besides={"barriers": 2})
+
+    def counted_anew():
+        return spirv.count(shaders.barrier(64).make("meet", 64), (64,), (64,), bytes(8), 0, 1)
+
+    c = counted_anew()
+    assert (c.why, objection(c, exchanged), work(c, exchanged) * 64) == ("", "", 2)
+    left, real = iter((1, 1, 0)), Shader.barrier
+    monkeypatch.setattr(Shader, "barrier", lambda s: real(s) if next(left) else None)
+    c = counted_anew()
+    assert "the compiled loop has 1 barriers a turn, not 2: the compiler put steps" in objection(c, exchanged)
+    assert objection(Counted({"load bytes": 8.0, "store bytes": 8.0}, MACHINE), exchanged) == ""  # has none
+    assert "0 barriers a turn" in objection(Counted({"load bytes": 8.0, "store bytes": 8.0}, "PTX"), exchanged)
+    assert "0 load bytes a turn, not 8" in objection(Counted({"store bytes": 8.0}, MACHINE), exchanged)
 
 
 def test_a_shader_that_is_damaged_is_not_read(shader):

@@ -460,7 +460,7 @@ def test_a_driver_that_ends_loops_early_is_noticed(bench, unhurried, monkeypatch
     assert early.turns_max == 1 << 16
     asked = []
     monkeypatch.setattr(opencl, "ENOUGH", 1e9)
-    early._measured(lambda turns: (asked.append(turns) or 1e-6 * turns, ""), lambda turns: {})
+    early._measured(lambda turns: (asked.append(turns) or 1e-6 * turns, ""), counting.Asked("loads"))
     assert max(asked) == 1 << 16
     monkeypatch.setattr(opencl, "open_device", lambda number: early)
     with pytest.raises(UnsupportedError, match="ends loops after 65536 turns"):

@@ -28,7 +28,7 @@ OCL_SVML = "__ocl_svml_z0_"
 """Functions of Intel's mathematics for AVX-512, which keep rbx, rsi, r14, r15, zmm16 to zmm31 and k4 to k7 (LLVM,
 X86CallingConv.td: CSR_64_Intel_OCL_BI_AVX512)."""
 SVML_CHANGES = (0, 1, 2, 7, 8, 9, 10, 11, 12, 13)
-QUOTIENTS = re.compile(OCL_SVML + r"u(div|rem)16")
+QUOTIENTS = OCL_SVML + "udiv16"
 """Of 16 numbers without a sign in zmm0 by those in zmm1, to zmm0."""
 ROOTS = re.compile(r"__ocl_svml_[a-z]\d_(r?sqrt)f(1|2|4|8|16)")
 """Functions whose name says what they do in how many lanes; those of masks have another end."""
@@ -234,15 +234,14 @@ class Machine(State):
 
     def _named(self, at: int, name: str) -> tuple[list[Step], Mix, Callable[[], int]]:
         """A function that the file only names: a call of what is not seen, or of what its name says."""
-        root, quotient = ROOTS.fullmatch(name), QUOTIENTS.fullmatch(name)
+        root = ROOTS.fullmatch(name)
 
         def go() -> int:
             self.calls += not root
             given = self.vectors.get(0, NONE), self.vectors.get(1, NONE)
             after = self._elsewhere(at, name.startswith(OCL_SVML))
-            if quotient:
-                self.vectors[0] = tuple(None if x is None or not y else x // y if quotient[1] == "div" else x % y
-                                        for x, y in zip(*given, strict=True))
+            if name == QUOTIENTS:
+                self.vectors[0] = tuple(None if x is None or not y else x // y for x, y in zip(*given, strict=True))
             return after
 
         return [], {f"{root[1]} float32": int(root[2])} if root else {}, go

@@ -120,7 +120,7 @@ def _reader(s: State, i: Any, op: Any, bits: int, size: int) -> Callable[[], Lan
 
 def _writer(s: State, i: Any, op: Any, under: str, bits: int) -> Callable[[Lanes | None], None]:
     """Under a mask: the other elements stay, or become 0."""
-    cs, register = s.cs.x86, number(i, s.cs.x86, op)
+    register = number(i, s.cs.x86, op)
     zeroes = any(getattr(o, "avx_zero_opmask", False) for o in i.operands)
     legacy = i.mnemonic[0] != "v"
     address, size = s.address(i, op) if register < 0 else None, int(op.size)
@@ -191,11 +191,13 @@ def _whole(s: State, i: Any, name: str, ops: Sequence[Any], under: str) -> Step 
         read, write = _reader(s, i, last, 32, max(4, size * low // high)), _writer(s, i, first, under, high)
         count = size * 8 // high
 
+        signs = m[1] == "s"
+
         def widen() -> None:
             found = read()
             elements = [] if found is None else split(found, low)[:count]
             write(None if found is None else join([
-                x if x is None or m[1] == "z" else signed(x, low) & ((1 << high) - 1) for x in elements], high))
+                signed(x, low) & ((1 << high) - 1) if x is not None and signs else x for x in elements], high))
 
         return widen
     if (m := BROADCAST.match(name)) and first.size == size:
@@ -215,14 +217,22 @@ def _whole(s: State, i: Any, name: str, ops: Sequence[Any], under: str) -> Step 
     if (m := COMPARED.match(name) or TESTED.match(name)) and mask_of(i, cs, first):
         bits = BITS[m[m.lastindex or 0]]
         if m.re is TESTED:
-            to_mask, signs = (lambda a, b: bool(a & b) != bool(m[1])), False
+            signs, to_mask = False, _nothing_in_common if m[1] else _something_in_common
         else:
-            to_mask, signs = COMPARE[m[1]], not m[2]
+            signs, to_mask = not m[2], COMPARE[m[1]]
         return _compare(s, i, mask_of(i, cs, first), under, two, bits, size, to_mask, signs)
     if name in ("vpternlogd", "vpternlogq") and last.imm == 0xff and not under:
         write = _writer(s, i, first, "", 32)
         return lambda: write((0xffff_ffff,) * (size // 4))
     return None
+
+
+def _something_in_common(a: int, b: int) -> bool:
+    return a & b != 0
+
+
+def _nothing_in_common(a: int, b: int) -> bool:
+    return a & b == 0
 
 
 def _shift(kind: str, bits: int, last: Any, by_lane: bool) -> Callable[..., int]:
@@ -307,19 +317,26 @@ def _compare(s: State, i: Any, mask: str, under: str, two: Sequence[Any], bits: 
 
 def _between(s: State, i: Any, name: str, ops: Sequence[Any]) -> Step | None:
     """From a vector to an integer, or the other way."""
-    cs, name = s.cs.x86, name.removeprefix("v")
+    cs, name, legacy = s.cs.x86, name.removeprefix("v"), name[0] != "v"
     first, last = number(i, cs, ops[0]), number(i, cs, ops[-1])
     if name in ("movd", "movq", "movss", "movsd") and len(ops) == 2 and (name[3] in "dq" or min(first, last) < 0):
         bits = 64 if name in ("movq", "movsd") else 32
-        if first >= 0:
-            read = (lambda: None if (x := s.vectors.get(last)) is None else split(x[:2], bits)[0]) if last >= 0 \
-                else s.reader(i, ops[1])
-            return lambda: s.vectors.update({first: (*join([read()], bits), *ZERO[bits // 32:])})
-        write = s.writer(i, ops[0])
-        return lambda: write(None if (x := s.vectors.get(last)) is None else split(x[:2], bits)[0])
+        def lowest() -> Known:
+            return split(s.vectors.get(last, NONE)[:2], bits)[0]
+
+        if first < 0:
+            write = s.writer(i, ops[0])
+            return lambda: write(lowest())
+        read = lowest if last >= 0 else s.reader(i, ops[1])
+
+        def alone() -> None:
+            above = s.vectors.get(first, NONE) if legacy else ZERO
+            s.vectors[first] = (*join([read()], bits), *ZERO[bits // 32:4], *above[4:])
+
+        return alone
     if name in ("pinsrd", "pinsrq") and first >= 0:
         bits, at, from_ = BITS[name[-1]], int(ops[-1].imm), number(i, cs, ops[-3]) if len(ops) > 3 else first
-        read, legacy = s.reader(i, ops[-2]), i.mnemonic[0] != "v"
+        read = s.reader(i, ops[-2])
 
         def put() -> None:
             old = s.vectors.get(from_, NONE)
