@@ -209,18 +209,17 @@ def _whole(s: State, i: Any, name: str, ops: Sequence[Any], under: str) -> Step 
         read, write = _reader(s, i, ops[1], 32, size), _writer(s, i, first, under, 32)
         return lambda: write(None if (x := read()) is None else tuple(x[k] for k in order))
     if (m := re.match(r"v?pcmp(eq|gt)([bwdq])$", name)) and number(i, cs, first) >= 0:
-        ones = (1 << BITS[m[2]]) - 1
+        ones, compare = (1 << BITS[m[2]]) - 1, COMPARE[m[1]]
         if m[1] == "eq" and number(i, cs, two[0]) == number(i, cs, two[1]) >= 0:
             write = _writer(s, i, first, "", 32)
             return lambda: write((0xffff_ffff,) * (size // 4))
-        return elementwise(BITS[m[2]], two, lambda a, b: ones * COMPARE[m[1]](a, b), m[1] == "gt")
+        return elementwise(BITS[m[2]], two, lambda a, b: ones * compare(a, b), m[1] == "gt")
     if (m := COMPARED.match(name) or TESTED.match(name)) and mask_of(i, cs, first):
         bits = BITS[m[m.lastindex or 0]]
         if m.re is TESTED:
-            signs, to_mask = False, _nothing_in_common if m[1] else _something_in_common
-        else:
-            signs, to_mask = not m[2], COMPARE[m[1]]
-        return _compare(s, i, mask_of(i, cs, first), under, two, bits, size, to_mask, signs)
+            return _compare(s, i, mask_of(i, cs, first), under, two, bits, size,
+                            _nothing_in_common if m[1] else _something_in_common, False)
+        return _compare(s, i, mask_of(i, cs, first), under, two, bits, size, COMPARE[m[1]], not m[2])
     if name in ("vpternlogd", "vpternlogq") and last.imm == 0xff and not under:
         write = _writer(s, i, first, "", 32)
         return lambda: write((0xffff_ffff,) * (size // 4))
