@@ -127,6 +127,13 @@ def last_sum_is_none(operation: str, element: str, start: int, turns: int) -> fl
     return x ^ y
 
 
+def meet(bench: Any) -> Timing:
+    return bench.barrier()  # type: ignore[no-any-return]
+
+
+APART = "did not wait for each other"
+"""PoCL has barriers of its own where a loop with a barrier begins again: the last of a turn may be left out."""
+MEET = "\n        barrier(CLK_LOCAL_MEM_FENCE);"
 SUMS = "x0 = x0 + y0;\n        y0 = y0 + x0;\n        " * 8
 FIBONACCI = "S t = x0; x0 = 610 * t + 987 * y0; y0 = 987 * t + 1597 * y0;\n"
 """16 steps: the numbers 15 to 17."""
@@ -197,6 +204,11 @@ KERNELS = [
     kernel("products of bytes: one of four", MERGED, "chain",
            [(f"as_uchar4(a).{c}", "0") for c in "yzw"], chain("fma", "char4"),
            patch.object(opencl, "chained", one_of_four)),
+    kernel("products of bytes: half of the steps", "ended with", "chain", [("i < turns", "i < turns / 2")],
+           chain("fma", "char4")),
+    kernel("products of bytes: one of four, of eight chains", MERGED, "chain",
+           [(f"as_uchar4(a).{c}", "0") for c in "yzw"], chain("fma", "char4", 4, 2),
+           patch.object(opencl, "chained", one_of_four)),
     kernel("hoisted texel: read once, added again and again", HOISTED, "IMAGE",
            [("x = (uint4)(0);", "x = (uint4)(0), h = TEXEL(at);"), ("x += TEXEL(at)", "x += h")],
            lambda b: b.image(extras.TEXEL)),
@@ -244,6 +256,15 @@ KERNELS = [
     kernel("local memory, from registers", "thread 255 read", "LOCAL", [("x += cells[at & (WORDS - 1)];", "x += at;")],
            lambda b: b.local(1)),
     kernel("local memory, another stride", "thread 255 read", "LOCAL", [("lid * stride", "lid")], lambda b: b.local(4)),
+    kernel("barrier: every second left out", APART, "BARRIER", [(f"one[other] + 1;{MEET}", "one[other] + 1;")], meet),
+    kernel("barriers left out", APART, "BARRIER", [(f"+ 1;{MEET}", "+ 1;")], meet),
+    kernel("barriers: half the turns", APART, "BARRIER", [("i < turns", "i < turns / 2")], meet),
+    kernel("barriers: no word is exchanged, what comes of it is known", HOISTED, "BARRIER",
+           [("two[lid] = one[other] + 1;", ""), ("one[lid] = two[other] + 1;", ""),
+            ("= one[lid];", "= one[(lid + 2 * turns * apart) % {group}] + 2 * turns;")], meet),
+    kernel("barriers: two words exchanged at once", "4 load bytes a turn, not 8", "BARRIER",
+           [("two[lid] = one[other] + 1;", "uint x = one[(lid + 2 * apart) % {group}] + 2;"),
+            ("one[lid] = two[other] + 1;", "one[lid] = x;")], meet),
     kernel("denormals: an operand", "denormal number in float32", "chain", [], chain("mul", "float32"),
            patch.object(opencl, "operands", lambda o, e: (2.0**140 / 2.0**13, 2.0**-127))),
     kernel("denormals: a result", "denormal number in float32", "chain", [("(V)(begin);", "(V)(begin * 1e-39f);")],

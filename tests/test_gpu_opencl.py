@@ -426,7 +426,7 @@ def test_a_device_that_is_not_there(bench):
 
 
 def test_a_kernel_that_does_not_compile(bench, monkeypatch):
-    monkeypatch.setattr(kernels, "BARRIER", "__kernel void meet(int) { nonsense }")
+    monkeypatch.setattr(kernels, "BARRIER", "__kernel void meet(int) {{ nonsense }}")
     with pytest.raises(DeviceError, match="does not compile the kernel 'meet'"):
         bench.barrier()
 
@@ -460,7 +460,7 @@ def test_a_driver_that_ends_loops_early_is_noticed(bench, unhurried, monkeypatch
     assert early.turns_max == 1 << 16
     asked = []
     monkeypatch.setattr(opencl, "ENOUGH", 1e9)
-    early._measured(lambda turns: (asked.append(turns) or 1e-6 * turns, ""), lambda turns: {})
+    early._measured(lambda turns: (asked.append(turns) or 1e-6 * turns, ""), counting.Asked("loads"))
     assert max(asked) == 1 << 16
     monkeypatch.setattr(opencl, "open_device", lambda number: early)
     with pytest.raises(UnsupportedError, match="ends loops after 65536 turns"):

@@ -44,7 +44,7 @@ def unhurried(monkeypatch):
 def recipes():
     yield "chase", shaders.CHASE, "chase"
     yield "launch", shaders.LAUNCH, "launch"
-    yield "barrier", shaders.BARRIER, "meet"
+    yield "barrier", shaders.barrier(64), "meet"
     yield "diverge", shaders.DIVERGE, "diverge"
     yield "local", shaders.local(4096), "local_loads"
     yield "hold", shaders.hold(64), "hold"
@@ -205,6 +205,12 @@ def one_turn(self, turns, step=1, start=0, real=Shader.loop):
         yield i
 
 
+@contextmanager
+def half_the_turns(self, turns, step=1, start=0, real=Shader.loop):
+    with real(self, turns >> 1, step, start) as i:
+        yield i
+
+
 SABOTAGED = {
     "chase, half the loads": (shaders, "CHASED", 4, lambda b: b.chase(1 << 16, 64)),
     "chase, one place": (Shader, "load", lambda s, b, i, real=Shader.load: real(s, b, s.constant(0)),
@@ -230,6 +236,9 @@ SABOTAGED = {
     "image, once": (Shader, "loop", one_turn, lambda b: b.image(1 << 14)),
     "constants, once": (Shader, "loop", one_turn, lambda b: b.constant(False)),
     "barrier, nobody waits": (Shader, "barrier", lambda s: None, lambda b: b.barrier()),
+    "barrier, half the turns": (Shader, "loop", half_the_turns, lambda b: b.barrier()),
+    "barrier, the own word": (Shader, "shared_load", lambda s, a, i, real=Shader.shared_load:
+                              real(s, a, s.local_id), lambda b: b.barrier()),
     "chain, half the steps": (shaders, "STEPS", 8, lambda b: b.chain("fma", "float32", 1, 1, 64)),
     "chain, a step less": (shaders, "STEPS", 15, lambda b: b.chain("fma", "int32", 4, 2, 64)),
     "chain, a sum less": (shaders, "STEPS", 15, lambda b: b.chain("add", "int32", 4, 2, 64)),

@@ -25,8 +25,8 @@ TEXEL = 16  # bytes: four 32-bit integers
 WIDE = (16, 32, 64)
 """Bytes of a load of `stream_parts`."""
 SMALL = 16
-"""Threads of a group that reads images on a processor: the code of all of them is followed to be counted, and PoCL has
-a hundred instructions for a texel."""
+"""Threads of a group that reads images on a processor, or multiplies bytes: the code of all of them is followed to be
+counted, and PoCL has a hundred instructions for a texel."""
 READ = 4
 """Texels, words or stores of a turn of each kernel."""
 PAGE, LINE = 4096, 64

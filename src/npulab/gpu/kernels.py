@@ -42,20 +42,23 @@ CHASED = 8
 LAUNCH = "__kernel void launch(__global uint *out, uint turns) { if (turns) out[0] = turns; }"
 
 BARRIER = """
-__kernel void meet(__global uint *out, uint turns) {
-    __local uint last[1];
-    uint x = 0;
-    for (uint i = 0; i < turns; i++) {
-        if (get_local_id(0) == i % get_local_size(0)) last[0] = i + x;
+__kernel void meet(__global uint *out, uint turns, uint apart) {{
+    __local uint one[{group}], two[{group}];
+    uint lid = get_local_id(0), other = (lid + apart) % {group};
+    one[lid] = out[lid];
+    barrier(CLK_LOCAL_MEM_FENCE);
+    for (uint i = 0; i < turns; i++) {{
+        two[lid] = one[other] + 1;
         barrier(CLK_LOCAL_MEM_FENCE);
-        x = last[0] - i;
+        one[lid] = two[other] + 1;
         barrier(CLK_LOCAL_MEM_FENCE);
-    }
-    out[get_global_id(0)] = x;
-}
+    }}
+    out[lid] = one[lid];
+}}
 """
 MET = 2
-"""Barriers of a turn of BARRIER."""
+"""Barriers of a turn of BARRIER. At each every thread stores a word and loads another thread's: processors have no
+instruction for a barrier, but a word that was exchanged is seen in their code, and where it ends in the result."""
 
 LOCAL = """
 #define WORDS {words}
@@ -175,6 +178,11 @@ __kernel void {way}(__global {const}T *data, __global uint *out, uint size, uint
                f"x0 += x1 + x2 + x3; out[get_global_id(0)] = {total}"),
         kernel("write", "", "T x = (T)(7);", write, "out[get_global_id(0)] = at"),
         kernel("copy", "", "", copy, "out[get_global_id(0)] = at")))
+
+
+def barrier(group: int) -> str:
+    """Of so many threads."""
+    return BARRIER.format(group=group)
 
 
 def local(words: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial, wraps
 from typing import Any, Concatenate, ParamSpec
@@ -265,6 +265,8 @@ class OpenCL:
         a, b = (kind(v) for v in operands(operation, element))
         one = kind(1)
         group = min(threads, self.group)
+        if element in ("char4", "int8x4") and self.limits.processor:
+            group = min(group, extras.SMALL)  # hundreds of instructions a step in what is followed
         threads = max(group, threads // group * group)
         out = self._buffer(np.zeros(threads, kind))
         lids = [0] if group == 1 else [0, group // 2, threads - 1]
@@ -314,7 +316,8 @@ class OpenCL:
                     return seconds, f"thread {i} ended with {found[i]}, not {want}"
             return seconds, ""
 
-        return self._measured(run, Asked("operations", {"fma int32": kernels.DIVERGED}))
+        # a compiler may do both ways in all lanes of a vector
+        return self._measured(run, Asked("operations", {"fma int32": kernels.DIVERGED}, most=2))
 
     @shrinking
     def hold(self, registers: int, threads: int) -> Timing:
@@ -364,16 +367,23 @@ class OpenCL:
 
     @shrinking
     def barrier(self) -> Timing:
-        kernel = self._kernel(self.kernels.BARRIER, "meet")
         group = self.group
-        out = self._buffer(np.zeros(group, np.uint32))
+        if group < 2:
+            raise UnsupportedError("a thread alone meets nobody", got=f"groups of {group}")
+        kernel = self._kernel(self.kernels.barrier(group), "meet")
+        words = np.arange(group, dtype=np.uint32) * np.uint32(2654435761)
+        out, apart = self._buffer(words), group // 2 | 1
 
         def run(turns: int) -> tuple[float, str]:
-            seconds = self._time(kernel, (group,), (group,), out, np.uint32(turns))
-            found = self._read(out, group)
-            return seconds, "" if (found == found[0]).all() else "threads did not wait for each other"
+            nonlocal words
+            seconds = self._time(kernel, (group,), (group,), out, np.uint32(turns), np.uint32(apart))
+            met = turns * kernels.MET
+            want, words = np.roll(words, -(met * apart % group)) + np.uint32(met), self._read(out, group)
+            return seconds, "" if (words == want).all() else "threads did not wait for each other"
 
-        return self._measured(run, lambda turns: {"barriers": turns * kernels.MET})
+        # of a group; what a thread keeps for behind a barrier may be stored and loaded as well
+        exchanged = {f"{way} bytes": 4 * kernels.MET for way in ("load", "store")}
+        return self._measured(run, Asked("barriers", exchanged, 8 * group, most=4, besides={"barriers": kernels.MET}))
 
     def transfer(self, size: int, to_device: bool) -> Timing:
         host = self._content(size)
@@ -425,12 +435,12 @@ class OpenCL:
 
     # how they are done
 
-    def _measured(self, run: Callable[[int], tuple[float, str]], work: Callable[[int], Mapping[str, float]] | Asked,
-                  most: int = TURNS_MAX, whole: int = 1) -> Timing:
+    def _measured(self, run: Callable[[int], tuple[float, str]], asked: Asked, most: int = TURNS_MAX, whole: int = 1
+                  ) -> Timing:
         """Repetitions of so many turns that one takes long enough; then once with half of them, which must be
         quicker.
 
-        work   of all threads by turns, or what a turn of each is asked for: that is counted in the compiled code.
+        asked  of a turn of each thread: that is counted in the compiled code.
         whole  turns that go through all of the memory: with fewer, repetitions would find it in caches.
         """
         if self.turns_max < TURNS_MAX:  # the driver ends loops early
@@ -459,11 +469,9 @@ class OpenCL:
             pairs = [(run(turns)[0], run(turns // 2)[0]) for _ in range(2 * REPEATS)]
             if min(p[0] for p in pairs) < SCALES * min(p[1] for p in pairs):
                 doubtful = "twice the turns of the loop do not take longer in proportion"
-        if not isinstance(work, Asked):
-            return Timing(tuple(found), dict(work(turns)), wrong, doubtful, counting.STATED)
         counted, threads = self._count()
-        return Timing(tuple(found), {work.work: counting.work(counted, work) * turns * threads},
-                      wrong or counting.objection(counted, work), doubtful, counting.source(counted))
+        return Timing(tuple(found), {asked.work: counting.work(counted, asked) * turns * threads},
+                      wrong or counting.objection(counted, asked), doubtful, counting.source(counted))
 
     def _clock_goes(self, run: Callable[[], tuple[float, str]]) -> None:
         """Raises: DeviceError if events say that nearly none of the time passed which did, again and again."""

@@ -15,8 +15,8 @@ from npulab.gpu.kernels import CHASED, DIVERGED, LOADED, MET, STEPS, STREAMED
 from npulab.gpu.spirv_builder import Kind, Shader, Type, Value, Variable
 from npulab.gpu.types import Element, Operation
 
-__all__ = ["BARRIER", "CHASE", "CHASED", "DIVERGE", "DIVERGED", "LAUNCH", "LOADED", "MET", "STEPS", "STREAMED",
-           "Recipe", "chain", "constant", "hold", "image", "local", "local_write", "stream"]
+__all__ = ["CHASE", "CHASED", "DIVERGE", "DIVERGED", "LAUNCH", "LOADED", "MET", "STEPS", "STREAMED",
+           "Recipe", "barrier", "chain", "constant", "hold", "image", "local", "local_write", "stream"]
 
 KINDS: dict[Element, Kind] = {"float32": "float", "float16": "half", "int32": "uint"}
 LANES = (1, 2, 4)
@@ -54,16 +54,17 @@ def _launch(_: str, group: int) -> bytes:
 
 
 def _barrier(_: str, group: int) -> bytes:
-    s = Shader(group, ("uint",), ("uint",))
-    last, zero = s.shared("uint", 1), s.constant(0)
-    x = s.variable(zero)
-    with s.loop(s.arguments[0]) as i:
-        with s.when(s.local_id.same(i % group)):
-            s.shared_store(last, zero, i + x.get())
-        s.barrier()
-        x.set(s.shared_load(last, zero) - i)
-        s.barrier()
-    s.store(0, s.global_id, x.get())
+    s = Shader(group, ("uint",), ("uint", "uint"))
+    turns, apart = s.arguments
+    one, two = s.shared("uint", group), s.shared("uint", group)
+    other = (s.local_id + apart) % group
+    s.shared_store(one, s.local_id, s.load(0, s.local_id))
+    s.barrier()
+    with s.loop(turns):
+        for from_, to in ((one, two), (two, one)):
+            s.shared_store(to, s.local_id, s.shared_load(from_, other) + 1)
+            s.barrier()
+    s.store(0, s.local_id, s.shared_load(one, s.local_id))
     return s.assemble()
 
 
@@ -85,7 +86,12 @@ def _diverge(_: str, group: int) -> bytes:
 
 
 CHASE, LAUNCH = Recipe("chase", (), _chase), Recipe("launch", (), _launch)
-BARRIER, DIVERGE = Recipe("meet", (), _barrier), Recipe("diverge", (), _diverge)
+DIVERGE = Recipe("diverge", (), _diverge)
+
+
+def barrier(group: int) -> Recipe:
+    """Of so many threads."""
+    return Recipe("meet", (group,), _barrier)
 
 
 def local(words: int) -> Recipe:

@@ -49,6 +49,10 @@ reached 1.05 times what 8 did on a processor of two units of 16 multiply-adds, 4
 integers, with two numbers a chain of sums or products, 12 chains of 16 still stay there, in 24 of 32 registers."""
 
 
+PACKED_MOST = 32
+"""The same of elements that are words of four bytes: a vector register for each, of which AVX-512 has 32."""
+
+
 def wanted(meter: Meter) -> list[tuple[Operation, Element]]:
     """Quick: multiply-adds, and what is special in float32."""
     return [(o, e) for e in ELEMENTS if e in meter.limits.elements for o in OPERATIONS
@@ -61,6 +65,7 @@ def rate(meter: Meter, operation: Operation, element: Element) -> Quantity:
     core's vector unit for itself (a CPU) it takes vectors of 16 and eight chains to fill it; a GPU fills its own."""
     _one_chain(meter, operation, element)
     shape = {"width": 1, "chains": 4, "threads": 4 * meter.limits.compute_units * meter.limits.group_max}
+    most = CHAINED_MOST if OPERATIONS_A_STEP[element] == 1 else PACKED_MOST
     tried = {"width": (2, 4, 8, 16), "threads": (2 * shape["threads"], shape["threads"] // 4),
              "chains": (8, 12, 16, 2, 1)}
 
@@ -73,7 +78,7 @@ def rate(meter: Meter, operation: Operation, element: Element) -> Quantity:
         for _ in range(ATTEMPTS):  # in turns: one that a neighbour slowed is not given up for that
             for value in (shape[what], *values):
                 other = {**shape, what: value}
-                if other["chains"] * other["width"] > CHAINED_MOST:
+                if other["chains"] * other["width"] > most:
                     continue
                 try:
                     now = meter.seconds(ask(other), "operations").value
@@ -349,7 +354,8 @@ def launch(meter: Meter) -> Quantity:
 
 def barrier(meter: Meter) -> Quantity:
     took = meter.seconds(meter.bench.barrier, "barriers", calls=2, spread=0.01)
-    return Quantity("barrier cost", took.value, "s", (took.low, took.high), "measured", "a full group")
+    return Quantity("barrier cost", took.value, "s", (took.low, took.high), "measured",
+                    "a full group; each thread stores a word at each and loads another thread's")
 
 
 def transfers(meter: Meter, to_device: bool) -> list[Quantity]:

@@ -17,14 +17,12 @@ import re
 import struct
 from collections.abc import Sequence
 
+from npulab.gpu.counting import x86
 from npulab.gpu.counting.elf import Elf
-from npulab.gpu.counting.mix import SUMS, Argument, Counted, Mix, NotRead, Picture
-from npulab.gpu.counting.turns import of_a_turn
-from npulab.gpu.counting.x86 import Machine
+from npulab.gpu.counting.mix import MACHINE, Argument, Counted, NotRead, Picture
 
 KIND = 0xff04
 OBJECT = ".ocl.obj"
-CODE = "x86-64 machine code"
 ARGUMENTS, GROUP, LOCAL, BUFFERS = 0x9_0000_0000, 0x9_0100_0000, 0xa_0000_0000, 0x10_0000_0000
 
 
@@ -45,15 +43,14 @@ def count(binary: bytes, kernel: str, size: Sequence[int], group: Sequence[int],
         elf = Elf(code)
         start = entry(elf, kernel, group)
 
-        def follow(many: int) -> Mix:
-            values = [many.to_bytes(4, "little") if k == turns else a for k, a in enumerate(arguments)]
-            machine = Machine(elf, _memory(values, size, group))
-            out = machine.follow(start, ARGUMENTS, GROUP)
-            return {**out, SUMS: out.get("add int32", 0.0) - machine.known}
+        def memory(many: int) -> dict[int, int]:
+            return _memory([many.to_bytes(4, "little") if k == turns else a for k, a in enumerate(arguments)], size,
+                           group)
 
-        return of_a_turn(follow, items, CODE)
+        packed(arguments)
+        return x86.count(elf, start, (ARGUMENTS, GROUP), memory, items)
     except NotRead as e:
-        return Counted(None, CODE, why=str(e))
+        return Counted(None, MACHINE, why=str(e))
 
 
 def entry(elf: Elf, kernel: str, group: Sequence[int]) -> int:

@@ -12,6 +12,8 @@ and "store bytes" of memory that is not the thread's own, "spill bytes" of its o
 SUMS = "add int32 on data"
 """Of "add int32", those whose result is not known: a loop's count of its turns and what leads to places in memory are,
 what begins with the content of a buffer is not."""
+MACHINE = "x86-64 machine code"
+"""A Counted's code that has no instructions for barriers."""
 OWN = 1 << 22
 """Instructions to follow at most, those apart that only compute on data."""
 
@@ -43,6 +45,7 @@ class Asked:
     kinds  how many of each kind of a Mix.     unit  of the kinds for one of `work`: 4 where a load has 4 bytes.
     pads   what is done at once does not fill a vector register of four: lanes that nothing needs may come with it.
     most   so many times what is stated may be done for it: products of bytes, which compilers make of wider ones.
+    besides  what is no work of its own, and must be there where the code has instructions for it.
     """
 
     work: str
@@ -50,6 +53,7 @@ class Asked:
     unit: float = 1.0
     pads: bool = False
     most: float = 1.0
+    besides: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

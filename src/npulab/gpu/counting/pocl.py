@@ -12,13 +12,11 @@ import re
 import struct
 from collections.abc import Sequence
 
+from npulab.gpu.counting import x86
 from npulab.gpu.counting.elf import Elf
-from npulab.gpu.counting.mix import SUMS, Argument, Counted, Mix, NotRead, Picture
-from npulab.gpu.counting.turns import of_a_turn
-from npulab.gpu.counting.x86 import Machine
+from npulab.gpu.counting.mix import MACHINE, Argument, Counted, NotRead, Picture
 
 MAGIC = b"poclbin\0"
-CODE = "x86-64 machine code"
 ARGUMENTS, CELLS, BUFFERS, CONTEXT = 0x5000_0000, 0x5100_0000, 0x10_0000_0000, 0x5200_0000
 IMAGE_BYTES = 56
 MORE = 8
@@ -56,10 +54,10 @@ def count(binary: bytes, kernel: str, size: Sequence[int], group: Sequence[int],
         found = [_count(Elf(data), kernel, size, group, arguments, turns)
                  for _, data in sorted(objects(binary, kernel, group).items())]
     except NotRead as e:
-        return Counted(None, CODE, why=str(e))
+        return Counted(None, MACHINE, why=str(e))
     for other in found[1:]:
         if other != found[0]:
-            return Counted(None, CODE, why="the binary has two codes of the kernel that differ")
+            return Counted(None, MACHINE, why="the binary has two codes of the kernel that differ")
     return found[0]
 
 
@@ -72,15 +70,12 @@ def _count(elf: Elf, kernel: str, size: Sequence[int], group: Sequence[int], arg
     for n in group:
         items *= n
 
-    def follow(many: int) -> Mix:
-        values = [many.to_bytes(4, "little") if k == turns else a for k, a in enumerate(arguments)]
-        described = [range(at := BUFFERS * (k + 1), at + IMAGE_BYTES) for k, a in enumerate(values)
-                     if isinstance(a, Picture)]
-        machine = Machine(elf, _memory(values, size, group), described)
-        out = machine.follow(elf.functions[name], ARGUMENTS, CONTEXT, 0, 0, 0)
-        return {**out, SUMS: out.get("add int32", 0.0) - machine.known}
+    def memory(many: int) -> dict[int, int]:
+        return _memory([many.to_bytes(4, "little") if k == turns else a for k, a in enumerate(arguments)], size, group)
 
-    return of_a_turn(follow, items, CODE)
+    pictures = [range(at := BUFFERS * (k + 1), at + IMAGE_BYTES) for k, a in enumerate(arguments)
+                if isinstance(a, Picture)]
+    return x86.count(elf, elf.functions[name], (ARGUMENTS, CONTEXT, 0, 0, 0), memory, items, pictures)
 
 
 def described(image: Picture, data: int) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from npulab.gpu.counting.mix import Asked, Counted, Follow, Mix, NotRead
+from npulab.gpu.counting.mix import MACHINE, Asked, Counted, Follow, Mix, NotRead
 
 TURNS = (8, 16, 32)
 """Followed: the more of the last over the second must be twice the more of that over the first."""
@@ -56,7 +56,8 @@ def objection(counted: Counted, asked: Asked) -> str:
     """
     if counted.mix is None or counted.mix.get("calls"):
         return ""
-    for kind, want in asked.kinds.items():
+    besides = {} if counted.code == MACHINE else asked.besides
+    for kind, want in (*asked.kinds.items(), *besides.items()):
         if kind in counted.uneven:
             return f"the compiled loop does not do the same {kind} in each turn: {counted.uneven[kind]}"
         have = counted.mix.get(kind, 0.0)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from npulab.gpu.counting.elf import Elf
-from npulab.gpu.counting.mix import OWN, Mix, NotRead, add
-from npulab.gpu.counting.x86_masks import lanes_by_mask
+from npulab.gpu.counting.mix import MACHINE, OWN, SUMS, Counted, Mix, NotRead, add
+from npulab.gpu.counting.turns import of_a_turn
+from npulab.gpu.counting.x86_lanes import NONE, number
+from npulab.gpu.counting.x86_masks import written
 from npulab.gpu.counting.x86_mix import kinds
 from npulab.gpu.counting.x86_state import NAMES, RCX, RDI, RDX, RSI, RSP, Known, State, Step
 from npulab.gpu.counting.x86_steps import step
@@ -22,11 +25,34 @@ HOME = 0x6fff_dead_0000
 """The return address of the function that is followed."""
 CALLER_SAVED = (0, 1, 2, 6, 7, 8, 9, 10, 11)
 OCL_SVML = "__ocl_svml_z0_"
-"""Functions that keep rsi: those of Intel's mathematics for AVX-512 (LLVM, X86CallingConv.td: Intel_OCL_BI_AVX512)."""
+"""Functions of Intel's mathematics for AVX-512, which keep rbx, rsi, r14, r15, zmm16 to zmm31 and k4 to k7 (LLVM,
+X86CallingConv.td: CSR_64_Intel_OCL_BI_AVX512)."""
+SVML_CHANGES = (0, 1, 2, 7, 8, 9, 10, 11, 12, 13)
+QUOTIENTS = OCL_SVML + "udiv16"
+"""Of 16 numbers without a sign in zmm0 by those in zmm1, to zmm0."""
 ROOTS = re.compile(r"__ocl_svml_[a-z]\d_(r?sqrt)f(1|2|4|8|16)")
 """Functions whose name says what they do in how many lanes; those of masks have another end."""
+TOO_MANY = "more than"
 BLOCK = 1 << 18
 """Bytes of code without a jump to read at most."""
+
+
+
+def count(elf: Elf, function: int, given: Sequence[int], memory: Callable[[int], Mapping[int, int]], items: int,
+          described: Sequence[range] = ()) -> Counted:
+    """A turn of the loop in each of `items` that a call does. Vectors are followed only where it takes them: that is
+    slow. memory: what is known of it with so many turns. described: as in State."""
+    def follow(machine: Machine, many: int) -> Mix:
+        machine.initial = dict(memory(many))
+        out = machine.follow(function, *given)
+        return {**out, SUMS: out.get("add int32", 0.0) - machine.known}
+
+    found = Counted(None)
+    for lanes in (False, True)[bool(described):]:
+        found = of_a_turn(partial(follow, Machine(elf, {}, described, lanes)), items, MACHINE)
+        if found.mix is not None or found.why.startswith(TOO_MANY):
+            break
+    return found
 
 
 class Machine(State):
@@ -36,10 +62,11 @@ class Machine(State):
     whose mask is not known to leave no lane out.
     """
 
-    def __init__(self, elf: Elf, memory: Mapping[int, int], described: Sequence[range] = ()) -> None:
+    def __init__(self, elf: Elf, memory: Mapping[int, int], described: Sequence[range] = (), lanes: bool = False
+                 ) -> None:
         if elf.machine != "x86-64":
             raise NotRead(f"machine code of {elf.machine} is not read")
-        super().__init__(elf, memory, described)
+        super().__init__(elf, memory, described, lanes)
         self._decoder = self.cs.Cs(self.cs.CS_ARCH_X86, self.cs.CS_MODE_64)
         self._decoder.detail = True
         self._blocks: dict[int, tuple[list[Step], Mix, Callable[[], int]]] = {}
@@ -62,7 +89,7 @@ class Machine(State):
             done[at] = done.get(at, 0) + 1
             steps += len(block[0]) + 1
             if steps > OWN:
-                raise NotRead(f"more than {OWN} instructions")
+                raise NotRead(f"{TOO_MANY} {OWN} instructions")
             for does in block[0]:
                 does()
             at = block[2]()
@@ -72,9 +99,8 @@ class Machine(State):
         if self.calls:
             out["calls"] = self.calls
         if self.partial:
-            out["masked"] = out.get("masked", 0.0) + self.partial
-        if self.aside:
-            out["load bytes"] = out.get("load bytes", 0.0) - self.aside
+            out["masked"] = self.partial
+        add(out, self.aside)
         return out
 
     # decoding
@@ -98,15 +124,20 @@ class Machine(State):
                     return steps, mix, self._call(i, after)
                 return steps, mix, self._jump(i, name, after)
             counted = kinds(i, cs, self._own)
-            add(mix, counted)
-            if loaded := counted.get("load bytes"):
-                steps += [self._constant(i, o, loaded) for o in i.operands if o.type == cs.X86_OP_MEM]
-            if masked := lanes_by_mask(i, cs):
-                steps.append(self._looking(*masked))
+            under = written(i, cs) if counted else None
+            places = [o for o in i.operands if o.type == cs.X86_OP_MEM and any(k.endswith("bytes") for k in counted)]
+            if under:
+                steps.append(self._in_lanes(i, counted, *under, places))
+            else:
+                add(mix, counted)
+                steps += [self._placed(i, o, counted) for o in places if "spill bytes" not in counted]
             if does := step(self, i, name):
                 steps.append(does)
-            if counted.get("add int32") == 1:
-                steps.append(self._noting(i))
+            if sums := counted.get("add int32"):
+                if sums == 1:
+                    steps.append(self._noting(i))
+                elif self.lanes and not under and number(i, cs, i.operands[0]) >= 0:
+                    steps.append(self._noting_lanes(number(i, cs, i.operands[0]), int(sums)))
         raise NotRead(f"bytes at {start:#x} are no instructions")
 
     def _noting(self, i: Any) -> Step:
@@ -118,22 +149,48 @@ class Machine(State):
 
         return note
 
-    def _constant(self, i: Any, op: Any, size: float) -> Step:
-        """Before a load: whether it is of a constant of the program, whose address a register has."""
+    def _noting_lanes(self, register: int, lanes: int) -> Step:
+        def note() -> None:
+            if (found := self.vectors.get(register)) is not None:
+                self.known += sum(x is not None for x in found[:lanes])
+
+        return note
+
+    def _placed(self, i: Any, op: Any, counted: Mix) -> Step:
+        """Before a load or store: whether it is of a constant of the program, or of the stack by an index."""
         address = self.address(i, op)
+        loaded, stored = counted.get("load bytes", 0.0), counted.get("store bytes", 0.0)
 
         def look() -> None:
-            if (at := address()) is not None and self.elf.bytes_at(at, 1, constant=True) is not None:
-                self.aside += size
+            if (at := address()) is None:
+                return
+            if own := STACK - STACK_BYTES <= at <= STACK:
+                self.besides("spill bytes", loaded + stored)
+                self.besides("store bytes", -stored)
+            if own or self.elf.bytes_at(at, 1, constant=True) is not None:
+                self.besides("load bytes", -loaded)
 
         return look
 
-    def _looking(self, mask: str, lanes: int) -> Step:
-        """Before a gather: whether all of its lanes are done."""
-        whole = (1 << lanes) - 1
+    def _in_lanes(self, i: Any, counted: Mix, mask: str, lanes: int, places: Sequence[Any]) -> Step:
+        """Before what is done in the lanes of a mask: how many those are."""
+        address = self.address(i, places[0]) if places else lambda: None
 
         def look() -> None:
-            self.partial += self.masks.get(mask, 0) & whole != whole
+            having = self.masks.get(mask)
+            share = 1.0
+            if having is None or not lanes:
+                self.partial += 1
+            else:
+                share = (having & ((1 << lanes) - 1)).bit_count() / lanes
+            at = address()
+            own = at is not None and STACK - STACK_BYTES <= at <= STACK
+            constant = at is not None and self.elf.bytes_at(at, 1, constant=True) is not None
+            for kind, count in counted.items():
+                if kind.endswith("bytes") and (own or constant):
+                    kind = "spill bytes" if own else ""
+                if kind:
+                    self.besides(kind, count * share)
 
         return look
 
@@ -177,21 +234,26 @@ class Machine(State):
 
     def _named(self, at: int, name: str) -> tuple[list[Step], Mix, Callable[[], int]]:
         """A function that the file only names: a call of what is not seen, or of what its name says."""
-        m = ROOTS.fullmatch(name)
+        root = ROOTS.fullmatch(name)
 
         def go() -> int:
-            self.calls += not m
-            return self._elsewhere(at, (RSI,) if name.startswith(OCL_SVML) else ())
+            self.calls += not root
+            given = self.vectors.get(0, NONE), self.vectors.get(1, NONE)
+            after = self._elsewhere(at, name.startswith(OCL_SVML))
+            if name == QUOTIENTS:
+                self.vectors[0] = tuple(None if x is None or not y else x // y for x, y in zip(*given, strict=True))
+            return after
 
-        return [], {f"{m[1]} float32": int(m[2])} if m else {}, go
+        return [], {f"{root[1]} float32": int(root[2])} if root else {}, go
 
-    def _elsewhere(self, at: int, kept: Sequence[int] = ()) -> int:
+    def _elsewhere(self, at: int, svml: bool = False) -> int:
         """Back from a function of another library."""
-        for register in CALLER_SAVED:
-            if register not in kept:
-                self.r[register] = self.low[register] = None
-        self.vectors.clear()
-        self.masks.clear()
+        for register in SVML_CHANGES if svml else CALLER_SAVED:
+            self.r[register] = self.low[register] = None
+        for vector in range(16 if svml else 32):
+            self.vectors.pop(vector, None)
+        for mask in range(4 if svml else 8):
+            self.masks.pop(f"k{mask}", None)
         return self._whither(self.pop(), at)
 
     def _call(self, i: Any, after: int) -> Callable[[], int]:

@@ -44,9 +44,6 @@ def kinds(i: Any, cs: Any, own: Callable[[str], bool]) -> Mix:
     for k, o in enumerate(i.operands):
         if o.type == cs.X86_OP_MEM and not name.startswith(NOT_MEMORY):
             _memory(i, cs, k, o, own, vector, out)
-    masked = any(o.type == cs.X86_OP_REG and re.fullmatch("k[1-7]", i.reg_name(o.reg)) for o in i.operands[1:])
-    if out and masked and name[0] == "v" and "gather" not in name and "scatter" not in name:
-        out["masked"] = 1
     return out
 
 

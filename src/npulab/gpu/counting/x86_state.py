@@ -7,9 +7,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from npulab.gpu.counting import x86_lanes
 from npulab.gpu.counting.elf import Elf
-from npulab.gpu.counting.mix import NotRead
+from npulab.gpu.counting.mix import Mix, NotRead
+from npulab.gpu.counting.x86_lanes import Lanes
 
 Known = int | None
 Step = Callable[[], None]
@@ -18,6 +18,7 @@ NAMES: dict[str, tuple[int, int, int]] = {name: (i, bits, shift) for i, base in 
     (base, 64, 0), ("e" + base[1:], 32, 0), (base[1:], 16, 0),
     *(((base[1] + "l", 8, 0), (base[1] + "h", 8, 8)) if i < 4 else ((base[1:] + "l", 8, 0),)))}
 NAMES |= {f"r{i}{end}": (i, bits, 0) for i in range(8, 16) for end, bits in (("", 64), ("d", 32), ("w", 16), ("b", 8))}
+LINE = 6
 RAX, RCX, RDX, RSP, RBP, RSI, RDI = 0, 1, 2, 4, 5, 6, 7
 
 
@@ -25,17 +26,20 @@ class State:
     """Of one thread; None is not known.
 
     memory      bytes that are known beside the file's constants.
-    described   places of what a runtime says of images: what is read there is no work, and is added up in `aside`, as
-                constants are.
-    vectors     lanes of vector registers that carry integers.     masks  registers of masks that are known.
+    described   places of what a runtime says of images: what is read there is no work.
+    lanes       whether vector registers are followed, too.
+    vectors     what is known of them, by number.     masks  registers of masks that are known.
+    aside       what instructions do more or less than they say: loads of constants, lanes by masks, ...
     """
 
-    def __init__(self, elf: Elf, memory: Mapping[int, int], described: Sequence[range] = ()) -> None:
+    def __init__(self, elf: Elf, memory: Mapping[int, int], described: Sequence[range] = (), lanes: bool = False
+                 ) -> None:
         import capstone
 
         self.cs, self.elf = capstone, elf
         self.initial, self.described = dict(memory), tuple(described)
-        self.vectors: dict[str, x86_lanes.Lanes] = {}  # the same all along: steps hold it
+        self.lanes = lanes
+        self.vectors: dict[int, Lanes] = {}  # the same all along: steps hold it
         self.masks: dict[str, int] = {}
         self.forget()
 
@@ -48,9 +52,13 @@ class State:
         self.sf: bool | None = None
         self.of: bool | None = None
         self.memory: dict[int, Known] = dict(self.initial)
+        self.held = {address >> LINE for address in self.initial}
         self.vectors.clear()
         self.masks.clear()
-        self.aside = 0.0
+        self.aside: Mix = {}
+
+    def besides(self, kind: str, count: float) -> None:
+        self.aside[kind] = self.aside.get(kind, 0.0) + count
 
     def address(self, i: Any, op: Any) -> Callable[[], Known]:
         m = op.mem
@@ -127,7 +135,7 @@ class State:
             return None
         if (first := self.memory.get(address)) is not None:
             if self.described and any(address in places for places in self.described):
-                self.aside += size
+                self.besides("load bytes", -size)
             value = first
             for k in range(1, size):
                 byte = self.memory.get(address + k)
@@ -142,10 +150,15 @@ class State:
 
     def store(self, address: Known, size: int, value: Known) -> None:
         """A store to an unknown address is one to a buffer: compilers keep what they save by fixed places."""
-        if address is None:
+        if address is None or (value is None and not self.holds(address, size)):
             return
+        self.held.update((address >> LINE, address + size - 1 >> LINE))
         for k in range(size):
             self.memory[address + k] = None if value is None else value >> 8 * k & 255
+
+    def holds(self, address: int, size: int) -> bool:
+        """Whether something is known of at most 64 bytes there, or near by."""
+        return address >> LINE in self.held or address + size - 1 >> LINE in self.held
 
     def push(self, value: Known) -> None:
         top = self.r[RSP]

@@ -83,18 +83,16 @@ def step(s: State, i: Any, name: str) -> Step | None:
             second(x)
 
         return exchange
-    def tested(value: Known, bits: int) -> None:
-        s.flags(value, bits, None if value is None else value == (1 << bits) - 1, False)
-        s.sf = False
+    def tested(zero: bool | None, carry: bool | None) -> None:
+        s.zf, s.cf, s.sf, s.of = zero, carry, False, False
 
+    if s.lanes and (does := x86_lanes.step(s, i)):
+        return does
+    lost = x86_lanes.forget(s, i) if s.lanes and "scatter" not in name else None
     if masks := x86_masks.step(s.masks, i, name, s.cs.x86, lambda op: s.reader(i, op), lambda op: s.writer(i, op),
                                tested):
-        return masks if name.startswith(("kmov", "kortest")) else both(unknown(s, i), masks)
-    if s.described and any(o.type == s.cs.x86.X86_OP_REG and i.reg_name(o.reg)[1:3] == "mm" for o in ops):
-        return (x86_lanes.step(s.vectors, i, s.cs.x86, lambda op: s.reader(i, op),
-                               lambda op: s.writer(i, op))
-                or both(unknown(s, i), x86_lanes.forget(s.vectors, i)))
-    return unknown(s, i)
+        return masks if name.startswith(("kmov", "kortest", "ktest")) else both(both(unknown(s, i), lost), masks)
+    return both(unknown(s, i), lost)
 
 
 def unknown(s: State, i: Any) -> Step | None:
