@@ -6,15 +6,17 @@ and strides are arguments, so that networks share compiled kernels.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 
 from npulab.errors import CapacityError
-from npulab.gpu.compute.types import Argument, Buffer, Kernel, Launch, Lowered, Traits
+from npulab.gpu.compute.types import Argument, Buffer, Kernel, Launch, Lowered, Number, Traits
+from npulab.gpu.compute.vectors import bits, element, kept, loaded, number_bytes
 from npulab.gpu.compute.views import Shape, collapsed
 
 INDEX_MAX = 2**31 - 1
@@ -45,6 +47,13 @@ NUMBERS: Mapping[str, str] = {
     "swish_": "x / (1.0f + exp(-a * x))",
 }
 """The same, with numbers a and b."""
+ROUNDED = """float half_(const float x) {
+    ushort t[1];
+    vstore_half(x, 0, (half *)t);
+    return vload_half(0, (const half *)t);
+}
+"""
+"""half_(x): the nearest number that float16 has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +62,7 @@ class Map:
 
     expression  OpenCL C; {0}, {1}, ... are operands, in the order of the roles "input", "input1", ....
     reads       (strides over `shape`, offset) of each.      writes  of the output.     Counted in elements.
+    stored      what the output and then the operands are stored as.
     operations  of one element, roughly.
     """
 
@@ -60,6 +70,7 @@ class Map:
     shape: Shape
     reads: tuple[tuple[Shape, int], ...]
     writes: tuple[Shape, int]
+    stored: tuple[Number, ...]
     operations: int = 0
 
 
@@ -71,6 +82,7 @@ class Take:
     size: int
     count: int
     inner: int
+    number: Number = "float32"
 
 
 def role(i: int) -> str:
@@ -117,18 +129,21 @@ def lower_map(what: Map, traits: Traits) -> Lowered:
     size, group = span(*axes, traits=traits)
     arguments: tuple[Argument, ...] = (*(Buffer(role(i)) for i in range(len(what.reads))), Buffer("output"),
                                        *map(np.int32, numbers))
-    read = sum(4 * int(np.prod([n for n, s in zip(what.shape, strides, strict=True) if s] or [1]))
-               for strides, _ in what.reads)
+    read = sum(number_bytes(number) * math.prod(n for n, s in zip(what.shape, strides, strict=True) if s)
+               for (strides, _), number in zip(what.reads, what.stored[1:], strict=True))
     label = "copy" if what.expression == "{0}" else "map"
-    return Lowered((Launch(map_kernel(what.expression, rank, len(what.reads)), size, group, arguments, label,
-                           float(what.operations * total), float(read + 4 * total)),))
+    return Lowered((Launch(map_kernel(what.expression, rank, what.stored), size, group, arguments, label,
+                           float(what.operations * total), float(read + number_bytes(what.stored[0]) * total)),))
 
 
 @cache
-def map_kernel(expression: str, rank: int, operands: int) -> Kernel:
+def map_kernel(expression: str, rank: int, stored: tuple[Number, ...]) -> Kernel:
     """Axes count from the outermost, 0; those before the last two share one dimension of the launch."""
-    names = ["y", *(f"x{i}" for i in range(operands))]
-    arguments = [f"__global const float *{n}" for n in names[1:]] + ["__global float *y"]
+    names = ["y", *(f"x{i}" for i in range(len(stored) - 1))]
+    copied = expression == "{0}" and stored[0] == stored[1]
+    types = [(bits if copied else element)(number) for number in stored]
+    arguments = [f"__global const {t} *{n}" for n, t in zip(names[1:], types[1:], strict=True)]
+    arguments.append(f"__global {types[0]} *y")
     arguments += [f"const int {n}_at" for n in names]
     for a in range(rank):
         arguments += [f"const int n{a}", *(f"const int {n}_s{a}" for n in names)]
@@ -149,8 +164,12 @@ def map_kernel(expression: str, rank: int, operands: int) -> Kernel:
         return " + ".join([f"{n}_at", *(f"i{a} * {n}_s{a}" for a in range(rank))])
 
     value = re.sub(r"\{(\d+)\}", lambda m: f"v{m[1]}", expression)
-    lines += [f"const float v{i} = x{i}[{at(f'x{i}')}];" for i in range(operands)]
-    lines.append(f"y[{at('y')}] = {value};")
+    if copied:
+        lines.append(f"y[{at('y')}] = x0[{at('x0')}];")
+    else:
+        lines += [f"const float v{i} = {loaded(number, f'{n} + {at(n)}')};"
+                  for i, (n, number) in enumerate(zip(names[1:], stored[1:], strict=True))]
+        lines.append(kept(stored[0], value, f"y + {at('y')}") + ";")
     body = "\n    ".join(lines)
     return Kernel(f"{functions(expression)}__kernel void map({', '.join(arguments)}) {{\n    {body}\n}}\n", "map")
 
@@ -158,26 +177,24 @@ def map_kernel(expression: str, rank: int, operands: int) -> Kernel:
 def functions(expression: str) -> str:
     """Definitions of what it calls."""
     called = [n for n in (*FUNCTIONS, *NUMBERS) if re.search(rf"\b{n}\(", expression)]
-    return "".join(f"float {n}(const float x{', const float a, const float b' if n in NUMBERS else ''}) "
-                   f"{{ return {FUNCTIONS.get(n) or NUMBERS[n]}; }}\n" for n in called)
+    found = "".join(f"float {n}(const float x{', const float a, const float b' if n in NUMBERS else ''}) "
+                    f"{{ return {FUNCTIONS.get(n) or NUMBERS[n]}; }}\n" for n in called)
+    return (ROUNDED if re.search(r"\bhalf_\(", expression) else "") + found
 
 
-TAKE = Kernel("""
-__kernel void take(__global const float *x, __global const int *table, __global float *y, const int outer,
+TAKE = """
+__kernel void take(__global const T *x, __global const int *table, __global T *y, const int outer,
                    const int size, const int count, const int inner) {
     const int k = get_global_id(0), i = get_global_id(1), o = get_global_id(2);
     if (k >= inner || i >= count || o >= outer) return;
     y[(o * count + i) * inner + k] = x[(o * size + table[i]) * inner + k];
 }
-""", "take")
+"""
 
 
 def lower_take(what: Take, traits: Traits) -> Lowered:
     size, group = span(what.inner, what.count, what.outer, traits=traits)
     numbers = map(np.int32, (what.outer, what.size, what.count, what.inner))
-    return Lowered((Launch(TAKE, size, group, (Buffer("input"), Buffer("input1"), Buffer("output"), *numbers), "take",
-                           0.0, 8.0 * what.outer * what.count * what.inner),))
-
-
-def bytes_of(shape: Sequence[int]) -> int:
-    return 4 * int(np.prod(shape, dtype=np.int64))
+    kernel = Kernel(f"typedef {bits(what.number)} T;{TAKE}", "take")
+    return Lowered((Launch(kernel, size, group, (Buffer("input"), Buffer("input1"), Buffer("output"), *numbers), "take",
+                           0.0, 2.0 * number_bytes(what.number) * what.outer * what.count * what.inner),))
