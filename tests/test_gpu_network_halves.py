@@ -1,15 +1,23 @@
 """Whole networks in float16 on an OpenCL device: of files in float16, and float32 ones stored so between layers."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from npulab import zoo
 from npulab.errors import UnsupportedError
 from npulab.exporters.onnx import to_onnx as exported
+from npulab.gpu.compute import blocks, checks, moves, vectors, windows
 from npulab.gpu.compute.network import compile_network
+from npulab.gpu.compute.problems import Attention, Convolution, Product
+from npulab.gpu.compute.views import row_major
 from npulab.importers import load
 from npulab.passes.certificate import random_inputs, session
-from test_gpu_network import CASES, GPU, floats, model, node
+from test_gpu_halves import emulated
+from test_gpu_kernels import GRAPHICS, PROCESSOR, run
+from test_gpu_network import CASES, GPU, attention, floats, model, node
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -281,3 +289,220 @@ def test_other_types_are_refused_by_name():
         with pytest.raises(UnsupportedError) as e:
             compile_network(typed(nodes, inputs, to), GPU)
         assert text in str(e.value)
+
+
+# layers
+
+
+def near(device, lowered, inputs, wanted, computing=1e-5):
+    """Within the rounding of what is stored and what floats compute, against NumPy in float64."""
+    found = run(device, lowered, inputs, wanted.shape, np.float16)
+    within(found, wanted, ROUNDING * np.abs(wanted) * (1 + computing) + computing * np.abs(wanted).max() + SMALLEST)
+
+
+def some(*shape):
+    x = floats(*shape).astype(np.float16)
+    return x, x.astype(np.float64)
+
+
+WIDTHS = {"a CPU": PROCESSOR, "a GPU": GRAPHICS}
+"""Vectors of as many channels, and single numbers."""
+across = pytest.mark.parametrize("where", WIDTHS)
+REDUCED = {"sum": np.sum, "mean": np.mean, "max": np.max, "min": np.min, "product": np.prod,
+           "l1": lambda x, axis: np.abs(x).sum(axis), "l2": lambda x, axis: np.sqrt((x * x).sum(axis)),
+           "squares": lambda x, axis: (x * x).sum(axis)}
+
+
+@across
+@pytest.mark.parametrize("kind", REDUCED)
+def test_reductions(device, kind, where):
+    x, exact = some(3, 17, 32)
+    what = windows.Reduce(kind, x.shape, (1,), (row_major(x.shape), 0), "float16")
+    near(device, windows.lower_reduce(what, WIDTHS[where]), {"input": x}, REDUCED[kind](exact, axis=1))
+
+
+def test_sums_of_numbers_that_a_half_would_not_add(device):
+    """2048 + 1 is 2048 in float16: sums are of floats."""
+    x = np.ones((2, 5000), np.float16)
+    what = windows.Reduce("sum", x.shape, (1,), (row_major(x.shape), 0), "float16")
+    found = run(device, windows.lower_reduce(what, PROCESSOR), {"input": x}, (2,), np.float16)
+    np.testing.assert_array_equal(found, 5000)
+
+
+@across
+@pytest.mark.parametrize("channels", [16, 5])
+@pytest.mark.parametrize("kind", ["max", "average"])
+def test_pools(device, kind, channels, where):
+    x, exact = some(2, 8, 7, channels)
+    what = windows.Pool(kind, (2, 8, 7, channels), (4, 5), (2, 3), (2, 1), (1, 1), (0, 0), number="float16")
+    parts = np.lib.stride_tricks.sliding_window_view(exact, (2, 3), (1, 2))[:, ::2]
+    wanted = parts.max((-1, -2)) if kind == "max" else parts.mean((-1, -2))
+    near(device, windows.lower_pool(what, WIDTHS[where]), {"input": x}, wanted)
+
+
+@across
+def test_resizing(device, where):
+    x, exact = some(2, 3, 4, 16)
+    r = np.random.default_rng(0)
+    rows, columns = r.integers(0, 3, (5, 2), np.int32), r.integers(0, 4, (6, 2), np.int32)
+    by_rows, by_columns = r.random((5, 2), np.float32), r.random((6, 2), np.float32)
+    wanted = np.einsum("bipjqc,ip,jq->bijc", exact[:, rows[:, :, None, None], columns], by_rows, by_columns,
+                       dtype=np.float64)
+    near(device, windows.lower_resample(windows.Resample((2, 3, 4, 16), (5, 6), 2, "float16"), WIDTHS[where]),
+         {"input": x, "input1": rows, "input2": by_rows, "input3": columns, "input4": by_columns}, wanted)
+
+
+def test_transposed_convolutions(device):
+    (x, exact), (w, weights), bias = some(1, 3, 4, 6), some(5, 2, 2, 6), floats(5)
+    what = windows.TransposedConvolution((1, 3, 4, 6), 5, (6, 8), (2, 2), (2, 2), (1, 1), (0, 0), 1, "float16")
+    wanted = np.einsum("bhwc,fpqc->bhpwqf", exact, weights).reshape(1, 6, 8, 5) + bias
+    near(device, windows.lower_transposed(what, PROCESSOR), {"input": x, "input1": w, "input2": bias}, wanted)
+
+
+def test_what_is_taken_and_copied_is_the_same_to_the_bit(device):
+    """Whatever it stands for: nothing is computed."""
+    x = np.arange(65536, dtype=np.uint16).reshape(64, 1024).view(np.float16)
+    table = np.random.default_rng(0).permutation(64).astype(np.int32)
+    what = moves.Take(1, 64, 64, 1024, "float16")
+    found = run(device, moves.lower_take(what, PROCESSOR), {"input": x, "input1": table}, x.shape, np.float16)
+    np.testing.assert_array_equal(found.view(np.uint16), x[table].view(np.uint16))
+    copy = moves.Map("{0}", (1024, 64), (((1, 1024), 0),), ((64, 1), 0), ("float16", "float16"))
+    found = run(device, moves.lower_map(copy, PROCESSOR), {"input": x}, (1024, 64), np.float16)
+    np.testing.assert_array_equal(found.view(np.uint16), x.T.view(np.uint16))
+
+
+@pytest.mark.parametrize("stored", [("float16", "float16", "float32"), ("float32", "float16", "float16"),
+                                    ("float16", "float32", "float32")])
+def test_expressions_of_what_is_stored_differently(device, stored):
+    (x, z), kinds = (floats(6, 50) for _ in range(2)), [np.dtype(s) for s in stored]
+    x, z = x.astype(kinds[1]), z.astype(kinds[2])
+    what = moves.Map("({0} * {1} + half_({1}))", (6, 50), (((50, 1), 0),) * 2, ((50, 1), 0), stored, 2)
+    found = run(device, moves.lower_map(what, PROCESSOR), {"input": x, "input1": z}, (6, 50), kinds[0])
+    wanted = x.astype(np.float64) * z + z.astype(np.float16).astype(np.float64)
+    limit = ROUNDING if stored[0] == "float16" else 1e-6
+    within(found, wanted, limit * np.abs(wanted) + 1e-6 + SMALLEST)
+
+
+# on halves
+
+
+@pytest.fixture(params=["real", "emulated"])
+def graphics(request, device, monkeypatch):
+    """Traits of a GPU that computes on halves, whoever does."""
+    if request.param == "emulated":
+        for module in (vectors, blocks):
+            monkeypatch.setattr(module, "half_operations", emulated)
+    elif "float16" not in device.limits.elements:
+        pytest.skip("needs a device that computes on halves (cl_khr_fp16)")
+    return replace(GRAPHICS, halves=True)
+
+
+@pytest.mark.parametrize("kind", ["grouped", "depthwise", "product"])
+def test_kernels_of_networks_compute_on_halves_where_a_device_does(kind, device, graphics):
+    """And not where it is a CPU, or numbers are float32."""
+    if kind == "product":
+        shape, nodes, constants = [1, 9, 40], [node("MatMul", "x w", "y")], {"w": floats(40, 24)}
+    else:
+        shape, groups = [1, 8, 9, 7], 8 if kind == "depthwise" else 2
+        nodes = [node("Conv", "x w b", "c", group=groups, pads=[1] * 4), node("Relu", "c", "y")]
+        constants = {"w": floats(8, 8 // groups, 3, 3), "b": floats(8)}
+    _, half = rounded(model(nodes, {"x": shape}, ["y"], **constants))
+    plan = compile_network(half, graphics)
+    (layer,) = (x for x in plan.network.layers if isinstance(x.what, Convolution | Product))
+    x = floats(*shape).astype(np.float16)
+    found = plan.open(device).run({"x": x})["y"]
+    weights, bias = layer.packed
+    if kind == "product":
+        wanted, bound = checks.product(layer.what, x, weights, bias, halves=True)
+    else:
+        wanted, bound = checks.convolution(layer.what, x.transpose(0, 2, 3, 1), weights, bias, halves=True)
+        wanted, bound = (a.transpose(0, 3, 1, 2) for a in (wanted, bound))
+    within(found, wanted, bound)
+
+    def on_halves(plan):
+        return any("HALF_FMA" in s.launch.kernel.source for s in plan.steps)
+
+    assert on_halves(plan)
+    assert not on_halves(compile_network(half, replace(PROCESSOR, halves=True)))
+    assert not on_halves(compile_network(half, graphics, number="float32"))
+    assert not on_halves(compile_network(half, GRAPHICS))
+
+
+def test_attention_of_float16(device, graphics, traits):
+    wide, half = rounded(attention())
+    feeds = {"x": floats(2, 12, 24).astype(np.float16)}
+    (wanted,) = runs(wide, {"x": feeds["x"].astype(np.float32)})
+    for where, most in ((traits, 8), (GRAPHICS, 8), (graphics, 64)):
+        plan = compile_network(half, where)
+        assert sum(isinstance(x.what, Attention) for x in plan.network.layers) == 1
+        within(plan.open(device).run(feeds)["y"], wanted, most * ROUNDING * np.abs(wanted).max())
+
+
+def test_plans_for_gpus_have_groups_that_they_take_and_half_the_bytes():
+    for name in ("mobilenet-v2", "yolov8n"):
+        graph = load(zoo.build(name, 64))
+        plan, whole = (compile_network(graph, replace(GPU, halves=True), number=n) for n in ("float16", "float32"))
+        for step in plan.steps:
+            size, group = step.launch.size, step.launch.group
+            assert all(s % g == 0 and s > 0 for s, g in zip(size, group, strict=True))
+            assert np.prod(group) <= GPU.group_max
+        moved, before = (sum(s.launch.traffic for s in p.steps) for p in (plan, whole))
+        assert 0.45 < moved / before < 0.65  # inputs, outputs and what Winograd keeps are float32
+
+
+# the command
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A network in both types, and an input."""
+    wide, half = rounded(load(zoo.build("squeezenet", 32, classes=10)))
+    (tmp_path / "wide.onnx").write_bytes(exported(wide))
+    (tmp_path / "half.onnx").write_bytes(exported(half))
+    x = np.random.default_rng(0).random((1, 3, 32, 32)).astype(np.float16)
+    np.save(tmp_path / "half.npy", x)
+    np.save(tmp_path / "wide.npy", x.astype(np.float32))
+    return tmp_path
+
+
+@pytest.mark.parametrize(("name", "options", "stored"), [
+    ("half", [], ["float16"]), ("wide", ["--number", "float16"], ["float16", "float32"]),
+    ("half", ["--number", "float32"], ["float16", "float32"]), ("wide", [], ["float32"])])
+def test_networks_run_from_the_command_line(files, device, npulab, monkeypatch, name, options, stored):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(files))
+    arguments = ["run", files / f"{name}.onnx", "--input", files / f"{name}.npy", "-o", files / "y.npz", "--json"]
+    code, out, _ = npulab(*arguments, "--device", "opencl:0", *options)
+    assert code == 0
+    assert json.loads(out)["stored_as"] == stored
+    found = np.load(files / "y.npz")["output"]
+    assert npulab(*arguments, "--device", "onnxruntime")[0] == 0
+    wanted = np.load(files / "y.npz")["output"]
+    assert found.dtype == wanted.dtype == {"half": np.float16, "wide": np.float32}[name]
+    within(found, wanted.astype(np.float64), 8 * ROUNDING * np.abs(wanted).max())
+
+
+def test_inputs_of_the_other_type_are_refused_as_onnx_runtime_s_are(files, device, npulab):
+    said = {npulab("run", files / "half.onnx", "--input", files / "wide.npy", "--device", d)
+            for d in ("opencl:0", "onnxruntime")}
+    ((code, out, err),) = said
+    assert (code, out) == (2, "")
+    assert "wide.npy does not fit the input 'input'\n  want    float16[1, 3, 32, 32]\n  got     float32[1" in err
+
+
+def test_numbers_are_for_opencl_devices(files, npulab):
+    code, _, err = npulab("run", files / "wide.onnx", "--input", files / "wide.npy", "--number", "float16")
+    assert code == 2
+    assert "--number is for OpenCL devices\n  try     --device opencl:0" in err
+
+
+def test_kernels_of_float16_are_tuned_on_their_own(device, npulab, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    graph = model([node("Conv", "x w", "y", pads=[1] * 4)], {"x": [1, 8, 12, 12]}, ["y"], w=floats(16, 8, 3, 3))
+    (tmp_path / "c.onnx").write_bytes(exported(graph))
+    np.save(tmp_path / "x.npy", floats(1, 8, 12, 12))
+    arguments = ["run", tmp_path / "c.onnx", "--device", "opencl:0", "--input", tmp_path / "x.npy", "--json"]
+    assert npulab(*arguments, "--number", "float16", "--tune", "6")[0] == 0
+    (kept,) = (tmp_path / "npulab" / "kernels").iterdir()
+    assert json.loads(kept.read_text())["key"]["number"] == "float16"
+    assert json.loads(npulab(*arguments)[1])["tuned"] == 0
+    assert json.loads(npulab(*arguments, "--number", "float16")[1])["tuned"] == 1
