@@ -430,12 +430,12 @@ def test_kernels_of_networks_compute_on_halves_where_a_device_does(kind, device,
 
 def test_attention_of_float16(device, graphics, traits):
     wide, half = rounded(attention())
-    feeds = {"x": floats(2, 12, 24).astype(np.float16)}
+    feeds = {"x": floats(2, 12, 24, scale=0.2).astype(np.float16)}  # scores of about 1: their errors are the result's
     (wanted,) = runs(wide, {"x": feeds["x"].astype(np.float32)})
-    for where, most in ((traits, 8), (GRAPHICS, 8), (graphics, 64)):
+    for where in (traits, GRAPHICS, graphics):
         plan = compile_network(half, where)
         assert sum(isinstance(x.what, Attention) for x in plan.network.layers) == 1
-        within(plan.open(device).run(feeds)["y"], wanted, most * ROUNDING * np.abs(wanted).max())
+        within(plan.open(device).run(feeds)["y"], wanted, 8 * ROUNDING * np.abs(wanted).max())
 
 
 def test_plans_for_gpus_have_groups_that_they_take_and_half_the_bytes():

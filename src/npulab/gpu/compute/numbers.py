@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import count
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,12 +75,12 @@ def widened(graph: Graph) -> tuple[Graph, dict[str, Number]]:
     return replace(graph, values=tuple(values), nodes=tuple(nodes), header=header), names
 
 
-def fits(array: NDArray[np.generic]) -> bool:
+def fits(array: NDArray[Any]) -> bool:
     """Whether float16 has room for floats: what is not infinite stays so."""
     return array.dtype.kind == "f" and largest(array) <= LARGEST
 
 
-def largest(array: NDArray[np.floating]) -> float:
+def largest(array: NDArray[Any]) -> float:
     """Of the sizes of what is finite."""
     return float(np.abs(array).max(initial=0, where=np.isfinite(array)))
 
@@ -104,4 +105,4 @@ def _type(info: bytes) -> bytes:
     found = onnx.ValueInfoProto.FromString(info)
     if found.type.tensor_type.elem_type == _CODES[DType.FLOAT16]:
         found.type.tensor_type.elem_type = _CODES[DType.FLOAT32]
-    return found.SerializeToString(deterministic=True)
+    return bytes(found.SerializeToString(deterministic=True))
