@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from npulab import zoo
+from npulab.dialects import to_onnx
 from npulab.errors import UnsupportedError
 from npulab.exporters.onnx import to_onnx as exported
 from npulab.gpu.compute import blocks, checks, moves, vectors, windows
@@ -15,6 +16,7 @@ from npulab.gpu.compute.problems import Attention, Convolution, Product
 from npulab.gpu.compute.views import row_major
 from npulab.importers import load
 from npulab.passes.certificate import random_inputs, session
+from shared import MODELS, needs_shared
 from test_gpu_halves import emulated
 from test_gpu_kernels import GRAPHICS, PROCESSOR, run
 from test_gpu_network import CASES, GPU, attention, floats, model, node
@@ -124,6 +126,18 @@ def test_networks_of_float16_are_as_exact_as_rounding_each_node_s_result(name, s
     whole = compile_network(wide, traits)
     assert plan.weights < 0.52 * whole.weights  # biases stay float32
     assert plan.arenas().bytes <= 0.5 * whole.arenas().bytes
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["efficientnet_lite0_imagenet_float.onnx", "mobilenet_v1_0.25_224_1_default_1.tflite"])
+def test_trained_networks_stored_as_float16(name, device, traits):
+    """Likewise; the witness has its weights rounded, too."""
+    graph = to_onnx(load(MODELS / "float" / name), keep_layout=True)
+    feeds = random_inputs(graph, 0)
+    found = ran(graph, feeds, device, traits, number="float16")
+    for x, y, e in zip(found.values(), runs(graph, feeds), runs(rounding(rounded(graph)[0]), feeds), strict=True):
+        assert 0 < rms(x - y) <= 2 ** 0.5 * rms(e - y)
+        assert x.argmax() == y.argmax()
 
 
 # networks of both
@@ -381,6 +395,28 @@ def test_expressions_of_what_is_stored_differently(device, stored):
     wanted = x.astype(np.float64) * z + z.astype(np.float16).astype(np.float64)
     limit = ROUNDING if stored[0] == "float16" else 1e-6
     within(found, wanted, limit * np.abs(wanted) + 1e-6 + SMALLEST)
+
+
+@across
+@pytest.mark.parametrize("columns", [37, 32, 16, 15])
+@pytest.mark.parametrize("stored", ["float16", "float32"])
+def test_expressions_of_operands_that_lie_in_any_way(device, where, columns, stored):
+    """Row by row, column by column, backwards, one for each row, one for each column, and one for all; into a part of a
+    tensor."""
+    shape, wide = (3, 5, columns), columns + 4
+    x, turned, back, rows, line, one = (floats(*s).astype(np.float16) for s in (
+        shape, (3, columns, 5), shape, (3, 5, 1), (columns,), (1,)))
+    reads = (((5 * columns, columns, 1), 0), ((5 * columns, 1, 5), 0), ((5 * columns, columns, -1), columns - 1),
+             ((5, 1, 0), 0), ((0, 0, 1), 0), ((0, 0, 0), 0))
+    what = moves.Map("({0} + {1} * {2} - {3} * relu_({4}) + {5})", shape, reads, ((5 * wide, wide, 1), 2),
+                     (stored, *("float16",) * 6), 6)
+    inputs = dict(zip(("input", *(f"input{i}" for i in range(1, 6))), (x, turned, back, rows, line, one), strict=True))
+    found = run(device, moves.lower_map(what, WIDTHS[where]), inputs, (3, 5, wide), np.dtype(stored))
+    x, turned, back, rows, line, one = (a.astype(np.float64) for a in inputs.values())
+    wanted = x + turned.transpose(0, 2, 1) * back[..., ::-1] - rows * np.maximum(line, 0) + one
+    within(found[..., 2:-2], wanted, (ROUNDING if stored == "float16" else 0) * np.abs(wanted) + 1e-5)
+    assert np.isnan(found[..., :2]).all()
+    assert np.isnan(found[..., -2:]).all()
 
 
 # on halves
