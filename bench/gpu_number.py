@@ -1,9 +1,9 @@
 """Whole networks stored as float16 against float32: `python bench/gpu_number.py [DEVICE [NAME...]]`.
 
 Networks of npulab's zoo with random weights, at the sizes of their sources, and real ones beside the project if they
-are there. For each: how often both have the same class first (of classifiers), and the largest difference as a share of the output's
-range, over pictures (beside the project, or random numbers from 0 to 1); memory of tensors and of weights; medians of
-times by the device's own clock, in turns.
+are there. For each: how often both have the same class first (of classifiers), and the largest difference as a share of
+the output's range, over pictures (beside the project, or random numbers from 0 to 1); memory of tensors and of weights;
+medians of times by the device's own clock, in turns.
 
     ORT     ONNX Runtime's run of the network with weights and inputs rounded to float16, which computes in float32
             and rounds nothing between nodes: what of the difference is the weights' and the inputs'
@@ -106,8 +106,8 @@ def main() -> int:
         memory, kept = (f"{a / 1e6:.2f} {b / 1e6:6.2f}" for a, b in (
             (whole.arenas.bytes, half.arenas.bytes), (whole.plan.weights, half.plan.weights)))
         is_class = len(found) == 1 and found[0].size == max(found[0].shape)
-        print(f"{name[:26]:<26} {same if is_class else '':>6} {share:9.2e} {weights:9.2e} {memory:>13} {kept:>15} {before:10.2f} "
-              f"{after:8.2f} {after / before:6.2f}", flush=True)
+        print(f"{name[:26]:<26} {same if is_class else '':>6} {share:9.2e} {weights:9.2e} {memory:>13} {kept:>15} "
+              f"{before:10.2f} {after:8.2f} {after / before:6.2f}", flush=True)
     return 0
 
 
