@@ -196,6 +196,17 @@ def test_a_network_of_float16_between_casts(device, traits):
         within(y, z, 4 * ROUNDING * np.abs(z).max())
 
 
+def test_a_copy_of_one_type_is_none_of_the_other(device, traits):
+    """Both pools want the same tensor with its channels last."""
+    graph = typed([node("MaxPool", "x", "y", kernel_shape=[2, 2]), cast("x", "f", F32),
+                   node("MaxPool", "f", "z", kernel_shape=[2, 2])], {"x": (F16, [1, 6, 5, 4])},
+                  {"y": (F16, None), "z": (F32, None)})
+    feeds = {"x": floats(1, 6, 5, 4).astype(np.float16)}
+    found = ran(graph, feeds, device, traits)
+    for x, y in zip(found.values(), runs(graph, feeds), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
 def test_weights_of_float16_in_a_network_of_float32(device, traits):
     """A Cast of constants is folded: all else is float32."""
     w = floats(5, 3, 1, 1).astype(np.float16)
