@@ -1,6 +1,7 @@
 """Fused attention against what it saves, in turn on the same device, and ONNX Runtime beside.
 
     python bench/gpu_attention.py [DEVICE [TURNS]]
+    python bench/gpu_attention.py int8 [DEVICE [TURNS]]
 
 fused    what the runtime makes of an exported attention: one launch.
 apart    what it makes of the same operators with nothing fused, as their outputs are the network's, too: K packed,
@@ -12,6 +13,10 @@ ONNX Runtime's threads go on in a loop for a while when they have nothing to do:
 its cores with them (2 x 4096 x 64: 27 to 29 ms in place of 20.5). So it comes last in a turn and a pause follows. All
 that is timed follows one of its kind: a launch, or a run of ONNX Runtime.
 
+int8: the fused kernel of bytes, that of floats on the same numbers, and ONNX Runtime's chain of integer products
+(MatMulInteger, Mul, Softmax, QuantizeLinear to bytes, MatMulInteger, Mul, QuantizeLinear). Inputs are random bytes in
+steps of 1 / 74, so that their standard deviation is 1.
+
 Ratios are of medians, over fused, with the range that holds 95 % of 2000 resampled ones. "of peak": the fused kernel's
 operations a second, as a share of what a chain of multiply-adds reaches (the probe's figure for float32, vectors of 16,
 measured here before and after, all cores together).
@@ -19,11 +24,12 @@ measured here before and after, all cores together).
 
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 
 from npulab.gpu import opencl
-from npulab.gpu.compute import attention
+from npulab.gpu.compute import attention, integer_attention
 from npulab.gpu.compute.device import Device
 from npulab.gpu.compute.network import compile_network
 from npulab.gpu.compute.problems import Attention
@@ -73,6 +79,72 @@ def tuned(device, traits, what, feeds):
     buffers |= {"output": device.allocate(feeds["q"].nbytes)}
     buffers |= {role: device.allocate(size) for role, size in chain.scratch.items()}
     return device.prepared(chain.launches, buffers), buffers
+
+
+def integer_chain(batch, length, depth, scales, scale_out):
+    """Q, K, V and the output int8 with zero points 0; shares are bytes, steps of 1 / 255."""
+    import onnx
+    from onnx import helper
+    constants = {"f": np.float32(scales[0] * scales[1] * depth**-0.5), "one": np.float32(1 / 255), "zp": np.uint8(0),
+                 "g": np.float32(scales[2] / 255), "so": np.float32(scale_out), "zo": np.int8(0)}
+    nodes = [helper.make_node(*x, **more) for x, more in [
+        (("Transpose", ["k"], ["t"]), {"perm": [0, 2, 1]}), (("MatMulInteger", ["q", "t"], ["si"]), {}),
+        (("Cast", ["si"], ["s"]), {"to": 1}), (("Mul", ["s", "f"], ["m"]), {}),
+        (("Softmax", ["m"], ["p"]), {"axis": -1}), (("QuantizeLinear", ["p", "one", "zp"], ["pi"]), {}),
+        (("MatMulInteger", ["pi", "v"], ["oi"]), {}), (("Cast", ["oi"], ["of"]), {"to": 1}),
+        (("Mul", ["of", "g"], ["r"]), {}), (("QuantizeLinear", ["r", "so", "zo"], ["o"]), {})]]
+    info = [helper.make_tensor_value_info(n, 3, [batch, length, depth]) for n in "qkvo"]
+    graph = helper.make_graph(nodes, "attention", info[:3], info[3:],
+                              [onnx.numpy_helper.from_array(x, n) for n, x in constants.items()])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return model.SerializeToString()
+
+
+def of_bytes(number=0, turns=9):
+    import onnxruntime as ort
+    device = Device(number)
+    traits = traits_of(device)
+    print(f"{device.identity.name}\n{device.identity.driver}")
+    print(f"{'shape':10} {'int8':>7} {'float32':>7} {'ORT ms':>7}  {'float32 / int8':16} {'ORT / int8':16} "
+          "steps off: int8 ORT")
+    scales = (1 / 74,) * 3
+    for batch, length, depth in SHAPES:
+        what = Attention(batch, length, length, depth, depth, depth**-0.5, number="int8")
+        rng = np.random.default_rng(0)
+        feeds = {n: rng.integers(-128, 128, (batch, length, depth)).astype(np.int8) for n in "qkv"}
+        step = 4 / 128 * (length**-0.5 * 2)  # of the output: 4 of its standard deviations, about, fit
+        lowered = {"int8": integer_attention.lower(what, traits, scales, (0, 0, 0), step, 0),
+                   "float32": attention.lower(replace(what, number="float32"), traits)}
+        calls, outs, kept = {}, {}, []
+        for name, x in lowered.items():
+            given = [feeds[n] if name == "int8" else feeds[n] * np.float32(1 / 74) for n in "qkv"]
+            buffers = dict(zip(("input", "input1", "input2"), map(device.upload, given), strict=True))
+            buffers["output"] = device.allocate(given[0].nbytes)
+            calls[name] = device.prepared(x.launches, buffers)
+            calls[name]()
+            outs[name] = device.download(buffers["output"], given[0].shape, given[0].dtype)
+            kept.append(buffers)
+        file = integer_chain(batch, length, depth, scales, step)
+        peer = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
+        outs["ORT"] = peer.run(None, feeds)[0]
+        want = np.clip(outs["float32"] / step, -128, 127)
+        off = {n: np.abs(outs[n] - want).max() for n in ("int8", "ORT")}
+        if not off["int8"] < 1.5:
+            raise SystemExit(f"{batch}x{length}x{depth}: {off['int8']} steps off")
+        times = {n: [] for n in ("int8", "float32", "ORT")}
+        for turn in range(turns):
+            for name in ("int8", "float32")[::1 if turn % 2 else -1]:
+                calls[name]()
+                times[name].append(sum(calls[name]()))
+            peer.run(None, feeds)
+            start = time.perf_counter()
+            peer.run(None, feeds)
+            times["ORT"].append(time.perf_counter() - start)
+            time.sleep(PAUSE_S)
+        ms = {n: np.median(t) * 1e3 for n, t in times.items()}
+        ratios = ["{:5.2f} {:4.2f}-{:4.2f}".format(*interval(times[n], times["int8"])) for n in ("float32", "ORT")]
+        print(f"{f'{batch}x{length}x{depth}':10} {ms['int8']:7.2f} {ms['float32']:7.2f} {ms['ORT']:7.2f}  "
+              f"{ratios[0]:16} {ratios[1]:16} {off['int8']:.2f} {off['ORT']:.2f}", flush=True)
 
 
 def main(number=0, turns=9):
@@ -133,4 +205,7 @@ def main(number=0, turns=9):
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    if sys.argv[1:2] == ["int8"]:
+        of_bytes(*map(int, sys.argv[2:]))
+    else:
+        main(*map(int, sys.argv[1:]))

@@ -17,13 +17,16 @@ from npulab.gpu import vulkan
 from npulab.gpu.compute import (
     modules_attention,
     modules_convolution,
+    modules_integer_attention,
+    modules_integer_rows,
+    modules_integer_winograd,
     modules_integers,
     modules_products,
     modules_rows,
     modules_winograd,
 )
 from npulab.gpu.compute.modules import Layer, run
-from npulab.gpu.compute.problems import Attention, Convolution, Product, Softmax
+from npulab.gpu.compute.problems import Attention, Convolution, LayerNorm, Product, Softmax
 from npulab.gpu.compute.types import Number
 
 RUNS = 8
@@ -52,13 +55,24 @@ def layers(halves: bool) -> Iterator[tuple[str, str, Layer, float]]:
         yield "attention 8 heads 256 by 64", number, heads, heads.operations
         rows = modules_rows.softmax(Softmax(1024, 1000, number=number))
         yield "softmax 1024 by 1000", number, rows, rows.operations
+        norm = modules_rows.layer_norm(LayerNorm(1024, 1000, number=number), np.ones(1000), np.zeros(1000))
+        yield "layer norm 1024 by 1000", number, norm, norm.operations
     bytes_ = r.integers(-127, 128, (64, 3, 3, 64)).astype(np.int8)
     conv = Convolution(1, 56, 56, 64, 64, (3, 3), pads=(1, 1, 1, 1), number="int8")
     rest = (None, 3, [1 << 30] * 64, [-8] * 64, 0)
     yield "3x3 56x56 64-64", "int8", modules_integers.convolution(conv, bytes_, *rest), conv.operations
+    yield ("3x3 56x56 64-64, F(2x2)", "int8", modules_integer_winograd.convolution(conv, bytes_, *rest),
+           conv.operations)
     square = r.integers(-127, 128, (256, 256)).astype(np.int8)
     layer = modules_integers.product(1, 256, 256, 256, square, None, 3, [1 << 30] * 256, [-8] * 256, 0)
     yield "product 256 256 256", "int8", layer, 2.0 * 256**3
+    rows = modules_integer_rows.softmax(Softmax(1024, 1000, number="int8"), 0.05)
+    yield "softmax 1024 by 1000", "int8", rows, rows.operations
+    norm = modules_integer_rows.layer_norm(LayerNorm(1024, 1000, number="int8"), 0.05, 0.05, 0)
+    yield "layer norm 1024 by 1000", "int8", norm, norm.operations
+    what = Attention(8, 256, 256, 64, 64, 0.125, number="int8")
+    heads = modules_integer_attention.attention(what, (0.02,) * 3, (0,) * 3, 0.004, 0)
+    yield "attention 8 heads 256 by 64", "int8", heads, heads.operations
 
 
 def main() -> None:

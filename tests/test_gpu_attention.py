@@ -28,6 +28,7 @@ from npulab.gpu.compute.attention_cpu import STEP_MOST
 from npulab.gpu.compute.problems import Attention, Convolution, LayerNorm, Softmax
 from npulab.gpu.compute.types import Activation, Buffer, Kernel, Launch, Lowered, Traits
 from npulab.reference import requantize
+from test_gpu_kernels import any_convolution
 
 EPS = 2.0**-24
 HALF = 2.0**-11
@@ -552,10 +553,9 @@ def integers_of(what: Convolution, x, w, bias, zero_in, multipliers, shifts, zer
         y0, x0 = ky * what.dilations[0], kx * what.dilations[1]
         part = x[:, y0:y0 + (h - 1) * what.strides[0] + 1:what.strides[0],
                  x0:x0 + (wd - 1) * what.strides[1] + 1:what.strides[1]]
-        if what.groups > 1:
-            sums += np.repeat(part, what.filters // what.channels, 3) * w[:, ky, kx, 0].astype(np.int64)
-        else:
-            sums += part @ w[:, ky, kx].T.astype(np.int64)
+        part = part.reshape(*part.shape[:3], what.groups, -1)
+        taps = w[:, ky, kx].reshape(what.groups, -1, part.shape[4]).astype(np.int64)
+        sums += np.einsum("bhwgi,gfi->bhwgf", part, taps).reshape(sums.shape)
     sums = requantize.multiply(requantize.wrapped(sums), np.array(multipliers), np.array(shifts))
     return np.clip(sums + zero_out, low, high).astype(np.int8)
 
@@ -568,8 +568,17 @@ INTEGERS = {
     "multiplier": Convolution(1, 6, 6, 5, 20, (3, 3), pads=(1, 1, 1, 1), groups=5, number="int8"),
 }
 
+GROUPS = {
+    "groups of fours": Convolution(2, 5, 6, 16, 24, (3, 3), pads=(1, 0, 1, 1), groups=2, number="int8"),
+    "odd groups": Convolution(1, 6, 7, 9, 6, (2, 3), (2, 1), pads=(1, 1, 0, 1), groups=3, number="int8"),
+    "groups, no pads": Convolution(1, 6, 7, 10, 15, (2, 3), groups=5, number="int8"),
+    "groups, 1x1": Convolution(1, 5, 9, 66, 44, groups=2, number="int8"),
+    "groups, dilated": Convolution(2, 9, 8, 12, 76, (3, 3), (1, 2), (2, 3), (2, 3, 2, 3), 4, number="int8"),
+    "groups of one filter": Convolution(1, 6, 7, 10, 5, (3, 3), pads=(1, 1, 1, 1), groups=5, number="int8"),
+}
 
-def check_integers(device, traits, what: Convolution, seed=0, shifts=None, big=False, low=-128, high=127):
+
+def check_integers(device, traits, what: Convolution, seed=0, shifts=None, big=False, low=-128, high=127, few=False):
     rng = np.random.default_rng(seed)
     x = rng.integers(-128, 128, (what.batch, what.height, what.width, what.channels)).astype(np.int8)
     w = rng.integers(-127, 128, (what.filters, *what.kernel, what.channels // what.groups)).astype(np.int8)
@@ -581,7 +590,7 @@ def check_integers(device, traits, what: Convolution, seed=0, shifts=None, big=F
     shape = (what.batch, *what.out, what.filters)
     found = computed(device, lowered, [x], shape, "int8")
     want = integers_of(what, x, w, bias, zero_in, m, shifts, zero_out, low, high)
-    assert big or len(np.unique(want)) > 20
+    assert big or few or len(np.unique(want)) > 20
     assert (found == want).all()
 
 
@@ -619,10 +628,23 @@ def test_integer_products(device, traits):
     assert (found == np.clip(requantize.multiply(sums, np.array(m), np.array(shifts)) - 1, -128, 127)).all()
 
 
-def test_integer_groups_are_refused():
-    with pytest.raises(InvariantError, match="one group"):
-        integers.convolution(Convolution(1, 2, 2, 4, 4, groups=2, number="int8"), CPU, np.zeros((4, 1, 1, 2), np.int8),
-                             None, 0, [0] * 4, [0] * 4, 0)
+@turns("name", GROUPS)
+def test_integers_in_groups(device, traits, name):
+    check_integers(device, traits, GROUPS[name], 3)
+
+
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_integers(device, data):
+    what = any_convolution(data, residual=False, number="int8")
+    kind, seed = data.draw(st.sampled_from(sorted(TRAITS))), data.draw(st.integers(0, 99))
+    check_integers(device, TRAITS[kind], what, seed, few=True)
+
+
+@pytest.mark.parametrize("name", ["small cpu", "mali"])
+def test_integers_of_other_vectors(device, name):
+    check_integers(device, TRAITS[name], INTEGERS["3x3"])
+    check_integers(device, TRAITS[name], GROUPS["odd groups"], 3)
 
 
 NO_BYTES = [
@@ -662,7 +684,7 @@ def litert_of(what: Convolution):
     rng = np.random.default_rng(7)
     if any(what.pads) and what.kernel != (3, 3):
         what = replace(what, pads=(0, 0, 0, 0))  # TFLite pads less often
-    depth = what.groups > 1
+    depth = what.groups == what.channels > 1
     x = rng.integers(-128, 128, (1, what.height, what.width, what.channels)).astype(np.int8)
     w = rng.integers(-127, 128, (what.filters, *what.kernel, what.channels // what.groups)).astype(np.int8)
     bias = rng.integers(-999, 999, what.filters).astype(np.int32)
@@ -687,10 +709,10 @@ def litert_of(what: Convolution):
     return what, (w, bias, zero_in, *zip(*factors, strict=True), zero_out), x, want
 
 
-@turns("name", INTEGERS, "gpu")
+@turns("name", [*INTEGERS, *GROUPS], "gpu")
 def test_integers_are_litert_byte_for_byte(device, traits, name):
     pytest.importorskip("ai_edge_litert")
-    what, (w, *rest), x, want = litert_of(replace(INTEGERS[name], batch=1))
+    what, (w, *rest), x, want = litert_of(replace((INTEGERS | GROUPS)[name], batch=1))
     found = computed(device, integers.convolution(what, traits, w, *rest), [x], want.shape, "int8")
     assert len(np.unique(want)) > 20
     assert (found == want).all()

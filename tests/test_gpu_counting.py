@@ -275,8 +275,8 @@ def test_what_cannot_be_counted_is_said(bench, monkeypatch):
     monkeypatch.setitem(sys.modules, "capstone", None)
     t = bench.chain("fma", "float32", 1, 3, 32)
     assert t.wrong == ""
-    assert t.counted == ("work as the source states, not read from compiled code: the package capstone is not "
-                         "installed")
+    assert t.counted == ("work as the source states, not read from compiled code: it is machine code, and the "
+                         "package capstone is not installed")
     assert t.work["operations"] % (kernels.STEPS * 3 * 32) == 0
     with pytest.raises(NotRead, match="has no argument turns"):
         place("__kernel void f(__global uint *out) {}", "f")

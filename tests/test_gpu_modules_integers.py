@@ -15,15 +15,9 @@ from npulab.gpu.compute.modules_numbers import WHOLE
 from npulab.gpu.compute.problems import Convolution
 from npulab.gpu.spirv_builder import Shader
 from npulab.reference import requantize
-from test_gpu_attention import BYTES, INTEGERS, NO_BYTES, integers_of, litert_of
+from test_gpu_attention import BYTES, GROUPS, INTEGERS, NO_BYTES, integers_of, litert_of
 from test_gpu_kernels import any_convolution
 from test_gpu_modules import unpadded, valid
-
-GROUPS = {
-    "groups of fours": Convolution(2, 5, 6, 16, 24, (3, 3), pads=(1, 0, 1, 1), groups=2, number="int8"),
-    "odd groups": Convolution(1, 6, 7, 9, 6, (2, 3), (2, 1), pads=(1, 1, 0, 1), groups=3, number="int8"),
-    "groups, no pads": Convolution(1, 6, 7, 10, 15, (2, 3), groups=5, number="int8"),
-}
 
 
 def drawn(what, seed=0, shifts=None, big=False):

@@ -826,6 +826,15 @@ def test_json_has_layers_memory_and_how_far_from_the_roof(small, device, capsys,
     assert "of roof" in text
     assert max(map(len, text.splitlines())) <= 80
 
+    refused = {"value": None, "status": "refused", "why": "its work was not counted in compiled code"}
+    for left, none, some in ((1, "Not in the roof: the probe's", "of roof"), (0, "No roof: the probe's", "share")):
+        probe.write_text(json.dumps({"identity": {"name": "it"}, "quantities": [
+            {**row, **(refused if k >= left else {})} for k, row in enumerate(rows)]}))
+        assert run_arguments([*arguments, "--probe", str(probe)]) == 0
+        text = " ".join(capsys.readouterr().out.split())
+        assert f"{none} memory bandwidth: refused: its work was not counted in compiled code." in text
+        assert some in text
+        assert ("of roof" in text) == (left > 0)
 
 def test_onnx_runtime_by_name(small, capsys):
     path, array, _ = small

@@ -34,14 +34,14 @@ def find(pipe, name):
     pipe.send(("found", [asdict(Quantity(name, 32.0, "threads", (31.0, 33.0), "measured", "seen"))]))
 
 
-def honest(pipe, number, quick, known):
+def honest(pipe, number, quick, trusting, known):
     pipe.send(("limits", {"compute_units": 2}))
     for name in steps(pipe, known):
         find(pipe, name)
     pipe.send(("done", None))
 
 
-def hangs(pipe, number, quick, known):
+def hangs(pipe, number, quick, trusting, known):
     for name in steps(pipe, known):
         if name == "register file":
             time.sleep(600)
@@ -49,7 +49,7 @@ def hangs(pipe, number, quick, known):
     pipe.send(("done", None))
 
 
-def dies(pipe, number, quick, known):
+def dies(pipe, number, quick, trusting, known):
     for name in steps(pipe, known):
         if name == "L1 size":
             os._exit(139)
@@ -57,7 +57,7 @@ def dies(pipe, number, quick, known):
     pipe.send(("done", None))
 
 
-def raises(pipe, number, quick, known):
+def raises(pipe, number, quick, trusting, known):
     for name in steps(pipe, known):
         if name == "L1 size":
             raise RuntimeError("the driver's own words")
@@ -65,11 +65,11 @@ def raises(pipe, number, quick, known):
     pipe.send(("done", None))
 
 
-def never_starts(pipe, number, quick, known):
+def never_starts(pipe, number, quick, trusting, known):
     os._exit(1)
 
 
-def is_lost(pipe, number, quick, known):
+def is_lost(pipe, number, quick, trusting, known):
     pipe.send(("failed", ("the device is gone", {"got": "CL_OUT_OF_RESOURCES"})))
 
 
@@ -123,7 +123,8 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path):
 
 @pytest.mark.parametrize("change", [
     lambda d: d["identity"].update(driver="2"), lambda d: d.update(npulab="0"), lambda d: d.update(quick=True),
-    lambda d: d.pop("identity"), lambda d: d["quantities"].append({"name": "x"}), lambda d: d.update(quantities=3)])
+    lambda d: d.update(trust_source=True), lambda d: d.pop("trust_source"), lambda d: d.pop("identity"),
+    lambda d: d["quantities"].append({"name": "x"}), lambda d: d.update(quantities=3)])
 def test_findings_of_another_run_or_damaged_ones_are_not_used(tmp_path, change):
     save = tmp_path / "found.part"
     probing.probe(work=honest, save=save)
@@ -133,6 +134,21 @@ def test_findings_of_another_run_or_damaged_ones_are_not_used(tmp_path, change):
     told = []
     probing.probe(work=honest, save=save, tell=lambda name, _: told.append(name))
     assert told == list(NAMES)
+
+
+def trusting(pipe, number, quick, trusting, known):
+    pipe.send(("found", [asdict(Quantity(f"trusting: {trusting}", 1.0, "s"))]))
+    pipe.send(("done", None))
+
+
+def test_a_run_that_trusts_the_source_is_another_run(tmp_path):
+    """Neither goes on from what the other found."""
+    save = tmp_path / "found.part"
+    for trust in (False, True, False):
+        found = probing.probe(work=trusting, save=save, trust_source=trust)
+        assert [q["name"] for q in found["quantities"]] == [f"trusting: {trust}"]
+        assert found["trust_source"] is trust
+    assert len(probing.probe(work=trusting, save=save)["quantities"]) == 2  # the same again goes on
 
 
 def test_half_a_file_is_not_used(tmp_path):

@@ -203,14 +203,16 @@ def profile(model: Program | Graph | str | os.PathLike[str], target: str = "a311
     return join(program, chip.title, timing, settings)
 
 
-def probe(device: int = 0, quick: bool = False) -> dict[str, Any]:
+def probe(device: int | str = 0, quick: bool = False, trust_source: bool = False) -> dict[str, Any]:
     """What GPU `device` of `npulab probe --list` is made of: plain data, as `npulab probe --json` writes it. Minutes.
+
+    `trust_source`: work that cannot be counted in compiled code is taken as the source states it, else refused.
 
     Raises: DeviceError without that device, or if it fails before anything is measured; UsageError without pyopencl.
     """
     from npulab.probing import probe
 
-    return probe(device, quick)
+    return probe(device, quick, trust_source=trust_source)
 
 
 def roofline(model: Graph | str | os.PathLike[str], device: Ceilings | str | os.PathLike[str],

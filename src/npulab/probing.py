@@ -23,19 +23,20 @@ PATIENCE = 240.0
 QUICK_PATIENCE = 60.0
 STARTED = "starting"
 RESULT_MAX = 1 << 24
-Work = Callable[[Connection, str, bool, list[Quantity]], None]
+Work = Callable[[Connection, str, bool, bool, list[Quantity]], None]
 Tell = Callable[[str, float], None]
 """Called with what is measured and the share that is done."""
 
 
 def probe(device: int | str = 0, quick: bool = False, tell: Tell | None = None, save: Path | None = None,
-          patience: float | None = None, work: Work | None = None
-          ) -> dict[str, Any]:
+          patience: float | None = None, work: Work | None = None, trust_source: bool = False) -> dict[str, Any]:
     """What a device is made of: plain data, as `npulab probe --json` writes it.
 
     device    its number in the list of all, or "opencl:N", "vulkan:N".
     save      a file that the findings go to, one by one, and that an interrupted run on the same device goes on from.
     patience  seconds for a finding.      work  what the process does; for tests.
+    trust_source  work that cannot be counted in compiled code is taken as the source states it, and `why` says so;
+              else what rests on such is refused.
 
     Raises: DeviceError without that device; UsageError without the package that reaches it.
     """
@@ -44,8 +45,8 @@ def probe(device: int | str = 0, quick: bool = False, tell: Tell | None = None, 
     found_device = find(device)
     who = found_device.identity
     patience = patience or (QUICK_PATIENCE if quick else PATIENCE)
-    result: dict[str, Any] = {"npulab": npulab.__version__, "quick": quick, "identity": asdict(who),
-                              "limits": None, "quantities": []}
+    result: dict[str, Any] = {"npulab": npulab.__version__, "quick": quick, "trust_source": trust_source,
+                              "identity": asdict(who), "limits": None, "quantities": []}
     found = known(save, result) if save is not None else []
     _save(save, result, found)  # whether it can be written is to be known at once
     context = multiprocessing.get_context("spawn")  # a driver does not survive a fork
@@ -53,7 +54,7 @@ def probe(device: int | str = 0, quick: bool = False, tell: Tell | None = None, 
     while True:
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(target=_process, daemon=True,
-                                  args=(work or _work, theirs, found_device.name, quick, found))
+                                  args=(work or _work, theirs, found_device.name, quick, trust_source, found))
         process.start()
         theirs.close()
         ended = _listen(ours, patience, found, result, tell, save)
@@ -108,21 +109,23 @@ def _save(save: Path | None, result: Mapping[str, Any], found: Sequence[Quantity
 
 
 def known(path: Path, result: Mapping[str, Any]) -> list[Quantity]:
-    """Findings of an interrupted run on the same device with the same version of npulab; none if there is no such."""
+    """Findings of an interrupted run on the same device with the same version and options of npulab; none if there is
+    no such."""
     if not path.exists():
         return []
     try:
         data = msgspec.json.decode(read_bounded(path, "the findings of an earlier run", RESULT_MAX))
-        same = all(data[key] == result[key] for key in ("npulab", "quick", "identity"))
+        same = all(data[key] == result[key] for key in ("npulab", "quick", "trust_source", "identity"))
         return [Quantity(**{**q, "interval": tuple(q["interval"]) if q["interval"] else None})
                 for q in data["quantities"]] if same else []
     except (ValueError, KeyError, TypeError, ModelError):
         return []
 
 
-def _process(work: Work, pipe: Connection, device: str, quick: bool, known: list[Quantity]) -> None:
+def _process(work: Work, pipe: Connection, device: str, quick: bool, trust_source: bool, known: list[Quantity]
+             ) -> None:
     try:
-        work(pipe, device, quick, known)
+        work(pipe, device, quick, trust_source, known)
     except NpulabError as e:
         pipe.send(("failed", (e.message, e.facts)))
     except Exception as e:  # a driver's own, or a defect: what it was at is refused, and the others go on
@@ -131,7 +134,7 @@ def _process(work: Work, pipe: Connection, device: str, quick: bool, known: list
         pipe.send(("died", f"{type(e).__name__}: {e} (NPULAB_TRACEBACK=1 shows where)"))
 
 
-def _work(pipe: Connection, device: str, quick: bool, known: list[Quantity]) -> None:
+def _work(pipe: Connection, device: str, quick: bool, trust_source: bool, known: list[Quantity]) -> None:
     """In the process of its own."""
     from npulab.gpu.analysis.conclude import conclude
     from npulab.gpu.devices import find, open_device
@@ -139,7 +142,7 @@ def _work(pipe: Connection, device: str, quick: bool, known: list[Quantity]) -> 
     bench = open_device(find(device))
     pipe.send(("limits", plain(bench.limits)))
     conclude(bench, lambda name, share: pipe.send(("now", (name, share))), quick, known,
-             lambda found: pipe.send(("found", [asdict(q) for q in found])))
+             lambda found: pipe.send(("found", [asdict(q) for q in found])), trust_source)
     pipe.send(("done", None))
 
 

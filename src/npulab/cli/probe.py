@@ -15,6 +15,9 @@ def probe(
     device: Annotated[str, typer.Option(
         "--device", metavar="N", help="Of the list that --list gives; or opencl:N, vulkan:N.")] = "0",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer repetitions, smaller buffers: minutes less.")] = False,
+    trust_source: Annotated[bool, typer.Option(
+        "--trust-source", help="Take work as the source states it where compiled code cannot be read. Else what rests "
+        "on such work is refused.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="List the devices.")] = False,
     json: Annotated[Path | None, typer.Option(
         "--json", metavar="FILE", show_default=False,
@@ -22,7 +25,8 @@ def probe(
 ) -> None:
     """Measure an OpenCL or Vulkan device: rates, latencies, bandwidths, caches, registers.
 
-    Every result is checked; what speaks against a number is said, and the number refused.
+    Every result is checked, and work is counted in compiled code; what speaks against a number is said, and the number
+    refused.
     """
     from dataclasses import asdict
 
@@ -49,7 +53,8 @@ def probe(
             say(f"{fault}.")
         return
     save = None if json is None or str(json) == "-" else json.with_name(f"{json.name}.part")
-    result = probing.probe(device, quick, lambda name, share: progress(f"{share:4.0%}  {name}"), save)
+    result = probing.probe(device, quick, lambda name, share: progress(f"{share:4.0%}  {name}"), save,
+                           trust_source=trust_source)
     if str(json) == "-":
         write_json(result)
         return
@@ -63,18 +68,28 @@ def probe(
 
 def show(result: Mapping[str, Any]) -> None:
     from npulab.cli.printing import say, table
+    from npulab.gpu.analysis.conclude import NOT_COUNTED, TRY
 
     who = result["identity"]
     say(f"{who['name']} ({who['platform']}, driver {who['driver']})")
     if who["api"] == "vulkan" and who["version"].startswith("CPU"):
         say("A CPU behind Vulkan: threads side by side in its vectors are its warps; it has no banks or register file.")
     say()
-    table(["measured", ">value", ">95 %"],
-          [(q["name"], *_shown(q)) for q in result["quantities"] if q["status"] == "measured"])
+    measured = [q for q in result["quantities"] if q["status"] == "measured"]
+    stated = [q for q in measured if q["why"].startswith(NOT_COUNTED)]
+    table(["measured", ">value", ">95 %"], [(q["name"] + " (!)" * (q in stated), *_shown(q)) for q in measured])
+    if stated:
+        say()
+        say(f"(!) {NOT_COUNTED}: {len(stated)} of {len(measured)}. These are as true as the source's count of what it "
+            "does; a compiler may have changed that.")
     refused = [q for q in result["quantities"] if q["status"] == "refused"]
     if refused:
         say()
-        table(["refused", "why+"], [(q["name"], q["why"]) for q in refused])
+        table(["refused", "why+"], [(q["name"], q["why"].partition(TRY)[0]) for q in refused])
+    tries = dict.fromkeys(q["why"].partition(TRY)[2] for q in refused)
+    for each in filter(None, tries):
+        say()
+        say(f"Where work was not counted, try {each}.")
 
 
 def _shown(q: Mapping[str, Any]) -> tuple[str, str]:

@@ -162,6 +162,9 @@ def print_profile(session: Session, profile: Profile, roof: Roof | None) -> None
     def share(part: float, whole: float) -> str:
         return f"{100 * part / whole:.1f} %" if whole > 0 else ""
 
+    missing = () if roof is None else roof.missing
+    if len(missing) == 2:  # nothing to compare with
+        roof = None
     columns = ["layer+", "kernel+", ">ms", ">share", ">GFLOP/s", ">GB/s"]
     table(columns if roof is None else [*columns, ">of roof", "bound"], [
         (x.title, x.kernel, f"{1000 * x.seconds:.3f}", share(x.seconds, total), giga(x.operations, x.seconds),
@@ -175,6 +178,8 @@ def print_profile(session: Session, profile: Profile, roof: Roof | None) -> None
     if roof is not None:
         least = sum(roof.floor(x)[0] for x in profile.layers)
         say(f"Of roof: the least time that the probe's rates allow, over the time taken; {share(least, total)} of all.")
+    for each in missing:
+        say(f"{'No roof' if roof is None else 'Not in the roof'}: the probe's {each}.")
     stored = " and ".join(stored_as(session))
     say(f"Memory: {amount(arenas.bytes)}B for tensors of {stored}, {amount(arenas.apart)}B if none were used again; "
         f"{amount(session.plan.weights)}B of weights, uploaded once.")

@@ -129,10 +129,11 @@ class Shader:
         return total
 
     def convert(self, value: Value, kind: Kind) -> Value:
-        """A number of another kind: uint to float, float to half and back."""
+        """A number of another kind: uint or int to float, float to int without its fraction, float to half and back."""
         if value.type.kind == kind:
             return value
-        opcode = "ConvertUToF" if value.type.kind == "uint" else "FConvert"
+        opcode = {"uint": "ConvertUToF", "int": "ConvertSToF"}.get(value.type.kind,
+                                                                   "ConvertFToS" if kind == "int" else "FConvert")
         return self.typed(opcode, Type(kind, value.type.lanes), value)
 
     def bits(self, value: Value, kind: Kind) -> Value:

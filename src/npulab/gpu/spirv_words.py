@@ -15,15 +15,16 @@ OPCODES = {
     "TypeArray": 28, "TypeRuntimeArray": 29, "TypeStruct": 30, "TypePointer": 32, "TypeFunction": 33, "Constant": 43,
     "ConstantComposite": 44, "Function": 54, "FunctionEnd": 56, "Variable": 59, "Load": 61, "Store": 62,
     "AccessChain": 65, "ImageFetch": 95, "Decorate": 71, "MemberDecorate": 72, "CompositeConstruct": 80,
-    "CompositeExtract": 81, "ConvertUToF": 112, "FConvert": 115, "Bitcast": 124, "IAdd": 128, "FAdd": 129, "ISub": 130,
+    "CompositeExtract": 81, "ConvertFToS": 110, "ConvertSToF": 111,
+    "ConvertUToF": 112, "FConvert": 115, "Bitcast": 124, "IAdd": 128, "FAdd": 129, "ISub": 130,
     "FSub": 131, "IMul": 132, "FMul": 133, "UDiv": 134, "FDiv": 136, "UMod": 137, "LogicalAnd": 167, "Select": 169,
     "IEqual": 170, "INotEqual": 171, "UGreaterThanEqual": 174, "SGreaterThanEqual": 175, "ULessThan": 176,
     "SLessThan": 177, "ShiftRightLogical": 194, "ShiftRightArithmetic": 195, "ShiftLeftLogical": 196,
     "BitwiseOr": 197, "BitwiseXor": 198, "BitwiseAnd": 199, "ControlBarrier": 224, "LoopMerge": 246,
     "SelectionMerge": 247, "Label": 248, "Branch": 249, "BranchConditional": 250, "Return": 253,
 }
-GLSL = {"FAbs": 4, "Exp": 27, "InverseSqrt": 32, "FMin": 37, "UMin": 38, "SMin": 39, "FMax": 40, "SMax": 42, "Fma": 50,
-        "PackHalf2x16": 58, "UnpackHalf2x16": 62}
+GLSL = {"RoundEven": 2, "FAbs": 4, "Exp": 27, "InverseSqrt": 32, "FMin": 37, "UMin": 38, "SMin": 39, "FMax": 40,
+        "SMax": 42, "Fma": 50, "PackHalf2x16": 58, "UnpackHalf2x16": 62}
 """Instructions of GLSL.std.450."""
 CLASSES = {"UniformConstant": 0, "Input": 1, "Uniform": 2, "Workgroup": 4, "Function": 7, "StorageBuffer": 12}
 DECORATIONS = {"Block": 2, "ArrayStride": 6, "BuiltIn": 11, "Binding": 33, "DescriptorSet": 34,

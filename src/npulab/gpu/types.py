@@ -64,7 +64,8 @@ class Timing:
     work     of one repetition, counted in the compiled code: "operations", "bytes", "loads".
     wrong    what is wrong with the result: it is not to be believed; "" if nothing is.
     doubtful what speaks against the times alone; another try may do better on a busy machine.
-    counted  where the work was counted; "" where nothing was compiled.
+    counted  where the work was counted, or that it was not (`npulab.gpu.counting.STATED`) and why; "" where nothing
+             was compiled.
     """
 
     seconds: tuple[float, ...]

@@ -121,6 +121,7 @@ class Vulkan(More):
         self._empty: float | None = None
         self._counts: dict[tuple[Any, ...], Counted] = {}
         self._last: tuple[Any, ...] = ()  # of what was launched
+        self._ways: dict[int, int] = {}
         self.filled = Filled()
         self.waited = 0.0  # its clock is compared with the host's where there is one
         self.device = self._do(lambda: adapter.request_device_sync(required_features=wanted,

@@ -24,15 +24,8 @@ def softmax(x: Stored, out: Stored, beta: float) -> Callable[[Array], Array]:
         return _sixteen(x, beta)
     if x.dtype.itemsize > 1:
         raise UnsupportedError("SOFTMAX has no integer arithmetic of these types", got=f"{x.dtype} to {out.dtype}")
-    real = min(float(np.float32(beta)) * float(np.float32(x.scale)) * (1 << 26), 2.0**31 - 1)
-    if real <= 1:
-        raise UnsupportedError("SOFTMAX has an input scale too small for its fixed point", got=f"{x.scale:g}")
-    m, left = quantized_multiplier(real)
-    lowest = -int(np.floor(31 * 2.0**26 / 2.0**left))
-    differences = np.arange(-255, 1, dtype=np.int64)
-    exps = exp_of_negative(high_mul(wrapped(differences << left), m))
-    exps[differences < lowest] = -1  # such elements count for nothing, and are the lowest code
-    shares = np.where(exps >= 0, divide_by_power(exps, EXTRA_BITS), 0)
+    exps = exponentials(x.scale, beta)
+    shares = divide_by_power(exps, EXTRA_BITS)
     bits = out.dtype.itemsize * 8
 
     def step(codes: Array) -> Array:
@@ -41,10 +34,25 @@ def softmax(x: Stored, out: Stored, beta: float) -> Callable[[Array], Array]:
         zeros = 32 - np.frexp(total.astype(np.float64))[1].astype(np.int64)  # leading zeros of 32 bits
         scale = one_over_one_plus((total << zeros) - (1 << 31))
         steps = divide_by_power(high_mul(scale, exps[place]), EXTRA_BITS - zeros + 31 - bits)
-        codes = np.where(exps[place] < 0, out.low, np.clip(steps + out.low, out.low, out.high))
-        return codes.astype(out.dtype)
+        return np.asarray(np.clip(steps + out.low, out.low, out.high), out.dtype)
 
     return step
+
+
+def exponentials(scale: float, beta: float) -> Array:
+    """exp(beta scale (i - 255)) in units of 2**-31, i in 0..255: of a code that is 255 - i below the row's largest.
+    0 of those so far below that they count for nothing.
+
+    Raises: UnsupportedError where TFLite's fixed point does not hold beta scale.
+    """
+    real = min(float(np.float32(beta)) * float(np.float32(scale)) * (1 << 26), 2.0**31 - 1)
+    if real <= 1:
+        raise UnsupportedError("SOFTMAX has an input scale too small for its fixed point", got=f"{scale:g}")
+    m, left = quantized_multiplier(real)
+    lowest = -int(np.floor(31 * 2.0**26 / 2.0**left))
+    differences = np.arange(-255, 1, dtype=np.int64)
+    exps = exp_of_negative(high_mul(wrapped(differences << left), m))
+    return np.where(differences < lowest, 0, exps)
 
 
 def exp_of_negative(a: Array) -> Array:

@@ -9,8 +9,14 @@ from npulab.errors import NpulabError
 from npulab.gpu import bounds
 from npulab.gpu.analysis import caches, drift, groups, local, rates, registers
 from npulab.gpu.analysis.meter import Meter, Refused, reason
+from npulab.gpu.counting import STATED, UNREAD
+from npulab.gpu.counting.opencl import NO_CAPSTONE
 from npulab.gpu.types import Bench, Quantity, Way
 
+NOT_COUNTED = "NOT COUNTED in compiled code, taken by --trust-source"
+TRY = "; try "
+"""Before what a person can do about a refusal."""
+SOURCE_TRUSTED = "--trust-source, which takes what the source states"
 Progress = Callable[[str, float], None]
 Keep = Callable[[list[Quantity]], None]
 Task = tuple[str, str, Callable[[], list[Quantity]]]
@@ -18,18 +24,20 @@ Task = tuple[str, str, Callable[[], list[Quantity]]]
 
 
 def conclude(bench: Bench, progress: Progress | None = None, quick: bool = False, known: Sequence[Quantity] = (),
-             keep: Keep | None = None) -> list[Quantity]:
+             keep: Keep | None = None, trust_source: bool = False) -> list[Quantity]:
     """What a device is made of, from experiments alone.
 
     progress  called with what is measured next and the share that is done, 0..1.
     quick     fewer repetitions and operations, no footprint of a chase beyond 64 MiB.
     known     findings of an earlier run on the device, which are not measured again.
     keep      called with findings as they come.
+    trust_source  work that was not counted in compiled code is taken as the source states it; else what rests on such
+              is refused.
 
     Bounded: 10000 experiments or 15 minutes (quick: 2000, 2.5), and no task takes more than half of what is left of
     them; what is not measured until then is refused. Never raises what a bench raises on purpose (NpulabError).
     """
-    meter = Meter(bench, quick)
+    meter = Meter(bench, quick, trust_source)
     found, done = list(known), {q.name for q in known}
     hierarchy: list[caches.Hierarchy] = []
 
@@ -127,18 +135,35 @@ def _more(meter: Meter, hierarchy: list[caches.Hierarchy], found: list[Quantity]
 
 def tried(meter: Meter, name: str, unit: str, task: Callable[[], list[Quantity]], others: Sequence[Quantity] = ()
           ) -> list[Quantity]:
-    """What a task finds, or that it is refused: by itself, by the device, or as above what can be (`gpu.bounds`)."""
+    """What a task finds, or that it is refused: by itself, by the device, as above what can be (`gpu.bounds`), or as
+    work that nobody counted."""
     meter.begin()
     try:
-        return [bounds.checked(_sourced(meter, q), meter.limits, others, meter.seen) for q in task()]
+        return [_sourced(meter, bounds.checked(q, meter.limits, others, meter.seen)) for q in task()]
     except (Refused, NpulabError) as e:
         return [Quantity(name, None, unit, None, "refused", reason(e))]
 
 
 def _sourced(meter: Meter, found: Quantity) -> Quantity:
-    """Saying where the work was counted."""
-    said = "; ".join(sorted(meter.counted))
-    return replace(found, why="; ".join(filter(None, (found.why, said)))) if found.status == "measured" else found
+    """Saying where the work was counted; refused where it was not."""
+    if found.status != "measured":
+        return found
+    said = sorted(meter.counted)
+    stated = [s for s in said if s.startswith(STATED)]
+    if stated and not meter.trust_source:
+        return replace(found, value=None, interval=None, status="refused",
+                       why=_uncounted(found, stated, meter.bench.identity.api))
+    loud = [f"{NOT_COUNTED}: "] if stated else []
+    return replace(found, why="".join(loud) + "; ".join(filter(None, (found.why, *said))))
+
+
+def _uncounted(found: Quantity, stated: Sequence[str], api: str) -> str:
+    reasons = " and ".join(s.partition(UNREAD)[2] or "there is no way yet to find it there" for s in stated)
+    tries = ["pip install 'npulab[gpu]'"] if any(NO_CAPSTONE in s for s in stated) else []
+    if api == "opencl":
+        tries.append("--device vulkan:N if the device is there, too: SPIR-V is counted")
+    return (f"its work was not counted in compiled code: {reasons}; by the source's count it would be "
+            f"{found.value:.4g} {found.unit}{TRY}{'; or '.join((*tries, SOURCE_TRUSTED))}")
 
 
 def _levels(found: Sequence[Quantity]) -> int:

@@ -18,7 +18,7 @@ def warp_width(meter: Meter) -> Quantity:
         raise Refused(f"groups of {meter.limits.group_max} threads are too small to see a warp in")
 
     def took(period: int) -> float:
-        return meter.seconds(partial(meter.bench.diverge, period), "operations", calls=2).value
+        return meter.seconds(partial(meter.bench.diverge, period), "operations", calls=2, divided=True).value
 
     times = [took(p) for p in periods]
     at = jump(times[::-1])

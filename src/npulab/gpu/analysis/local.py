@@ -33,7 +33,7 @@ def strided(meter: Meter, stride: int) -> Quantity:
 
 def banks(meter: Meter) -> Quantity:
     """The stride from which on conflicts do not get worse; one word more than it must have none."""
-    times = [meter.seconds(partial(meter.bench.local, s), "loads", calls=2).value for s in STRIDES]
+    times = [meter.seconds(partial(meter.bench.local, s), "loads", calls=2, divided=True).value for s in STRIDES]
     one, most = times[0], max(times)
     seen = ", ".join(f"{s}: {t / one:.2f}" for s, t in zip(STRIDES, times, strict=True))
     if most < 1.5 * one:
@@ -44,7 +44,7 @@ def banks(meter: Meter) -> Quantity:
     if at == len(STRIDES) - 1:
         raise Refused(f"conflicts still get worse at the largest stride: {seen}")
     count = STRIDES[at]
-    odd = meter.seconds(lambda: meter.bench.local(count + 1), "loads", calls=2).value
+    odd = meter.seconds(lambda: meter.bench.local(count + 1), "loads", calls=2, divided=True).value
     if odd > 1.15 * one:
         raise Refused(f"a stride of {count + 1} words takes {odd / one:.2f} times as long as 1; no banks explain that")
     return Quantity("local memory banks", count, "words", None, "measured",

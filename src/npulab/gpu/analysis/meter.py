@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, Literal, cast
 
 from npulab.errors import CapacityError, NpulabError, UnsupportedError
-from npulab.gpu import bounds
+from npulab.gpu import bounds, counting
 from npulab.gpu.analysis.statistics import Estimate, estimate
 from npulab.gpu.types import Bench, Element, Extra, Operation, Timing
 
@@ -67,8 +67,8 @@ class Meter:
     paces  of each kind of reference, how much slower than at first, one entry an experiment.
     """
 
-    def __init__(self, bench: Bench, quick: bool = False) -> None:
-        self.bench, self.quick = bench, quick
+    def __init__(self, bench: Bench, quick: bool = False, trust_source: bool = False) -> None:
+        self.bench, self.quick, self.trust_source = bench, quick, trust_source
         self.extra = cast(Extra, _Lacking(bench))
         self.limits = bench.limits
         self.experiments, self.most = 0, 2000 if quick else 10000
@@ -77,7 +77,7 @@ class Meter:
         self.paces: dict[Kind, list[float]] = {"core": [], "alone": [], "memory": []}
         self.faults: dict[Kind, str] = {}
         self.seen: dict[str, list[float]] = {}  # units of work a second, of this task
-        self.counted: set[str] = set()  # where its work was counted
+        self.counted: set[str] = set()  # where its work was counted, or why not
         # width, chains and threads that reach most operations a second
         self.shapes: dict[tuple[Operation, Element], tuple[int, int, int]] = {}
         self.cores_bound = 0.0  # seconds of a byte at first that the caches take: streams through memory wait for them
@@ -114,10 +114,11 @@ class Meter:
         self.seen, self.counted = {}, set()
 
     def seconds(self, ask: Callable[[], Timing], of: str = "", kind: Kind = "core", calls: int = 1,
-                spread: float = 0.0, through: float = 0.0) -> Estimate:
+                spread: float = 0.0, through: float = 0.0, divided: bool = False) -> Estimate:
         """Seconds of an experiment, or of one unit of its work `of`, as they are at the clock's first pace.
 
         through: of kind "memory", the seconds of a unit of work that pass at the pace of the cores all the same.
+        divided: only ratios of these times are looked at, of one code with other arguments: its work divides out.
         calls: asked at least so often (quick: at most 2); more, up to 12 times (of kind "host", where the timer's tick
         may be much of it, 40; quick: 2) and PATIENCE, until the interval's half is within `spread`.
         Raises: Refused, and what the bench raises.
@@ -126,7 +127,7 @@ class Meter:
         begun = time.monotonic()
         asked, most = 0, 2 if self.quick else 40 if kind == "host" else 12
         while True:
-            values += self._once(ask, of, kind, through)
+            values += self._once(ask, of, kind, through, divided)
             asked += 1
             found = estimate(values, 0.002 if self._first.get(kind) else 0.0)
             if asked >= most or (asked >= calls and (
@@ -139,7 +140,8 @@ class Meter:
         Raises: Refused, and what the bench raises."""
         return min(self._once(ask, of, kind, 0.0))
 
-    def _once(self, ask: Callable[[], Timing], of: str, kind: Kind, through: float) -> list[float]:
+    def _once(self, ask: Callable[[], Timing], of: str, kind: Kind, through: float, divided: bool = False
+              ) -> list[float]:
         if kind in self._astray:
             raise Refused(self._astray[kind])
         limit = self._moved.get(kind, MOVED)
@@ -147,7 +149,8 @@ class Meter:
             first = self._look("alone") if through else 1.0
             before = self._pace(kind)
             values = self._asked(ask, of)
-            self.counted |= {self._source} - {""}
+            source = self._source.replace(counting.STATED, counting.DIVIDED) if divided else self._source
+            self.counted |= {source} - {""}
             after = self._look(kind)
             moved = abs(after - before) / before
             if moved <= limit or (attempt >= 3 and moved <= ASTRAY):

@@ -84,6 +84,7 @@ def rate(meter: Meter, operation: Operation, element: Element) -> Quantity:
             if now < 0.99 * best:
                 best, shape = now, {**shape, what: value}
     meter.shapes[operation, element] = shape["width"], shape["chains"], shape["threads"]
+    meter.counted.clear()  # nothing rests on what was only tried
     why = f"{shape['threads']} threads of {shape['chains']} chains of vectors of {shape['width']}, on the whole device"
     for _ in range(1 + ATTEMPTS):
         took = meter.seconds(ask(shape), "operations", calls=3, spread=0.005)  # anew: the best of many is flattered
@@ -292,6 +293,7 @@ def _shape(meter: Meter, footprint: int, way: Way, memory: bool = False, own: bo
     for shape, seconds in quickest.items():
         if seconds < 0.98 * quickest[best]:
             best = shape
+    meter.counted.clear()  # nothing rests on what was only tried
     return best
 
 

@@ -51,7 +51,7 @@ def kernel(what: Attention, traits: Traits, choice: Mapping[str, int]
     text += "".join(kind.text() for kind in kinds)
     end = f"else tile_{last}(q, k, v, o, {tiles * many * w}, queries, keys, scale);" if last else ""
     groups = tiles + bool(last)
-    step = _step(groups * what.batch, traits.compute_units)
+    step = step_of(groups * what.batch, traits.compute_units)
     source = text + f"""
 __kernel {vectors.attribute((1, 1))} void attention(__global const T *q, __global const T *k, __global const T *v,
                                                     __global T *o, int queries, int keys, float scale) {{
@@ -67,7 +67,7 @@ __kernel {vectors.attribute((1, 1))} void attention(__global const T *q, __globa
     return Kernel(source, "attention"), (groups * step, what.batch), (1, 1)
 
 
-def _step(tiles: int, units: int) -> int:
+def step_of(tiles: int, units: int) -> int:
     """Groups for each tile, all but the first with nothing to do: so a core gets fewer tiles at once, and one that
     other guests slow down keeps none waiting at the end. PoCL deals out 32 groups a core and core while at most 256 a
     core and core are left (pthread_scheduler.c of 1.x to 3.1), or a core's share if that is less."""

@@ -1,15 +1,16 @@
-"""What a product or convolution is in float64, and how far a right kernel can be from it."""
+"""What a product, a convolution or int8 attention is in float64, and how far a right kernel can be from it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from npulab.gpu.compute import winograd
-from npulab.gpu.compute.problems import Convolution, Product
+from npulab.gpu.compute.problems import Attention, Convolution, Product
 from npulab.gpu.compute.tiles import Choice, Winograd
 
 Array = NDArray[np.float64]
@@ -100,6 +101,34 @@ def short_sums(sizes: Array, terms: int, scale: float, *operands: Array) -> Arra
     """
     largest = max(float(np.abs(x).max(initial=0)) for x in operands)
     return _SHORT * sizes + (1 + _SHORT) * terms * abs(scale) * _NORMAL * (1 + largest)
+
+
+def integer_attention(what: Attention, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], scales: Sequence[float],
+                      zeros: Sequence[int], scale_out: float, zero_out: int, steps: int, tile: int = 4
+                      ) -> tuple[Array, Array]:
+    """The output before it is rounded, but within -128..127, and how far the bytes of a kernel may be from it, the last
+    rounding included. steps: of a share of 1. tile: keys, at least, but for the last tile.
+
+    With A = exp(s - M) <= 1, of all a query's keys, a kernel's weight of a key is steps A, but for
+      - half a step of its tile's largest, which is no more than half a step; a number below half a step becomes 0;
+      - the exponentials that it is a product of, one for each tile and three more: 4e-7 and four roundings each, and
+        of their arguments, M - s together, a part of 8 roundings (Vulkan's exp is off by 4 roundings of its argument).
+    If weights W have errors E, the mean of values V is off by S E (V - mean) / S (W + E). Sums over tiles are floats.
+    """
+    (q, k, v), unit = (x.astype(np.int64) - z for x, z in zip((q, k, v), zeros, strict=True)), _UNIT
+    scores = (q @ k.swapaxes(-1, -2)) * (scales[0] * scales[1] * what.scale)
+    if what.causal:
+        scores = np.where(np.arange(what.keys) <= np.arange(what.queries)[:, None], scores, -np.inf)
+    below = scores.max(-1, keepdims=True) - scores
+    weights = steps * np.exp(-below)
+    mean = weights @ v / weights.sum(-1, keepdims=True)
+    tiles = -(-what.keys // tile)
+    part = (tiles + 3) * (4e-7 + 4 * unit) + 8 * unit * np.where(weights > 0, below, 0)
+    errors = np.minimum(0.5, weights) * (1 + part) + weights * part
+    apart = np.stack([(errors[b][:, :, None] * np.abs(v[b][None] - mean[b][:, None])).sum(1) for b in range(len(v))])
+    off = apart / (weights - errors).sum(-1, keepdims=True) + (4 * tiles + 12) * unit * 255
+    gain = scales[2] / scale_out
+    return np.clip(mean * gain + zero_out, -128, 127), 0.5 + gain * off + 8 * unit * (255 * gain + 256)
 
 
 def _amplified(size: int) -> float:

@@ -15,6 +15,8 @@ from npulab.gpu.compute.watch import Doing
 
 OPTIONS = ("-cl-std=CL1.2",)
 """No -cl-fast-relaxed-math: results are compared with others'."""
+DOTS = ("-cl-std=CL3.0",)
+"""For kernels with cl_khr_integer_dot_product, where the device has it: it is declared for no language before."""
 
 
 class Device:
@@ -38,9 +40,11 @@ class Device:
     def kernel(self, kernel: Kernel) -> Any:
         """Compiled, at the first call."""
         if kernel not in self._programs:
+            dots = "dot_4x8packed" in kernel.source and "int8x4" in self.limits.elements
             self.doing.begin(f"the kernel '{kernel.entry}', to be compiled")
             try:
-                program = self.cl.Program(self.context, kernel.source).build(options=list(OPTIONS))
+                program = self.cl.Program(self.context, kernel.source).build(
+                    options=list(DOTS if dots else OPTIONS))
             except self.cl.Error as e:
                 raise DeviceError(f"{self.identity.name} does not compile the kernel '{kernel.entry}'",
                                   got=str(e).strip()[:300]) from None

@@ -9,26 +9,29 @@
 
 with the two roundings of MultiplyByQuantizedMultiplier: a rounding doubling high product, ties up, then a rounding
 division by a power of two, ties away from 0 (tensorflow/lite/kernels/internal/common.h; npulab.reference.requantize).
-The zero point is folded into the bias: padding is read as zero_in, so that every sum lacks the same zero_in S w.
+Sums are of pairs of int16 (`integer_blocks`), by 3 x 3 taps also by Winograd's algorithm (`integer_winograd`): the
+bytes are the same.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from npulab.errors import InvariantError, UnsupportedError
 from npulab.gpu.compute import convolution as floats
-from npulab.gpu.compute import vectors
+from npulab.gpu.compute import integer_blocks, integer_winograd, vectors
+from npulab.gpu.compute.integer_blocks import Bytes, Size, load
 from npulab.gpu.compute.problems import Convolution
 from npulab.gpu.compute.types import Argument, Buffer, Kernel, Launch, Lowered, Traits
 
+Algorithm = Literal["direct", "winograd"]
 PIXELS = 6
-"""Of a row at a time, on a CPU: each with one vector of filters."""
+"""Of a row at a time where groups are single channels, on a CPU: each with one vector of filters."""
 
 
 def product(batch: int, rows: int, inner: int, columns: int, traits: Traits, weights: NDArray[Any],
@@ -41,34 +44,121 @@ def product(batch: int, rows: int, inner: int, columns: int, traits: Traits, wei
 
 
 def convolution(what: Convolution, traits: Traits, weights: NDArray[Any], bias: NDArray[Any] | None, zero_in: int,
-                multipliers: Sequence[int], shifts: Sequence[int], zero_out: int, low: int = -128, high: int = 127
-                ) -> Lowered:
+                multipliers: Sequence[int], shifts: Sequence[int], zero_out: int, low: int = -128, high: int = 127,
+                algorithm: Algorithm | None = None) -> Lowered:
     """weights: int8 OHWI [filters, *kernel, channels // groups], zero point 0; bias: int32 [filters].
-    multipliers (0 or 2**30..2**31 - 1), shifts (-31..30): of each filter. Activations are in low and high.
-    Groups: 1, or as many as channels (depthwise). Raises: InvariantError for other groups; as `checked`."""
+    multipliers (0 or 2**30..2**31 - 1), shifts (-31..30): of each filter. Activations are in low and high. Without an
+    algorithm the likely quicker one.
+
+    Raises: as `checked`; InvariantError for Winograd's algorithm where `integer_winograd.suits` says no.
+    """
     checked(what, weights, bias, zero_in, multipliers, shifts, zero_out, low, high)
-    depthwise = what.groups == what.channels and what.groups > 1
-    if what.groups not in (1, what.channels):
-        raise InvariantError("integer convolutions have one group, or one for each channel", got=f"{what.groups}")
+    zero_in = int(zero_in)
+    if algorithm == "winograd":
+        integer_winograd.checked(what, weights, zero_in)
+    elif algorithm is None and integer_winograd.suits(what, weights, zero_in) and _quicker(what, traits):
+        algorithm = "winograd"
+    ending = Bytes(int(zero_out), int(low), int(high), bool(max(shifts) > 0))
+    rescale = np.array([np.zeros(what.filters) if bias is None else bias, multipliers, shifts], np.int64)
+    if algorithm == "winograd":
+        return integer_winograd.lower(what, traits, weights, zero_in, rescale.astype(np.int32), ending)
+    if what.groups == what.channels > 1:
+        return _depthwise(what, traits, weights, zero_in, rescale, ending)
+    return _direct(what, traits, weights, zero_in, rescale, ending)
+
+
+def _quicker(what: Convolution, traits: Traits) -> bool:
+    """Winograd's algorithm than direct sums, of what has 3 x 3 taps, by a model of cycles."""
+    size = Size(what.batch * math.prod(what.out), 9 * vectors.up(what.channels, 2) // 2, what.filters, 1, True)
+    direct = integer_blocks.cycles(traits, integer_blocks.tile_of(traits, size), size) + 2 * integer_blocks.LAUNCH
+    return integer_winograd.cycles(what, traits) < direct
+
+
+def _direct(what: Convolution, traits: Traits, weights: NDArray[Any], zero_in: int, rescale: NDArray[np.int64],
+            ending: Bytes) -> Lowered:
+    """A copy of the image as int16 without the zero point, pads around it; sums of all taps."""
+    groups, filters, inner = what.groups, what.filters // what.groups, what.channels // what.groups
+    (kh, kw), (top, left, bottom, right) = what.kernel, what.pads
+    size, even = (what.height + top + bottom, what.width + left + right), vectors.up(inner, 2)
+    matrix = np.zeros((groups, kh * kw, even, filters), np.int64)
+    matrix[:, :, :inner] = weights.reshape(groups, filters, kh * kw, inner).transpose(0, 2, 3, 1)
+    taps = what.kernel
+    if groups == 1 and what.dilations[1] == 1:  # taps of a row lie side by side
+        matrix, taps = matrix.reshape(1, kh, kw * even, filters), (kh, 1)
+    pairs = matrix.shape[2] // 2
+    out, pitch = (what.batch, *what.out), groups * even // 2
+    tile = integer_blocks.tile_of(traits, Size(math.prod(out), pairs * math.prod(taps), filters, groups, True))
+    rows = integer_blocks.Rows(out, size, pairs, pitch, even // 2, taps, what.strides, what.dilations)
+    columns = integer_blocks.Columns(filters, groups, what.filters, filters)
+    label = f"int8 {kh}x{kw} convolution {what.channels} to {what.filters}"
+    constants: dict[str, NDArray[Any]] = {
+        "weights": integer_blocks.pack(matrix, tile),
+        "rescale": integer_blocks.pack_rescale(rescale, groups, tile.columns)}
+    return Lowered((_widening(what, traits, size, even, zero_in),
+                    integer_blocks.launch(rows, columns, tile, ending,
+                                          {"rows": "wide", "weights": "weights", "rescale": "rescale",
+                                           "output": "output"}, label, what.operations)),
+                   constants, {"wide": 4 * what.batch * math.prod(size) * pitch})
+
+
+def _widening(what: Convolution, traits: Traits, size: tuple[int, int], even: int, zero_in: int) -> Launch:
+    """int16 [batch, *size, groups * even] of the image's bytes less the zero point, which is what pads are of."""
+    inner = what.channels // what.groups
+    runs, length = (1, what.channels) if inner == even else (what.groups, inner)
+    w = vectors.fitting(traits, length)
+    many, pitch, each = "" if w == 1 else str(w), what.groups * even, size[1] if traits.cpu else 1
+    group = (1, 1) if traits.cpu else vectors.split(vectors.group_items(traits), size[1], what.batch * size[0])
+    source = f"""typedef short{many} P;
+{integer_blocks.stores("put", "short", w)}
+__kernel {vectors.attribute(group)} void widen(__global const char *restrict input, __global short *restrict wide,
+        int height, int width, int padded_height, int padded_width, int rows) {{
+    int row = get_global_id(1), begin = get_global_id(0) * {each}, end = min(begin + {each}, padded_width);
+    if (row >= rows) return;
+    int image = row / padded_height, y = row - image * padded_height - {what.pads[0]};
+    for (int at = begin; at < end; at++) {{
+        int x = at - {what.pads[1]};
+        bool inside = (uint)y < (uint)height && (uint)x < (uint)width;
+        __global const char *restrict from = input + (inside ? (((size_t)image * height + y) * width + x) * {
+            what.channels} : 0);
+        __global short *restrict to = wide + ((size_t)row * padded_width + at) * {pitch};
+        for (int run = 0; run < {runs}; run++)
+            for (int c = 0; c < {length}; c += {w}) {{
+                int k = min(c, {length - w});  // the last vector overlaps the one before
+                P p = convert_short{many}({load(w, f"from + run * {length} + k")}) - (P)({zero_in});
+                p = inside ? p : (P)(0);
+                put(p, to + run * {even} + k);
+            }}
+    }}
+}}
+"""
+    rows = what.batch * size[0]
+    arguments: tuple[Argument, ...] = (Buffer("input"), Buffer("wide"),
+                                       *(np.int32(n) for n in (what.height, what.width, *size, rows)))
+    moved = what.batch * what.height * what.width * what.channels + 2 * rows * size[1] * pitch
+    return Launch(Kernel(source, "widen"), (vectors.up(-(-size[1] // each), group[0]), vectors.up(rows, group[1])),
+                  group, arguments, "int8 image as int16", 0.0, float(moved))
+
+
+def _depthwise(what: Convolution, traits: Traits, weights: NDArray[Any], zero_in: int, rescale: NDArray[np.int64],
+               ending: Bytes) -> Lowered:
     w = vectors.fitting(traits, what.filters)
     height, width = what.out
     pixels = min(PIXELS if traits.cpu else 4, width)
     strips, tiles = -(-what.filters // w), -(-width // pixels)
     each = tiles if traits.cpu else 1
     group = (1, 1, 1) if traits.cpu else (*vectors.split(vectors.group_items(traits), strips, tiles), 1)
-    taps = weights.reshape(what.filters, -1).astype(np.int64)
-    start = (np.zeros(what.filters, np.int64) if bias is None else np.asarray(bias, np.int64)) - zero_in * taps.sum(1)
-    constants = {"weights": np.ascontiguousarray(weights.transpose(1, 2, 3, 0), np.int8),
-                 "start": start.astype(np.int32),  # int32 wraps, here as there
-                 "multipliers": np.array(multipliers, np.int32), "shifts": np.array(shifts, np.int32)}
-    kernel = Kernel(_source(what, w, pixels, each, group, depthwise, zero_in, zero_out, low, high), "convolve")
+    start = rescale[0] - zero_in * weights.reshape(what.filters, -1).astype(np.int64).sum(1)
+    constants: dict[str, NDArray[Any]] = {
+        "weights": np.ascontiguousarray(weights.transpose(1, 2, 3, 0), np.int8),
+        "rescale": np.array([start, *rescale[1:]]).astype(np.int32)}  # int32 wraps, here as there
+    kernel = Kernel(_source(what, w, pixels, each, group, zero_in, ending), "convolve")
     arguments: tuple[Argument, ...] = (
         Buffer("input"), *(Buffer(r) for r in constants), Buffer("output"),
         *(np.int32(v) for v in (what.height, what.width, what.channels, what.filters, height, width)))
     size = (vectors.up(strips, group[0]), vectors.up(-(-tiles // each), group[1]), what.batch * height)
     traffic = (what.batch * what.height * what.width * what.channels + weights.size
                + what.batch * math.prod(what.out) * what.filters)
-    return Lowered((Launch(kernel, size, group, arguments, "int8 convolution", what.operations, float(traffic)),),
+    return Lowered((Launch(kernel, size, group, arguments, "int8 depthwise", what.operations, float(traffic)),),
                    constants)
 
 
@@ -114,67 +204,48 @@ def whole(name: str, array: NDArray[Any], least: int, most: int, kind: str = "wh
         raise InvariantError(f"{name} are no {kind}", want=f"{least}..{most}", got=beyond.flat[0])
 
 
-def _source(what: Convolution, w: int, pixels: int, each: int, group: tuple[int, ...], depthwise: bool, zero_in: int,
-            zero_out: int, low: int, high: int) -> str:
+def _source(what: Convolution, w: int, pixels: int, each: int, group: tuple[int, ...], zero_in: int, ending: Bytes
+            ) -> str:
+    """The zero point is in the bias: padding is read as zero_in, so that every sum lacks the same zero_in S w."""
     n = "" if w == 1 else str(w)
     (kh, kw), (sy, sx), (dy, dx), (top, left) = what.kernel, what.strides, what.dilations, what.pads[:2]
     many = what.filters // what.channels
     ps = range(pixels)
-
-    def load(at: str) -> str:
-        return f"*({at})" if w == 1 else f"vload{n}(0, {at})"
-
-    sums = " ".join(f"I s{p} = start_sum;" for p in ps)
+    sums = " ".join(f"I s{p} = start;" for p in ps)
     lines = "\n".join(f"            int x{p} = (ox + {p}) * {sx} - {left} + kx * {dx}; "
                       f"bool in{p} = inside && x{p} >= 0 && x{p} < width;\n            "
                       f"__global const char *l{p} = image + ((long)y * width + x{p}) * channels;" for p in ps)
-    if depthwise:
-        if many == 1:
-            value = f"convert_int{n}({load('l{0} + f')})"
-        elif w == 1:
-            value = f"l{{0}}[f / {many}]"
-        else:
-            value = "(I)(" + ", ".join(f"l{{0}}[(f + {i}) / {many}]" for i in range(w)) + ")"
-        steps = "\n".join(f"            s{p} += (in{p} ? {value.format(p)} : (I)({zero_in})) * k;" for p in ps)
-        body = f"            I k = convert_int{n}({load('weights + (size_t)tap * filters + f')});\n{steps}"
+    if many == 1:
+        value = f"convert_int{n}({load(w, 'l{0} + f')})"
+    elif w == 1:
+        value = f"l{{0}}[f / {many}]"
     else:
-        steps = "\n".join(f"                s{p} += (I)(in{p} ? (int)l{p}[c] : {zero_in}) * k;" for p in ps)
-        at = load("weights + ((size_t)tap * channels + c) * filters + f")
-        body = (f"            for (int c = 0; c < channels; c++) {{\n                I k = convert_int{n}({at});\n"
-                f"{steps}\n            }}")
-    to = "output + ((size_t)row * out_width + ox + {0}) * filters + f"
-    store = f"*({to}) = r" if w == 1 else f"vstore{n}(r, 0, {to})"
-    ends = "\n".join(f"        if (ox + {p} < out_width) {{ C r = requantized(s{p}, m, shift); {store.format(p)}; }}"
+        value = "(I)(" + ", ".join(f"l{{0}}[(f + {i}) / {many}]" for i in range(w)) + ")"
+    steps = "\n".join(f"            s{p} += (in{p} ? {value.format(p)} : (I)({zero_in})) * k;" for p in ps)
+    ends = "\n".join(f"        if (ox + {p} < out_width) "
+                     f"put(requantized(s{p}, m, shift), output + ((size_t)row * out_width + ox + {p}) * filters + f);"
                      for p in ps)
     return f"""
 typedef int{n} I;
-typedef long{n} L;
-typedef char{n} C;
-C requantized(I sum, I m, I shift) {{
-    // wraps when it is shifted left; the high product of two 32-bit numbers, doubled, ties up
-    I x = convert_int{n}((convert_long{n}(sum << max(shift, (I)(0))) * convert_long{n}(m) + (L)(1L << 30)) >> (L)(31));
-    I right = max(-shift, (I)(0));
-    I mask = convert_int{n}(((L)(1) << convert_long{n}(right)) - (L)(1));
-    I half_up = (mask >> (I)(1)) + (x < (I)(0) ? (I)(1) : (I)(0));
-    x = (x >> min(right, (I)(31))) + ((x & mask) > half_up ? (I)(1) : (I)(0));
-    return convert_char{n}(clamp(x + (I)({zero_out}), (I)({low}), (I)({high})));
-}}
+{integer_blocks.requantized(w, ending)}
 __kernel {vectors.attribute(group)} void convolve(__global const char *input, __global const char *weights,
-        __global const int *start, __global const int *multipliers, __global const int *shifts, __global char *output,
-        int height, int width, int channels, int filters, int out_height, int out_width) {{
+        __global const int *rescale, __global char *output, int height, int width, int channels, int filters,
+        int out_height, int out_width) {{
     if ((int)get_global_id(0) * {w} >= filters) return;
     int f = min((int)get_global_id(0) * {w}, filters - {w});  // the last vector overlaps the one before
     int row = get_global_id(2), b = row / out_height, iy = row % out_height * {sy} - {top};
     int first = get_global_id(1) * {each * pixels}, most = min(first + {each * pixels}, out_width);
     __global const char *image = input + (size_t)b * height * width * channels;
-    I start_sum = {load('start + f')}, m = {load('multipliers + f')}, shift = {load('shifts + f')};
+    I start = {load(w, 'rescale + f')}, m = {load(w, 'rescale + filters + f')};
+    I shift = {load(w, 'rescale + 2 * filters + f')};
     for (int ox = first; ox < most; ox += {pixels}) {{
         {sums}
         for (int tap = 0; tap < {kh * kw}; tap++) {{
             int y = iy + tap / {kw} * {dy}, kx = tap % {kw};
             bool inside = y >= 0 && y < height;
 {lines}
-{body}
+            I k = convert_int{n}({load(w, 'weights + (size_t)tap * filters + f')});
+{steps}
         }}
 {ends}
     }}

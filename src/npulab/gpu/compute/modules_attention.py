@@ -9,12 +9,14 @@ Source: Dao et al., FlashAttention (2022), algorithm 1; Milakov and Gimelshein (
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from npulab.errors import CapacityError
 from npulab.gpu.compute.attention import operations
 from npulab.gpu.compute.modules import Layer, Module
-from npulab.gpu.compute.modules_numbers import FOUR, STORED, counted, floats, fours, load, store
+from npulab.gpu.compute.modules_numbers import FOUR, STORED, counted, floats, fours, load, multiply_add, store
 from npulab.gpu.compute.problems import Attention
-from npulab.gpu.spirv_builder import Shader, Value, Variable
+from npulab.gpu.spirv_builder import Kind, Shader, Type, Value, Variable
 
 LANES, ROWS = 4, 16
 """Threads of a group: LANES share a query, ROWS times `rows` queries are a tile."""
@@ -36,6 +38,12 @@ def attention(what: Attention, local_bytes: int = LOCAL) -> Layer:
              local memory.
     """
     floats(what.number, "attention")
+    return layer(what, local_bytes, lambda rows, keys: Flash(what, rows, keys).module())
+
+
+def layer(what: Attention, local_bytes: int, made: Callable[[int, int], Module]) -> Layer:
+    """With the best tile, (rows, keys), that has room. Raises: CapacityError if none has; UnsupportedError where 32
+    bits do not count all elements."""
     counted(what.batch, what.queries, what.keys, what.depth, what.width,
             what.batch * max(what.queries, what.keys) * (max(what.depth, what.width) + 3))
     for rows, keys in TILES:
@@ -43,7 +51,7 @@ def attention(what: Attention, local_bytes: int = LOCAL) -> Layer:
             q, k, v = ((what.batch, *x) for x in ((what.queries, what.depth), (what.keys, what.depth),
                                                   (what.keys, what.width)))
             shapes = {"input": q, "input1": k, "input2": v, "output": (what.batch, what.queries, what.width)}
-            return Layer((_Flash(what, rows, keys).module(),), shapes, what.number)
+            return Layer((made(rows, keys),), shapes, what.number)
     raise CapacityError("no tile of attention fits local memory", got=f"{local_bytes} bytes",
                         want=f"{_local(what, *TILES[-1])} for vectors of {what.depth} and {what.width}")
 
@@ -54,23 +62,34 @@ def _local(what: Attention, rows: int, keys: int) -> int:
     return 16 * (ROWS * rows * depth + keys * max(depth, width)) + 4 * (ROWS * rows * (keys + LANES))
 
 
-class _Flash:
+class Flash:
     """The shader while it is written. Rows in local memory have one vector more than is used: no two lanes' keys are
-    in the same bank."""
+    in the same bank.
+
+    four    scores are summed in.      low  is below all scores.      larger  the larger one of two scores.
+    """
+
+    four: Type = FOUR
+    low: float = LOW
+    larger = "FMax"
 
     def __init__(self, what: Attention, rows: int, keys: int) -> None:
         self.what, self.rows, self.keys = what, rows, keys
         self.depth, self.width = fours(what.depth), fours(what.width)
         s = self.s = Shader((LANES, ROWS), [STORED[what.number]] * 4, ())
         self.stride, self.tall = self.depth + 1, ROWS * rows
-        self.queries = s.shared(FOUR, self.tall * self.stride)
-        self.tile = s.shared(FOUR, keys * max(self.stride, self.width))
-        self.shares = s.shared("float", self.tall * keys)
-        self.tops = s.shared("float", self.tall * LANES)
+        self.queries = s.shared(self.four, self.tall * self.stride)
+        self.tile = s.shared(self.four, keys * max(self.stride, self.width))
+        self.shares = s.shared(self.kind, self.tall * keys)
+        self.tops = s.shared(self.kind, self.tall * LANES)
         self.first = s.group_id * self.tall
         self.places = [s.local_y + ROWS * r for r in range(rows)]  # of a thread's queries in the tile
         self.lane = s.local_id
         self.linear = s.local_y * LANES + s.local_id
+
+    @property
+    def kind(self) -> Kind:
+        return self.four.kind
 
     def module(self) -> Module:
         s, what, rows, keys = self.s, self.what, self.rows, self.keys
@@ -78,10 +97,7 @@ class _Flash:
         most = [s.variable(s.constant(LOW, "float")) for _ in range(rows)]
         sums = [s.variable(s.constant(0.0, "float")) for _ in range(rows)]
         out = [[s.variable(s.constant(0.0, "float", 4)) for _ in range(-(-self.width // LANES))] for _ in range(rows)]
-        end = s.constant(what.keys)
-        if what.causal:
-            end = s.builtin("UMin", end, self.first + self.tall)
-        with s.loop(end, keys) as start:
+        with s.loop(self._end(), keys) as start:
             self._bring(1, what.keys, what.depth, start, keys, self.tile, self.stride)
             s.barrier()
             scores = self._scores(start)
@@ -97,6 +113,11 @@ class _Flash:
             self._add(sums, out)
             s.barrier()
         self._finish(sums, out)
+        return self._module()
+
+    def _module(self) -> Module:
+        """Of what was written."""
+        s, what, rows, keys = self.s, self.what, self.rows, self.keys
         tiles = -(-what.keys // keys)
         loads = -(-self.tall * self.depth // THREADS) + tiles * sum(-(-keys * n // THREADS)
                                                                     for n in (self.depth, self.width))
@@ -104,13 +125,19 @@ class _Flash:
         return Module(s.assemble(), groups, ("input", "input1", "input2", "output"), operations(what),
                       loads + tiles * (1 + self.depth + keys // 4), _local(what, rows, keys))
 
-    def _bring(self, buffer: int, count: int, columns: int, start: Value, high: int, to: int, stride: int) -> None:
-        """Rows from `start` on to local memory, as floats; what is beyond the matrix is read as the last row."""
+    def _end(self) -> Value:
+        """How many keys the group's queries see."""
+        end = self.s.constant(self.what.keys)
+        return self.s.builtin("UMin", end, self.first + self.tall) if self.what.causal else end
+
+    def _bring(self, buffer: int, count: int, columns: int, start: Value, high: int, to: int, stride: int,
+               change: Callable[[Value], Value] = lambda four: four) -> None:
+        """Rows from `start` on to local memory, computed on; what is beyond the matrix is read as the last row."""
         s, wide = self.s, fours(columns)
         with s.loop(high * wide, THREADS, self.linear) as i:
             row, column = i // wide, i % wide
             from_ = s.group_y * count + s.builtin("UMin", start + row, s.constant(count - 1))
-            s.shared_store(to, row * stride + column, load(s, self.what.number, buffer, from_ * wide + column))
+            s.shared_store(to, row * stride + column, change(load(s, self.what.number, buffer, from_ * wide + column)))
 
     def _mine(self) -> list[Value]:
         """Places of a thread's keys in the tile."""
@@ -119,16 +146,19 @@ class _Flash:
     def _scores(self, start: Value) -> list[list[Value]]:
         """Of a thread's queries with its keys; LOW where a query does not see the key."""
         s = self.s
-        found = [[s.variable(s.constant(0.0, "float", 4)) for _ in self._mine()] for _ in self.places]
+        found = [[s.variable(s.constant(0, self.kind, 4)) for _ in self._mine()] for _ in self.places]
         with s.loop(self.depth) as d:
             keys = [s.shared_load(self.tile, k * self.stride + d) for k in self._mine()]
             for place, row in zip(self.places, found, strict=True):
                 query = s.shared_load(self.queries, place * self.stride + d)
                 for x, key in zip(row, keys, strict=True):
-                    x.set(s.fma(query, key, x.get()))
-        return [[s.select(self._seen(start + k, place), s.sum(x.get()) * self.what.scale, s.constant(LOW, "float"))
+                    x.set(multiply_add(s, query, key, x.get()))
+        return [[s.select(self._seen(start + k, place), self._score(x.get()), s.constant(self.low, self.kind))
                  for x, k in zip(row, self._mine(), strict=True)]
                 for place, row in zip(self.places, found, strict=True)]
+
+    def _score(self, four: Value) -> Value:
+        return self.s.sum(four) * self.what.scale
 
     def _seen(self, key: Value, place: Value) -> Value:
         there = key < self.what.keys
@@ -141,14 +171,14 @@ class _Flash:
         for place, row in zip(self.places, scores, strict=True):
             top = row[0]
             for x in row[1:]:
-                top = s.builtin("FMax", top, x)
+                top = s.builtin(self.larger, top, x)
             s.shared_store(self.tops, place * LANES + self.lane, top)
         s.barrier()
         found = []
         for place, before in zip(self.places, most, strict=True):
             top = before.get()
             for n in range(LANES):
-                top = s.builtin("FMax", top, s.shared_load(self.tops, place * LANES + n))
+                top = s.builtin(self.larger, top, s.shared_load(self.tops, place * LANES + n))
             found.append(top)
         return found
 
@@ -174,7 +204,7 @@ class _Flash:
                     share = s.shared_load(self.shares, place * self.keys + k)
                     total.set(total.get() + share)
                     for x, value in zip(row, values, strict=True):
-                        x.set(s.fma(s.spread(share, 4), value, x.get()))
+                        x.set(multiply_add(s, s.spread(share, 4), value, x.get()))
 
     def _finish(self, sums: list[Variable], out: list[list[Variable]]) -> None:
         s, what = self.s, self.what

@@ -52,17 +52,23 @@ def convolution(what: Convolution, weights: NDArray[Any], bias: NDArray[Any] | N
         roles["corrections"], constants["corrections"] = WHOLE, padded(-taps, np.int32)
     elif not own:
         start = start - taps.sum(0)
-    table = padded(np.array([start, multipliers, shifts], np.int64), np.int32)  # int32 wraps, as there
-    # one buffer: devices need bind no more than four, and many bind eight
-    constants["rescale"] = np.ascontiguousarray(table.reshape(3, -1, 4).transpose(1, 0, 2))
+    constants["rescale"] = rescale_of(start, multipliers, shifts)
     roles |= {"rescale": WHOLE, "output": STORED["int8"]}
-    module = modules_convolution.module(what, roles, _ending(zero_out, low, high), zero_in)
+    module = modules_convolution.module(what, roles, ending(zero_out, low, high), zero_in)
     return Layer((module,), shapes_of(what), "int8", constants)
 
 
-def _ending(zero_out: int, low: int, high: int) -> Finish:
+def rescale_of(start: NDArray[Any], multipliers: Sequence[int], shifts: Sequence[int]) -> NDArray[np.int32]:
+    """One buffer: devices need bind no more than four, and many bind eight."""
+    table = padded(np.array([start, multipliers, shifts], np.int64), np.int32)  # int32 wraps, as there
+    return np.ascontiguousarray(table.reshape(3, -1, 4).transpose(1, 0, 2))
+
+
+def ending(zero_out: int, low: int, high: int, divided: int = 0) -> Finish:
+    """Of sums * 2**divided, with the table of `rescale`."""
     def finish(s: Shader, buffers: Mapping[str, int], value: Value, column: Value, at: Value) -> Value:
         start, multiplier, shift = (s.load(buffers["rescale"], column * 3 + i) for i in range(3))
+        value = s.typed("ShiftRightArithmetic", value.type, value, s.like(divided, value)) if divided else value
         value = requantized(s, value + start, multiplier, shift) + zero_out
         return s.builtin("SMin", s.builtin("SMax", value, s.like(low, value)), s.like(high, value))
 

@@ -10,7 +10,17 @@ from numpy.typing import NDArray
 
 from npulab.errors import InvariantError
 from npulab.gpu.compute.modules import Layer, Module
-from npulab.gpu.compute.modules_numbers import DTYPES, STORED, counted, floats, fours, load, multiply_add, padded
+from npulab.gpu.compute.modules_numbers import (
+    DTYPES,
+    STORED,
+    WHOLE,
+    counted,
+    floats,
+    fours,
+    load,
+    multiply_add,
+    padded,
+)
 from npulab.gpu.compute.modules_tiles import Finish, Tile, ending, roles_of
 from npulab.gpu.compute.problems import Product
 from npulab.gpu.spirv_builder import Type, Value, Variable
@@ -59,7 +69,8 @@ def packed(what: Product, b: NDArray[Any]) -> NDArray[Any]:
 
 
 def module(what: Product, roles: dict[str, Type], finish: Finish, halves: bool = False) -> Module:
-    """B is in "weights", as `packed` has it, or in "input1" as it is."""
+    """B is in "weights", as `packed` has it, or in "input1" as it is. With buffers of `WHOLE` numbers float32 says how
+    they lie, and sums are int32."""
     batch, rows = (what.batch, what.rows) if what.batched else (1, what.batch * what.rows)
     constant, inner = "weights" in roles, fours(what.inner)
     counted(batch * rows * 4 * inner, batch * (what.inner + 3) * (what.columns + 3))
@@ -78,7 +89,7 @@ def module(what: Product, roles: dict[str, Type], finish: Finish, halves: bool =
         return [load(s, number, matrix, (t.batch * high + p) * t.width + t.column) for p in places]
 
     with s.when(t.there):
-        sums = t.sums(number)
+        sums = t.sums(number, s.constant(0, "int", 4) if roles["input"] == WHOLE else None)
         starts = [(t.batch * rows + row) * inner for row in t.mine()]
         with s.loop(inner) as k:
             xs = [load(s, number, t.buffers["input"], start + k) for start in starts]

@@ -1,7 +1,7 @@
 """Softmax and layer normalization as SPIR-V, for Vulkan: a work group a row, of any length.
 
 Each thread takes every THREADS-th four; the group adds up in local memory, in a tree. Numbers are finite; float32 is
-computed.
+computed. `Row` is of int8, too: modules_integer_rows.
 """
 
 from __future__ import annotations
@@ -14,7 +14,19 @@ from numpy.typing import NDArray
 
 from npulab.errors import InvariantError
 from npulab.gpu.compute.modules import Layer, Module
-from npulab.gpu.compute.modules_numbers import FOUR, STORED, counted, floats, fours, inside, kept, load, padded, store
+from npulab.gpu.compute.modules_numbers import (
+    FOUR,
+    STORED,
+    computed,
+    counted,
+    floats,
+    fours,
+    inside,
+    kept,
+    load,
+    padded,
+    store,
+)
 from npulab.gpu.compute.problems import LayerNorm, Softmax
 from npulab.gpu.spirv_builder import Shader, Type, Value
 
@@ -22,6 +34,8 @@ THREADS = 64
 GROUPS = 1 << 15
 """In a row of work groups; more rows are further rows of them (Vulkan 1.3: at least 65535 each way)."""
 LOWEST = -3.4028234663852886e38
+CONSTANTS = {"gamma": FOUR, "beta": FOUR, "exponentials": Type("uint")}
+"""What their buffers are of; others are of fours of the layer's number."""
 
 
 def softmax(what: Softmax) -> Layer:
@@ -31,7 +45,7 @@ def softmax(what: Softmax) -> Layer:
     Raises:  UnsupportedError for int8, and where 32 bits do not count all elements.
     """
     floats(what.number, "softmax")
-    row = _Row(what, ("input", "output"), "softmax")
+    row = Row(what, ("input", "output"))
     s = row.s
 
     def scaled(i: Value) -> Value:
@@ -64,7 +78,7 @@ def layer_norm(what: LayerNorm, gamma: NDArray[Any] | None = None, beta: NDArray
         if (values is None) != (gamma is None) or (values is not None and values.shape != (what.columns,)):
             raise InvariantError("layer normalization has both gamma and beta, of a row's length, or none of them",
                                  want=(what.columns,), got=f"{role} {None if values is None else values.shape}")
-    row = _Row(what, ("input", *constants, "output"), "layer normalization")
+    row = Row(what, ("input", *constants, "output"))
     s, part = row.s, 1.0 / what.columns
 
     def apart(i: Value) -> Value:
@@ -81,19 +95,19 @@ def layer_norm(what: LayerNorm, gamma: NDArray[Any] | None = None, beta: NDArray
     return row.layer(8.0, constants)
 
 
-class _Row:
+class Row:
     """The shader of a group while it is written. start: of its row, in fours; where there is no such row it is the last
     one, and not stored."""
 
-    def __init__(self, what: Softmax | LayerNorm, roles: tuple[str, ...], name: str) -> None:
+    def __init__(self, what: Softmax | LayerNorm, roles: tuple[str, ...]) -> None:
         counted(what.rows, what.columns, what.rows * (what.columns + 3))
         self.what, self.roles, self.width = what, roles, fours(what.columns)
-        kinds: list[Type] = [FOUR if role in ("gamma", "beta") else STORED[what.number] for role in roles]
-        s = self.s = Shader(THREADS, kinds, ())
+        self.kind = computed(what.number)
+        s = self.s = Shader(THREADS, [CONSTANTS.get(role, STORED[what.number]) for role in roles], ())
         row = s.group_y * GROUPS + s.group_id
         self.there = row < what.rows
         self.start = s.builtin("UMin", row, s.constant(what.rows - 1)) * self.width
-        self.array = s.shared("float", THREADS)
+        self.array = s.shared(self.kind, THREADS)
 
     def each(self) -> Any:
         """A loop over the thread's fours."""
@@ -102,7 +116,7 @@ class _Row:
     def total(self, of: Callable[[Value], Value]) -> Value:
         """Of the row's numbers, in each thread. of: a four, by its number."""
         s = self.s
-        sums = s.variable(s.constant(0.0, "float", 4))
+        sums = s.variable(s.constant(0, self.kind, 4))
         with self.each() as i:
             sums.set(kept(s, of(i), i, self.what.columns) + sums.get())
         return self.joined(sums.get(), lambda a, b: a + b)

@@ -1,12 +1,13 @@
 """Convolutions of 3 x 3 taps with fewer multiplications, as SPIR-V, for Vulkan: three modules, of which the second is a
 product for each of the (m + 2)^2 points. The algorithm and its matrices are those of `winograd`.
 
-The image's patches and the products are float32 in scratch memory, whatever the numbers of images.
+The image's patches and the products are float32 in scratch memory, whatever the numbers of images; of bytes int32
+(`modules_integer_winograd`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -18,11 +19,23 @@ from npulab.errors import UnsupportedError
 from npulab.gpu.compute import modules_products, tiles
 from npulab.gpu.compute.convolution import checked
 from npulab.gpu.compute.modules import Layer, Module
-from npulab.gpu.compute.modules_numbers import FOUR, STORED, counted, floats, fours, kept, load, padded, store
-from npulab.gpu.compute.modules_tiles import GROUP, ending, roles_of, shapes_of
+from npulab.gpu.compute.modules_numbers import (
+    FOUR,
+    STORED,
+    WHOLE,
+    computed,
+    counted,
+    floats,
+    fours,
+    kept,
+    load,
+    padded,
+    store,
+)
+from npulab.gpu.compute.modules_tiles import GROUP, Finish, ending, roles_of, shapes_of
 from npulab.gpu.compute.problems import Convolution, Product
 from npulab.gpu.compute.winograd import matrices
-from npulab.gpu.spirv_builder import Shader, Value
+from npulab.gpu.spirv_builder import Shader, Type, Value
 
 
 def convolution(what: Convolution, weights: NDArray[Any], bias: NDArray[Any] | None = None, size: int = 2) -> Layer:
@@ -49,20 +62,21 @@ def convolution(what: Convolution, weights: NDArray[Any], bias: NDArray[Any] | N
         constants["bias"] = padded(bias, np.float32)
     scratch = {"patches": 16 * points * patches * fours(what.channels),
                "products": 16 * points * patches * fours(what.filters)}
-    return Layer((_to_patches(what, size, grid), replace(product, buffers=("patches", "weights", "products")),
-                  _from_products(what, size, grid, bias is not None)), shapes_of(what), what.number, constants, scratch)
+    outputs = from_products(what, size, grid, roles_of(what, {"products": FOUR}, bias is not None), ending(what))
+    return Layer((to_patches(what, size, grid), replace(product, buffers=("patches", "weights", "products")), outputs),
+                 shapes_of(what), what.number, constants, scratch)
 
 
-def _to_patches(what: Convolution, m: int, grid: tuple[int, int]) -> Module:
-    """[points, patches, channels] B^T d B of the image's patches."""
-    s = Shader(GROUP, (STORED[what.number], FOUR), ())
+def to_patches(what: Convolution, m: int, grid: tuple[int, int], zero: int = 0) -> Module:
+    """[points, patches, channels] B^T d B of the image's patches, less the zero point."""
+    s = Shader(GROUP, (STORED[what.number], WHOLE if what.number == "int8" else FOUR), ())
     n, width, b = m + 2, fours(what.channels), matrices(m)[2]
     patches = what.batch * grid[0] * grid[1]
     with s.when(s.both(s.global_id < width, s.global_y < patches)):
         image, y, x = _place(s, m, grid)
         columns: list[list[Value]] = []
         for j in range(n):  # a column after the other: few numbers live
-            column = [_pixel(s, what, image, y + i - what.pads[0], x + j - what.pads[1]) for i in range(n)]
+            column = [_pixel(s, what, image, y + i - what.pads[0], x + j - what.pads[1], zero) for i in range(n)]
             columns.append([_sum(s, row, column) for row in b])
         for i in range(n):
             for j in range(n):
@@ -71,18 +85,18 @@ def _to_patches(what: Convolution, m: int, grid: tuple[int, int]) -> Module:
     return Module(s.assemble(), _groups(width, patches), ("input", "patches"), 0.0, 0)
 
 
-def _pixel(s: Shader, what: Convolution, image: Value, y: Value, x: Value) -> Value:
-    """Four channels, 0 of what is beyond the image."""
+def _pixel(s: Shader, what: Convolution, image: Value, y: Value, x: Value, zero: int) -> Value:
+    """Four channels less the zero point, 0 of what is beyond the image."""
     there = s.both(y < what.height, x < what.width)
     at = s.select(there, (image * what.height + y) * what.width + x, s.constant(0))
     value = load(s, what.number, 0, at * fours(what.channels) + s.global_id)
-    return s.select(there, value, s.constant(0, "float", 4))
+    return s.select(there, value - zero if zero else value, s.constant(0, computed(what.number), 4))
 
 
-def _from_products(what: Convolution, m: int, grid: tuple[int, int], bias: bool) -> Module:
-    """A^T M A of each patch's products, and what is fused to the convolution."""
-    roles = roles_of(what, {"products": FOUR}, bias)
-    s, buffers, finish = Shader(GROUP, list(roles.values()), ()), {r: i for i, r in enumerate(roles)}, ending(what)
+def from_products(what: Convolution, m: int, grid: tuple[int, int], roles: Mapping[str, Type], finish: Finish
+                  ) -> Module:
+    """A^T M A of each patch's products, the first role, and what is fused to the convolution."""
+    s, buffers = Shader(GROUP, list(roles.values()), ()), {r: i for i, r in enumerate(roles)}
     n, width, a = m + 2, fours(what.filters), matrices(m)[0]
     patches, (high, wide) = what.batch * grid[0] * grid[1], what.out
     with s.when(s.both(s.global_id < width, s.global_y < patches)):

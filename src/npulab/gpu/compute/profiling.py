@@ -39,10 +39,11 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class Roof:
-    """What a probe found: operations and bytes a second. None: refused, or not measured."""
+    """What a probe found: operations and bytes a second. None: refused, or not measured; `missing` says so of each."""
 
     operations: float | None
     bandwidth: float | None
+    missing: tuple[str, ...] = ()
 
     def floor(self, x: Timed) -> tuple[float, Literal["compute", "memory", ""]]:
         """(least seconds of a layer, what bounds it); ("", 0) where nothing is known."""
@@ -58,7 +59,10 @@ def roof_of(ceilings: Ceilings) -> Roof:
     """float32 and memory, the highest of each."""
     rates = [c.value for c in ceilings.ceilings if c.resource == COMPUTE and c.numbers == "fp32"]
     widths = [c.value for c in ceilings.ceilings if c.resource == "DRAM"]
-    return Roof(max(rates, default=None), max(widths, default=None))
+    why = {x.name: x.why for x in ceilings.left_out}
+    missing = tuple(f"{name}: {why.get(name, 'not measured')}" for name, found in (
+        ("fma float32 rate", rates), ("memory bandwidth", widths)) if not found)
+    return Roof(max(rates, default=None), max(widths, default=None), missing)
 
 
 def timed(steps: Sequence[tuple[str, str, str, float, float]], seconds: Sequence[float]) -> tuple[Timed, ...]:

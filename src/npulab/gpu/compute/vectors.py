@@ -213,14 +213,14 @@ def across(width: int, x: str, combine: str) -> str:
 SUM, MAX = "({a} + {b})", "fmax({a}, {b})"
 
 
-def reduction(name: str, items: int, combine: str) -> str:
-    """float name(float x, local float *room): of `items` neighbours of dimension 0 (a power of two) in each row of
-    the group; all of them get it. room: a float for each work item of the group."""
+def reduction(name: str, items: int, combine: str, kind: str = "float") -> str:
+    """kind name(kind x, local kind *room): of `items` neighbours of dimension 0 (a power of two) in each row of
+    the group; all of them get it. room: a number for each work item of the group."""
     step = combine.format(a="at[lid]", b="at[lid + s]")
     return f"""
-float {name}(float x, __local float *room) {{
+{kind} {name}({kind} x, __local {kind} *room) {{
     int lid = get_local_id(0);
-    __local float *at = room + get_local_id(1) * {items};
+    __local {kind} *at = room + get_local_id(1) * {items};
     barrier(CLK_LOCAL_MEM_FENCE);
     at[lid] = x;
     for (int s = {items} / 2; s > 0; s >>= 1) {{

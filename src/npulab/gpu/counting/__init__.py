@@ -8,6 +8,7 @@ and code whose way hangs on them is not counted.
 
 from npulab.gpu.counting.mix import SUMS, Asked, Counted
 from npulab.gpu.counting.opencl import count
-from npulab.gpu.counting.turns import PRODUCTS, STATED, objection, source, work
+from npulab.gpu.counting.turns import DIVIDED, PRODUCTS, PROVEN, STATED, UNREAD, objection, source, work
 
-__all__ = ["PRODUCTS", "STATED", "SUMS", "Asked", "Counted", "count", "objection", "source", "work"]
+__all__ = ["DIVIDED", "PRODUCTS", "PROVEN", "STATED", "SUMS", "UNREAD", "Asked", "Counted", "count", "objection",
+           "source", "work"]

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from npulab.gpu.counting import intel, pocl, ptx
+from npulab.gpu.counting import intel, pocl, ptx, rusticl
 from npulab.gpu.counting.mix import Argument, Counted, NotRead, Picture
 
 TURNS = "turns"
 """The argument of a kernel that says how often its loop turns."""
+NO_CAPSTONE = "it is machine code, and the package capstone is not installed"
 
 
 def count(cl: Any, queue: Any, source: str, name: str, size: Sequence[int], group: Sequence[int],
@@ -22,10 +23,6 @@ def count(cl: Any, queue: Any, source: str, name: str, size: Sequence[int], grou
     Built anew: pyopencl asks for a program's binary when it is built, and PoCL, which compiles for a size of work
     groups when one is launched, does not look again.
     """
-    try:
-        import capstone  # noqa: F401
-    except ImportError:
-        return Counted(None, why="the package capstone is not installed")
     try:
         turns = place(source, name)
         anew = cl.Program(queue.context, source).build(options=list(options), cache_dir=False)
@@ -38,12 +35,21 @@ def count(cl: Any, queue: Any, source: str, name: str, size: Sequence[int], grou
     except cl.Error as e:
         return Counted(None, why=f"the driver does not give its binary: {str(e).strip()[:120]}")
     if binary.startswith(pocl.MAGIC):
-        return pocl.count(binary, name, size, group, told, turns)
-    if intel.is_intel(binary):
-        return intel.count(binary, name, size, group, told, turns)
-    if ptx.is_ptx(binary):
-        return ptx.count(binary, name, size, group, told, turns)
-    return Counted(None, why="the driver's binary is of no known kind")
+        read = pocl.count
+    elif intel.is_intel(binary):
+        read = intel.count
+    elif ptx.is_ptx(binary):
+        read = ptx.count
+    elif rusticl.is_rusticl(binary):
+        read = rusticl.count
+    else:
+        return Counted(None, why="the driver's binary is of no known kind")
+    if read in (pocl.count, intel.count):
+        try:
+            import capstone  # noqa: F401
+        except ImportError:
+            return Counted(None, why=NO_CAPSTONE)
+    return read(binary, name, size, group, told, turns)
 
 
 def _told(cl: Any, argument: Any) -> Argument:

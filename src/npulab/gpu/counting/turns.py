@@ -7,6 +7,12 @@ from npulab.gpu.counting.mix import Asked, Counted, Follow, Mix, NotRead
 TURNS = (8, 16, 32)
 """Followed: the more of the last over the second must be twice the more of that over the first."""
 STATED = "work as the source states"
+PROVEN = "each load proven by where the chase ends"
+"""In place of STATED, of loads each of whose addresses is what the one before gave."""
+DIVIDED = "a ratio of times of one code, in which its work divides out"
+"""In place of STATED, of findings that hold no amount of work."""
+UNREAD = ", not read from compiled code: "
+"""Between one of these and the reason."""
 PRODUCTS = "products of integers"
 """Of any width."""
 PADDED = (2.0, 4.0)
@@ -64,7 +70,7 @@ def objection(counted: Counted, asked: Asked) -> str:
 
 def work(counted: Counted, asked: Asked) -> float:
     """Of a turn and work item, in the unit of `asked`; as the source states where the code was not read."""
-    have = counted.mix or {}
+    have = {} if counted.mix is None or counted.mix.get("calls") else counted.mix
     return sum(want if _padding(asked, have.get(kind, want) / want) else have.get(kind, want)
                for kind, want in asked.kinds.items()) / asked.unit
 
@@ -76,9 +82,9 @@ def _padding(asked: Asked, ratio: float) -> bool:
 def source(counted: Counted) -> str:
     """Where work is counted, for a Timing."""
     if counted.mix is None:
-        return f"{STATED}, not read from compiled code: {counted.why}"
+        return STATED + UNREAD + counted.why
     if counted.mix.get("calls"):
-        return f"{STATED}, not read from compiled code: it calls functions of another library"
+        return f"{STATED}{UNREAD}it calls functions of another library"
     return f"work counted in {counted.code}"
 
 
