@@ -35,6 +35,11 @@ class Compare(enum.StrEnum):
     LITERT = "litert"
 
 
+class Stored(enum.StrEnum):
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
 class Fit(enum.StrEnum):
     SQUASH = "squash"
     CROP = "crop"
@@ -85,6 +90,8 @@ def run(
         help="On OpenCL devices: the folder of what tuning found; kernels are chosen by it.")] = None,
     tune: Annotated[float, typer.Option("--tune", min=0, max=86400, metavar="SECONDS", show_default=False,
                                         help="Tune kernels into that folder first, for so long at most.")] = 0,
+    number: Annotated[Stored | None, typer.Option("--number", show_default="as in the model", help=(
+        "On OpenCL devices: what weights, and tensors between inputs and outputs, are stored as."))] = None,
     patience: Annotated[float | None, typer.Option("--patience", min=1, max=86400, metavar="SECONDS", help=(
         "On OpenCL devices: how long one kernel may take."), show_default="60")] = None,
     json: Json = False,
@@ -105,7 +112,8 @@ def run(
     from npulab.runtime.objects import answer_with, post_beside
     from npulab.runtime.session import tensor_names
 
-    place = _device(device, target, {"--probe": probe, "--tuned": tuned, "--tune": tune, "--patience": patience})
+    place = _device(device, target, {"--probe": probe, "--tuned": tuned, "--tune": tune, "--patience": patience,
+                                    "--number": number})
     if place is not None:
         from npulab.cli.run_opencl import PATIENCE, run_opencl
 
@@ -113,7 +121,7 @@ def run(
             raise UsageError(f"{'--compare' if compare else '--draw'} is not for OpenCL devices",
                              try_="npulab run without it")
         run_opencl(model, place, inputs or [], output, labels, top, score, fit, normalize, repeat, probe, tuned, tune,
-                   patience or PATIENCE, json)
+                   patience or PATIENCE, number.value if number else None, json)
         return
     if (model.suffix == ".onnx" or device) and target is None:
         if compare:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from npulab.gpu.compute.layers import Network
     from npulab.gpu.compute.network import Session
     from npulab.gpu.compute.profiling import Profile, Roof
-    from npulab.gpu.compute.types import Traits
+    from npulab.gpu.compute.types import Number, Traits
 
 
 TRIED = 8.0
@@ -26,7 +26,7 @@ PATIENCE = 60.0
 
 def run_opencl(model: Path, number: int, given: list[str], output: Path | None, labels: Path | None, top: int,
                score: float, fit: Fit, normalize: str | None, repeat: int, probe: Path | None,
-               tuned: Path | None, tune: float, patience: float, json: bool) -> None:
+               tuned: Path | None, tune: float, patience: float, stored: Number | None, json: bool) -> None:
     """The verb, as `npulab run` gives it its options."""
     from npulab import api
     from npulab.cli.printing import progress, say, write_json
@@ -34,7 +34,7 @@ def run_opencl(model: Path, number: int, given: list[str], output: Path | None, 
     from npulab.cli.run_onnx import answer_of, as_data, inputs_of
     from npulab.gpu.ceilings import read_result
     from npulab.gpu.compute.device import Device
-    from npulab.gpu.compute.network import layers_of, planned, tunable
+    from npulab.gpu.compute.network import layers_of, on_halves, planned, tunable
     from npulab.gpu.compute.profiling import roof_of
     from npulab.gpu.compute.traits import traits_of
     from npulab.gpu.compute.tuner import best, default_store
@@ -54,12 +54,13 @@ def run_opencl(model: Path, number: int, given: list[str], output: Path | None, 
     wanted = inputs_of(graph)
     arrays, _, notes = _inputs(wanted, given, fit, normalize)
     traits = traits_of(device, json_of(probe) if probe is not None else None)
-    network = layers_of(graph)
+    network = layers_of(graph, number=stored)
     store = tuned or default_store()
     if tune:
         tune_all(network, device, traits, store, tune, progress)
-    choices = {what: choice for what in tunable(network)
-               if (choice := best(store, device, traits, what)) is not None} if store.is_dir() else {}
+    kept = {what: best(store, device, traits, what, on_halves(what.number, traits))
+            for what in tunable(network)} if store.is_dir() else {}
+    choices = {what: choice for what, choice in kept.items() if choice is not None}
     with watched(device.doing, patience, lambda what: end(device.identity.name, what, patience)):
         session = planned(network, traits, choices.get).open(device)
         progress(f"running {graph.name} on {device.identity.name}")
@@ -107,7 +108,7 @@ def tune_all(network: Network, device: Device, traits: Traits, store: Path, seco
     and enough to try some."""
     import time
 
-    from npulab.gpu.compute.network import tunable
+    from npulab.gpu.compute.network import on_halves, tunable
     from npulab.gpu.compute.tuner import tune
 
     end = time.monotonic() + seconds
@@ -117,13 +118,15 @@ def tune_all(network: Network, device: Device, traits: Traits, store: Path, seco
         if left <= 0:
             break
         tell(f"tuning {i + 1} of {len(todo)}: {what}")
-        tune(device, traits, what, store, min(left, max(left / (len(todo) - i), TRIED)), tell)
+        tune(device, traits, what, store, min(left, max(left / (len(todo) - i), TRIED)), tell,
+             halves=on_halves(what.number, traits))
 
 
 def details(session: Session, profile: Profile, roof: Roof | None) -> dict[str, Any]:
     """Device, memory and layers, for programs."""
     arenas = session.arenas
     return {
+        "stored_as": stored_as(session),
         "device": asdict(session.device.identity),
         "seconds_are": "wall time of this machine from the first launch to the end of the last",
         "device_seconds": profile.seconds, "device_seconds_are": "by the device's own clock, launches only",
@@ -136,6 +139,11 @@ def details(session: Session, profile: Profile, roof: Roof | None) -> dict[str, 
              **({} if roof is None else dict(zip(("least_seconds", "bound"), roof.floor(x), strict=True)))}
             for x in profile.layers],
     }
+
+
+def stored_as(session: Session) -> list[str]:
+    """Tensors, inputs and outputs among them."""
+    return sorted({t.number for t in session.plan.network.tensors if t.constant is None})
 
 
 def rate(amount: float, seconds: float) -> float | None:
@@ -172,6 +180,7 @@ def print_profile(session: Session, profile: Profile, roof: Roof | None) -> None
         say(f"Of roof: the least time that the probe's rates allow, over the time taken; {share(least, total)} of all.")
     for each in missing:
         say(f"{'No roof' if roof is None else 'Not in the roof'}: the probe's {each}.")
-    say(f"Memory: {amount(arenas.bytes)}B for tensors, {amount(arenas.apart)}B if none were used again; "
+    stored = " and ".join(stored_as(session))
+    say(f"Memory: {amount(arenas.bytes)}B for tensors of {stored}, {amount(arenas.apart)}B if none were used again; "
         f"{amount(session.plan.weights)}B of weights, uploaded once.")
     say(f"Opened in {session.opened:.1f} s: kernels compiled, weights uploaded.")

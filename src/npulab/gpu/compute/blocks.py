@@ -133,7 +133,7 @@ def _source(image: bool, outside: bool, ragged: bool, whole: bool, ending: Endin
             grouped: bool) -> str:
     across, down = tile.group
     body = _shared(image, outside, tile) if tile.depth else (
-        _alone if tile.passes == 1 else _passes)(image, outside, tile)
+        _alone if tile.passes == 1 else _passes)(image, outside, tile, number)
     ending_text = stores(ragged, whole, ending, tile, grouped)
     if tile.passes > 1:
         ending_text = _each_pass(tile, ending_text)
@@ -185,11 +185,13 @@ def _pixel(m: str, row: str) -> str:
             f" out_height;\n    int y{m} = (q{m} - b{m} * out_height) * stride_y - top; b{m} *= height;")
 
 
+_ONCE = 16
+"""Steps whose numbers of rows are made floats at once."""
 _TAPS = """    for (int ky = 0; ky < kernel_height; ky++)
     for (int kx = 0; kx < kernel_width; kx++) {"""
 
 
-def _alone(image: bool, outside: bool, tile: Tile) -> str:
+def _alone(image: bool, outside: bool, tile: Tile, number: Number) -> str:
     """Each work item reads what it needs."""
     rows = range(tile.rows)
     lines = [f"    int p{m} = min(first + {m}, rows - 1);" for m in rows]
@@ -204,7 +206,7 @@ def _alone(image: bool, outside: bool, tile: Tile) -> str:
     else:
         lines += [f"    __global const N *restrict a{m} = input + (size_t)p{m} * pitch;" for m in rows]
 
-    return "\n".join([*lines, "    int k = 0;", *_steps(tile, "inner"), *(["    }"] if image else [])])
+    return "\n".join([*lines, "    int k = 0;", *_steps(tile, number, "inner"), *(["    }"] if image else [])])
 
 
 def added_as_halves(tile: Tile, count: int, column: Callable[[int, int], str], number: Callable[[int, int], str]
@@ -220,14 +222,15 @@ def added_as_halves(tile: Tile, count: int, column: Callable[[int, int], str], n
     return lines
 
 
-def _steps(tile: Tile, end: str, more: str = "") -> list[str]:
-    """Of the inner loop from k to `end`; `more` is done for each `unroll` of them."""
+def _steps(tile: Tile, number: Number, end: str, more: str = "") -> list[str]:
+    """Of the inner loop from k to `end`; `more` is done for each `unroll` of them. A CPU gets float16 of rows as floats
+    first, many steps at once: one after the other took three times as long as all the rest."""
     def place(n: int) -> str:
         return f"{f'{n * tile.group[0]} * W + ' if n else ''}lx * W"
 
-    def step(k: str) -> list[str]:
+    def step(k: str, row: str = "one(a{m}, {k})") -> list[str]:
         s = ["        { " + " ".join(f"V w{n} = many(w + {place(n)});" for n in range(tile.vectors))]
-        s += ["          " + f"V s{m} = (V)(one(a{m}, {k})); " + " ".join(
+        s += ["          " + f"V s{m} = (V)({row.format(m=m, k=k)}); " + " ".join(
             f"c{m}_{n} = fma(s{m}, w{n}, c{m}_{n});" for n in range(tile.vectors)) for m in range(tile.rows)]
         return [*s, "          w += row_step; }"]
 
@@ -237,6 +240,13 @@ def _steps(tile: Tile, end: str, more: str = "") -> list[str]:
         return [*found, f"        w += (size_t){count} * row_step;"]
 
     lines = []
+    if number == "float16" and not tile.halves and tile.group == (1, 1) and _ONCE % tile.unroll == 0:
+        lines += [f"    for (; k <= {end} - {_ONCE}; k += {_ONCE}) {{", f"        float as[{tile.rows * _ONCE}];",
+                  *(f"        vstore{_ONCE}(vload_half{_ONCE}(0, a{m} + k), 0, as + {m * _ONCE});"
+                    for m in range(tile.rows)),
+                  f"        for (int j = 0; j < {_ONCE}; j += {tile.unroll}) {{{more}",
+                  *(x for u in range(tile.unroll) for x in step(f"j + {u}", f"as[{{m}} * {_ONCE} + {{k}}]")),
+                  "        }", "    }"]
     if tile.steps > 1:
         lines += [f"    for (; k <= {end} - {tile.steps}; k += {tile.steps}) {{{more}"]
         lines += on_halves(tile.steps) if tile.halves else [x for u in range(tile.steps) for x in step(f"k + {u}")]
@@ -244,7 +254,7 @@ def _steps(tile: Tile, end: str, more: str = "") -> list[str]:
     return [*lines, f"    for (; k < {end}; k++) {{", *(on_halves(1) if tile.halves else step("k")), "    }"]
 
 
-def _passes(image: bool, outside: bool, tile: Tile) -> str:
+def _passes(image: bool, outside: bool, tile: Tile, number: Number) -> str:
     """A work item's tiles of rows in turn for each stretch of the inner loop; what follows is fetched meanwhile."""
     rows, vectors = range(tile.rows), range(tile.vectors)
     sums = " ".join(f"c{m}_{n} = sums[(t * {tile.rows} + {m}) * {tile.vectors} + {n}];" for m in rows for n in vectors)
@@ -263,7 +273,7 @@ def _passes(image: bool, outside: bool, tile: Tile) -> str:
              if image else "from[i] = input + (size_t)min(first + i, rows - 1) * pitch;")
     lines = -(-tile.columns * 4 * tile.steps // (_LINE * tile.passes))
     fetch = "".join(f" FETCH(next + {i * _LINE // 4});" for i in range(lines)) + f" next += {lines * _LINE // 4};"
-    steps = "\n".join(_steps(tile, "end", fetch))
+    steps = "\n".join(_steps(tile, number, "end", fetch))
     return f"""    V sums[BLOCK * {tile.vectors}];
     for (int i = 0; i < BLOCK * {tile.vectors}; i++) sums[i] = (V)(0.0f);
     int passes = min({tile.passes}, (rows - first + {tile.rows - 1}) / {tile.rows});

@@ -335,5 +335,6 @@ def _shorter(group: Group) -> Group | None:
     return Group(group.kind, group.nodes[:cut], group.anchor, group.bias, scale=group.scale)
 
 
-def is_float32(graph: Graph, value: int) -> bool:
-    return graph.values[value].dtype is DType.FLOAT32
+def is_float(graph: Graph, value: int) -> bool:
+    """float16 is what a Cast rounds to."""
+    return graph.values[value].dtype in (DType.FLOAT32, DType.FLOAT16)

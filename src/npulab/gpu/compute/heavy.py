@@ -50,7 +50,7 @@ def convolution(b: Builder, g: Group) -> None:
     """Of images, or of rows, which are images one element high."""
     n = g.anchor
     own: Any = attributes(n)
-    weights = b.numbers(n.inputs[1])
+    weights = b.packed(n.inputs[1])
     x = b.get(n.inputs[0])
     if weights is None:
         raise RefusedError("its weights are computed")
@@ -72,7 +72,7 @@ def convolution(b: Builder, g: Group) -> None:
         what = Convolution(
             batch, height, width, channels, weights.shape[0], (kernel[0], kernel[1]), (strides[0], strides[1]),
             (dilations[0], dilations[1]), (pads[0], pads[1], pads[2], pads[3]), int(own.get("group", 1)),
-            g.residual >= 0, g.activation, g.slope)
+            g.residual >= 0, g.activation, g.slope, b.number)
         checked(what, packed, bias)
     except InvariantError as e:
         raise RefusedError(f"{e.message}: {e.facts['got']}") from None
@@ -103,7 +103,7 @@ def product(b: Builder, g: Group) -> None:
     left, right = (b.shape(v) for v in n.inputs[:2])
     bias = b.numbers(g.bias) if g.bias >= 0 else None
     fused: dict[str, Any] = {"scale": g.scale, "residual": g.residual >= 0, "activation": g.activation,
-                             "slope": g.slope}
+                             "slope": g.slope, "number": b.number}
     if not left or not right:
         raise RefusedError("one of its operands is a single number")
     rows_out, columns_out = left[-2:-1], right[-1:] if len(right) > 1 else ()  # what a vector has is no axis
@@ -111,7 +111,7 @@ def product(b: Builder, g: Group) -> None:
     _same_inner(left[-1], right[-2])
     lead = np.broadcast_shapes(left[:-2], right[:-2])
     shape = (*lead, *rows_out, *columns_out)
-    matrix = b.numbers(n.inputs[1])
+    matrix = b.packed(n.inputs[1])
     constant = matrix is not None and math.prod(right[:-2]) == 1
     if constant or math.prod(right[:-2]) == 1:
         rows = math.prod(left[:-1])
@@ -167,7 +167,7 @@ def _gemm(b: Builder, g: Group) -> None:
         raise RefusedError(f"its alpha is {alpha}")
     turned = bool(own.get("transB"))
     left = b.get(n.inputs[0])
-    matrix = b.numbers(n.inputs[1])
+    matrix = b.packed(n.inputs[1])
     sides = (1, 0) if own.get("transA") else (0, 1)
     right = b.shape(n.inputs[1])[::-1] if turned else b.shape(n.inputs[1])
     if len(left.shape) != 2 or len(right) != 2:
@@ -197,7 +197,8 @@ def _gemm(b: Builder, g: Group) -> None:
         added.append(matrix_held)
     if added:
         reads.append(b.dense_of(added[0] if len(added) == 1 else b.applied("({0} + {1})", added, (rows, columns))))
-    what = Product(1, rows, inner, columns, turned, False, float(alpha), bool(added), g.activation, g.slope)
+    what = Product(1, rows, inner, columns, turned, False, float(alpha), bool(added), g.activation, g.slope,
+                   b.number)
     packed = None if matrix is None else np.ascontiguousarray(matrix)
     b.set(g.output, b.emit(what, reads, (rows, columns), (packed, row)))
 
@@ -211,7 +212,7 @@ def attention(b: Builder, g: Group) -> None:
     q, k, v = b.dense(query), b.dense(key, _last_swapped(rank)), b.dense(value)
     lead = b.shape(query)[:-2]
     what = Attention(math.prod(lead), b.shape(query)[-2], b.shape(key)[-1], b.shape(query)[-1], b.shape(value)[-1],
-                     g.scale, g.causal)
+                     g.scale, g.causal, b.number)
     b.set(g.output, b.emit(what, (q, k, v), (*lead, what.queries, what.width)))
 
 
@@ -226,8 +227,13 @@ def softmax(b: Builder, n: Node) -> None:
     else:
         axis = own.get("axis", 1) % max(1, len(shape))
         order, columns = tuple(range(len(shape))), math.prod(shape[axis:])
+    number = b.number
+    if n.op.name == "LogSoftmax":  # float16 has no probabilities below 6e-8, their logarithms it has
+        b.number = "float32"
     tensor = b.dense(n.inputs[0], order)
-    found = b.emit(Softmax(math.prod(shape) // columns, columns), (tensor,), tuple(shape[i] for i in order))
+    what = Softmax(math.prod(shape) // columns, columns, number=b.number)
+    found = b.emit(what, (tensor,), tuple(shape[i] for i in order))
+    b.number = number
     view = found.transposed(sorted(range(len(order)), key=lambda i: order[i]))
     if n.op.name == "LogSoftmax":
         b.set(n.outputs[0], b.applied("log({0})", [b.as_held(view)], shape))
@@ -247,7 +253,7 @@ def layer_norm(b: Builder, n: Node) -> None:
         raise RefusedError("its scale is computed")
     rows = [np.ascontiguousarray(np.broadcast_to(a, shape[axis:])).reshape(-1).astype(np.float32)
             for a in (gamma, np.zeros(1, np.float32) if beta is None else beta)]
-    what = LayerNorm(math.prod(shape[:axis]), columns, float(own.get("epsilon", 1e-5)))
+    what = LayerNorm(math.prod(shape[:axis]), columns, float(own.get("epsilon", 1e-5)), b.number)
     b.set(n.outputs[0], b.emit(what, (b.dense(n.inputs[0]),), shape, rows))
 
 
@@ -269,7 +275,7 @@ def pool(b: Builder, n: Node) -> None:
     kind: Literal["max", "average"] = "max" if n.op.name == "MaxPool" else "average"
     what = Pool(kind, (shape[0], size[0], size[1], shape[1]), (out[0], out[1]), (kernel[0], kernel[1]),
                 (strides[0], strides[1]), (dilations[0], dilations[1]), (pads[0], pads[1]),
-                bool(own.get("count_include_pad")), (size[0] + pads[2], size[1] + pads[3]))
+                bool(own.get("count_include_pad")), (size[0] + pads[2], size[1] + pads[3]), b.number)
     order = (0, 2, 1) if rank == 1 else NHWC
     found = b.emit(what, (b.dense(n.inputs[0], order),), (shape[0], *out, shape[1]))
     if rank == 1:
@@ -280,7 +286,7 @@ def pool(b: Builder, n: Node) -> None:
 
 def transposed_convolution(b: Builder, n: Node) -> None:
     own: Any = attributes(n)
-    weights = b.numbers(n.inputs[1])
+    weights = b.packed(n.inputs[1])
     shape, out = b.get(n.inputs[0]).shape, b.graph.values[n.outputs[0]].shape
     if weights is None or len(shape) != 4:
         raise RefusedError("its weights are computed" if weights is None else f"it is of {len(shape) - 2} dimensions")
@@ -302,9 +308,11 @@ def transposed_convolution(b: Builder, n: Node) -> None:
         raise RefusedError("its bias is computed")
     if bias.size != own_filters * groups:
         raise RefusedError(f"its bias is of {bias.size}, not of {own_filters * groups}")
-    tensors = [b.tensor(a.size, np.ascontiguousarray(a, np.float32).reshape(-1)) for a in (packed, bias)]
+    kinds = np.float16 if b.number == "float16" else np.float32, np.float32
+    tensors = [b.tensor(a.size, np.ascontiguousarray(a, k).reshape(-1)) for a, k in zip((packed, bias), kinds,
+                                                                                        strict=True)]
     what = TransposedConvolution((shape[0], shape[2], shape[3], shape[1]), own_filters * groups, (out[2], out[3]),
                                  (kernel[0], kernel[1]), (strides[0], strides[1]), (dilations[0], dilations[1]),
-                                 (pads[0], pads[1]), groups)
+                                 (pads[0], pads[1]), groups, b.number)
     found = b.emit(what, (b.dense(n.inputs[0], NHWC), *tensors), (shape[0], out[2], out[3], own_filters * groups))
     b.set(n.outputs[0], found.transposed(NCHW))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,10 @@ from numpy.typing import NDArray
 from npulab.errors import CapacityError
 from npulab.gpu.compute.fusing import Group, opset
 from npulab.gpu.compute.moves import INDEX_MAX, Map, Take
+from npulab.gpu.compute.numbers import LARGEST, fits, largest
 from npulab.gpu.compute.problems import Attention, Convolution, LayerNorm, Product, Softmax
+from npulab.gpu.compute.types import Number
+from npulab.gpu.compute.vectors import number_bytes
 from npulab.gpu.compute.views import Shape, View, dense, nested
 from npulab.gpu.compute.windows import Pool, Reduce, Resample, TransposedConvolution
 from npulab.ir import Graph
@@ -36,14 +40,15 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tensor:
-    """A dense buffer of float32, or of what `constant` is."""
+    """A dense buffer of floats, or of what `constant` is. number: what floats are stored as."""
 
     elements: int
     constant: NDArray[np.generic] | None = None
+    number: Number = "float32"
 
     @property
     def bytes(self) -> int:
-        return self.elements * (4 if self.constant is None else self.constant.itemsize)
+        return self.elements * (number_bytes(self.number) if self.constant is None else self.constant.itemsize)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,9 +69,12 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Held:
+    """number: what it is stored as where it must be, unless it is asked for as another."""
+
     expression: str
     operands: tuple[View, ...]
     shape: Shape
+    number: Number
     operations: int = 0
 
     @property
@@ -87,18 +95,20 @@ class Network:
 
 
 class Builder:
-    """Layers being made. `held` is filled by operators, group by group."""
+    """Layers being made. `held` is filled by operators, group by group. number: what the group's tensors are stored
+    as; kernels get what they read as the same."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
+        self.number: Number = "float32"
         self.opset = opset(graph)
         self.tensors: list[Tensor] = []
         self.layers: list[Layer] = []
         self.held: dict[int, Held] = {}
         self.title = self.operators = ""
         self._folded: dict[int, NDArray[np.generic]] = {}
-        self._stored: dict[View, int] = {}
-        self._constants: dict[int, Held] = {}
+        self._stored: dict[tuple[View, Number], int] = {}
+        self._constants: dict[tuple[int, Number], Held] = {}
 
     # values of the graph
 
@@ -117,12 +127,25 @@ class Builder:
         found = self.constant(value)
         return found.astype(np.float32, copy=False) if found is not None and found.dtype.kind == "f" else None
 
+    def packed(self, value: int) -> NDArray[np.float32] | None:
+        """A constant of floats that kernels are to store as the group's number. Raises: RefusedError if that ends
+        before."""
+        found = self.numbers(value)
+        return None if found is None else self._stored_as(found, self.number)
+
+    @staticmethod
+    def _stored_as(array: NDArray[Any], number: Number) -> NDArray[Any]:
+        if number == "float16" and not fits(array):
+            raise RefusedError(f"its constants reach {largest(array):.6g}, float16 ends at {LARGEST:.0f}; "
+                               "--number float32 has room")
+        return array
+
     def shape(self, value: int) -> Shape:
         found = self.constant(value)
         return found.shape if found is not None else self.graph.values[value].shape
 
     def get(self, value: int) -> Held:
-        """What a value is held as. Constants of one element are written into the expression."""
+        """What a value is held as. Constants are stored as the group's tensors where they are many and fit."""
         if value in self.held:
             return self.held[value]
         array = self.constant(value)
@@ -130,19 +153,25 @@ class Builder:
             raise RefusedError(f"it reads '{self.graph.values[value].name}', which is not computed here")
         if array.dtype.kind not in "fiub":
             raise RefusedError(f"it computes on {array.dtype}")
-        if value not in self._constants:
-            tensor = self.tensor(array.size, np.ascontiguousarray(array, np.float32).reshape(-1))
-            self._constants[value] = Held("{0}", (dense(tensor, array.shape),), array.shape)
-        return self._constants[value]
+        key = value, self.number
+        if key not in self._constants:
+            kind = np.float16 if self.number == "float16" and array.size > 1 and fits(array) else np.float32
+            tensor = self.tensor(array.size, np.ascontiguousarray(array, kind).reshape(-1))
+            self._constants[key] = self.as_held(dense(tensor, array.shape))
+        return self._constants[key]
 
     # tensors
 
-    def tensor(self, elements: int, constant: NDArray[np.generic] | None = None) -> int:
+    def tensor(self, elements: int, constant: NDArray[np.generic] | None = None, number: Number | None = None) -> int:
         if elements > INDEX_MAX:
             raise CapacityError(f"'{self.graph.name}' has a tensor with more elements than kernels count",
                                 got=elements, want=INDEX_MAX)
-        self.tensors.append(Tensor(elements, constant))
+        number = number or self.number if constant is None else "float16" if constant.dtype == np.float16 else "float32"
+        self.tensors.append(Tensor(elements, constant, number))
         return len(self.tensors) - 1
+
+    def number_in(self, view: View) -> Number:
+        return self.tensors[view.tensor].number
 
     def emit(self, what: Problem, reads: Sequence[int], shape: Shape,
              packed: Sequence[NDArray[np.float32] | None] = ()) -> View:
@@ -154,7 +183,8 @@ class Builder:
     def place(self, held: Held, where: View) -> None:
         """Compute into a part of a tensor."""
         reads = tuple((v.broadcast(held.shape).strides, v.offset) for v in held.operands)
-        what = Map(held.expression, held.shape, reads, (where.strides, where.offset), held.operations)
+        stored = tuple(self.number_in(v) for v in (where, *held.operands))
+        what = Map(held.expression, held.shape, reads, (where.strides, where.offset), stored, held.operations)
         if math.prod(held.shape):
             self.layers.append(Layer(what, tuple(v.tensor for v in held.operands), where.tensor, (), self.title,
                                      self.operators))
@@ -163,30 +193,36 @@ class Builder:
         """The value in memory, however it lies."""
         return self.stored(self.get(value))
 
-    def stored(self, held: Held, order: Shape | None = None) -> View:
-        """In memory; where it must be computed or is asked for in an order of axes, outermost first, dense."""
+    def stored(self, held: Held, order: Shape | None = None, number: Number | None = None) -> View:
+        """In memory; where it must be computed, or is asked for in an order of axes, outermost first, or as another
+        number, dense."""
         view = held.view
-        if view is not None and (order is None or view.transposed(order).is_dense):
+        number = number or (held.number if view is None else self.number_in(view))
+        if view is not None and self.number_in(view) == number and (
+                order is None or view.transposed(order).is_dense):
             return view
-        if view is not None and order is not None and view.transposed(order) in self._stored:
-            return _in_order(dense(self._stored[view.transposed(order)], [held.shape[i] for i in order]), order)
+        if view is not None and (array := self.tensors[view.tensor].constant) is not None:
+            self._stored_as(array, number)
         if order is None:
             widest = max((v.broadcast(held.shape) for v in held.operands), key=lambda v: v.elements and sum(
                 s != 0 for s in v.strides), default=None)
             order = nested(widest) if widest is not None else tuple(range(len(held.shape)))
-        out = dense(self.tensor(math.prod(held.shape)), [held.shape[i] for i in order])
-        found = _in_order(out, order)
-        self.place(held, found)
-        if view is not None:
-            self._stored[view.transposed(order)] = out.tensor
+        key = None if view is None else (view.transposed(order), number)
+        made = self._stored.get(key) if key is not None else None
+        out = made if made is not None else self.tensor(math.prod(held.shape), number=number)
+        found = _in_order(dense(out, [held.shape[i] for i in order]), order)
+        if made is None:
+            self.place(held, found)
+        if key is not None:
+            self._stored[key] = out
         return found
 
     def dense(self, value: int, order: Shape | None = None) -> int:
-        """The tensor that has the value row by row, its axes in this order."""
+        """The tensor that has the value row by row, its axes in this order, as the group's number."""
         return self.dense_of(self.get(value), order)
 
     def dense_of(self, held: Held, order: Shape | None = None) -> int:
-        return self.stored(held, order if order is not None else tuple(range(len(held.shape)))).tensor
+        return self.stored(held, order if order is not None else tuple(range(len(held.shape))), self.number).tensor
 
     def set(self, value: int, held: Held | View) -> None:
         """The value's own. An expression that several read is computed here, once.
@@ -194,7 +230,7 @@ class Builder:
         Raises: RefusedError where the file states another shape: who reads it, and its buffers, go by that.
         """
         if isinstance(held, View):
-            held = Held("{0}", (held,), held.shape)
+            held = self.as_held(held)
         if held.shape != self.graph.values[value].shape:
             raise RefusedError(f"its result is {list(held.shape)}, not {list(self.graph.values[value].shape)}")
         readers = self.graph.consumers.get(value, ())
@@ -204,9 +240,8 @@ class Builder:
             held = self.as_held(self.stored(held))
         self.held[value] = held
 
-    @staticmethod
-    def as_held(view: View) -> Held:
-        return Held("{0}", (view,), view.shape)
+    def as_held(self, view: View) -> Held:
+        return Held("{0}", (view,), view.shape, self.number_in(view))
 
     def applied(self, expression: str, operands: Sequence[Held], shape: Shape, operations: int = 1) -> Held:
         """An expression of expressions."""
@@ -223,7 +258,7 @@ class Builder:
                     views.append(wide)
                 indices.append(views.index(wide))
             texts.append(_renumbered(h.expression, indices))
-        return Held(_substituted(expression, texts), tuple(views), shape,
+        return Held(_substituted(expression, texts), tuple(views), shape, self.number,
                     operations + sum(h.operations for h in operands))
 
 

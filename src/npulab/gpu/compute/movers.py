@@ -24,7 +24,8 @@ def views(b: Builder, n: Node, how: Callable[[View], View | None], shape: Shape)
         plain = b.as_held(dense(b.dense_of(held), held.shape))
         changed = [how(plain.operands[0])]
         held = plain
-    b.set(n.outputs[0], Held(held.expression, tuple(v for v in changed if v is not None), shape, held.operations))
+    b.set(n.outputs[0], Held(held.expression, tuple(v for v in changed if v is not None), shape, held.number,
+                             held.operations))
 
 
 def reshape(b: Builder, n: Node) -> None:
@@ -119,7 +120,8 @@ def take(b: Builder, held: Held, axis: int, places: NDArray[Any]) -> View:
     tensor = b.dense_of(held)
     table = b.tensor(len(places), places.astype(np.int32))
     shape = (*held.shape[:axis], len(places), *held.shape[axis + 1 :])
-    what = Take(math.prod(held.shape[:axis]), held.shape[axis], len(places), math.prod(held.shape[axis + 1 :]))
+    what = Take(math.prod(held.shape[:axis]), held.shape[axis], len(places), math.prod(held.shape[axis + 1 :]),
+                b.number)
     return b.emit(what, (tensor, table), shape)
 
 
@@ -176,7 +178,7 @@ def pad(b: Builder, n: Node) -> None:
     order = nested(max((v.broadcast(held.shape) for v in held.operands), key=lambda v: v.elements))
     out = dense(b.tensor(math.prod(shape)), [shape[i] for i in order])
     view = out.transposed(sorted(range(rank), key=lambda i: order[i]))
-    b.place(Held(literal(value), (), shape), view)
+    b.place(Held(literal(value), (), shape, b.number), view)
     for a, (before, _) in pads.items():
         view = view.sliced(a, before, held.shape[a])
     b.place(held, view)

@@ -6,15 +6,17 @@ and strides are arguments, so that networks share compiled kernels.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 
 from npulab.errors import CapacityError
-from npulab.gpu.compute.types import Argument, Buffer, Kernel, Launch, Lowered, Traits
+from npulab.gpu.compute.types import Argument, Buffer, Kernel, Launch, Lowered, Number, Traits
+from npulab.gpu.compute.vectors import bits, element, kept, loaded, number_bytes
 from npulab.gpu.compute.views import Shape, collapsed
 
 INDEX_MAX = 2**31 - 1
@@ -45,6 +47,15 @@ NUMBERS: Mapping[str, str] = {
     "swish_": "x / (1.0f + exp(-a * x))",
 }
 """The same, with numbers a and b."""
+ROUNDED = """float half_(const float x) {
+    ushort t[1];
+    vstore_half(x, 0, (half *)t);
+    return vload_half(0, (const half *)t);
+}
+"""
+"""half_(x): the nearest number that float16 has."""
+LANES = 16
+"""Neighbours that a work item of a CPU makes floats of halves at once: one by one takes PoCL ten times as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +64,7 @@ class Map:
 
     expression  OpenCL C; {0}, {1}, ... are operands, in the order of the roles "input", "input1", ....
     reads       (strides over `shape`, offset) of each.      writes  of the output.     Counted in elements.
+    stored      what the output and then the operands are stored as.
     operations  of one element, roughly.
     """
 
@@ -60,6 +72,7 @@ class Map:
     shape: Shape
     reads: tuple[tuple[Shape, int], ...]
     writes: tuple[Shape, int]
+    stored: tuple[Number, ...]
     operations: int = 0
 
 
@@ -71,6 +84,7 @@ class Take:
     size: int
     count: int
     inner: int
+    number: Number = "float32"
 
 
 def role(i: int) -> str:
@@ -113,26 +127,37 @@ def lower_map(what: Map, traits: Traits) -> Lowered:
     numbers: list[int] = [what.writes[1], *(r[1] for r in what.reads)]
     for axis in range(rank):
         numbers += [shape[axis], *(w[axis] for w in walks)]
-    axes = [*shape[::-1][:2], int(np.prod(shape[:-2]))][: min(rank, 3)]
+    label = "copy" if what.expression == "{0}" else "map"
+    by_lanes = traits.cpu and "float16" in what.stored and not _copied(what.expression, what.stored) and (
+        shape[-1] >= LANES)
+    steps = tuple(min(w[-1], 2) if w[-1] >= 0 else 2 for w in walks) if by_lanes else ()
+    axes = [-(-shape[-1] // LANES) if by_lanes else shape[-1], *shape[-2:-1], math.prod(shape[:-2])][: min(rank, 3)]
     size, group = span(*axes, traits=traits)
     arguments: tuple[Argument, ...] = (*(Buffer(role(i)) for i in range(len(what.reads))), Buffer("output"),
                                        *map(np.int32, numbers))
-    read = sum(4 * int(np.prod([n for n, s in zip(what.shape, strides, strict=True) if s] or [1]))
-               for strides, _ in what.reads)
-    label = "copy" if what.expression == "{0}" else "map"
-    return Lowered((Launch(map_kernel(what.expression, rank, len(what.reads)), size, group, arguments, label,
-                           float(what.operations * total), float(read + 4 * total)),))
+    read = sum(number_bytes(number) * math.prod(n for n, s in zip(what.shape, strides, strict=True) if s)
+               for (strides, _), number in zip(what.reads, what.stored[1:], strict=True))
+    return Lowered((Launch(map_kernel(what.expression, rank, what.stored, steps), size, group, arguments, label,
+                           float(what.operations * total), float(read + number_bytes(what.stored[0]) * total)),))
+
+
+def _copied(expression: str, stored: tuple[Number, ...]) -> bool:
+    return expression == "{0}" and stored[0] == stored[1]
 
 
 @cache
-def map_kernel(expression: str, rank: int, operands: int) -> Kernel:
-    """Axes count from the outermost, 0; those before the last two share one dimension of the launch."""
-    names = ["y", *(f"x{i}" for i in range(operands))]
-    arguments = [f"__global const float *{n}" for n in names[1:]] + ["__global float *y"]
+def map_kernel(expression: str, rank: int, stored: tuple[Number, ...], steps: tuple[int, ...] = ()) -> Kernel:
+    """Axes count from the outermost, 0; those before the last two share one dimension of the launch. steps: a work item
+    has `LANES` neighbours, and so they lie in the output and each operand: 0 the same, 1 side by side, 2 otherwise."""
+    names = ["y", *(f"x{i}" for i in range(len(stored) - 1))]
+    copied = _copied(expression, stored)
+    types = [(bits if copied else element)(number) for number in stored]
+    arguments = [f"__global const {t} *{n}" for n, t in zip(names[1:], types[1:], strict=True)]
+    arguments.append(f"__global {types[0]} *y")
     arguments += [f"const int {n}_at" for n in names]
     for a in range(rank):
         arguments += [f"const int n{a}", *(f"const int {n}_s{a}" for n in names)]
-    lines = [f"const int i{rank - 1} = get_global_id(0);"]
+    lines = [f"const int i{rank - 1} = get_global_id(0){f' * {LANES}' if steps else ''};"]
     ends = [f"i{rank - 1} >= n{rank - 1}"]
     if rank > 1:
         lines.append(f"const int i{rank - 2} = get_global_id(1);")
@@ -149,8 +174,29 @@ def map_kernel(expression: str, rank: int, operands: int) -> Kernel:
         return " + ".join([f"{n}_at", *(f"i{a} * {n}_s{a}" for a in range(rank))])
 
     value = re.sub(r"\{(\d+)\}", lambda m: f"v{m[1]}", expression)
-    lines += [f"const float v{i} = x{i}[{at(f'x{i}')}];" for i in range(operands)]
-    lines.append(f"y[{at('y')}] = {value};")
+    if copied:
+        lines.append(f"y[{at('y')}] = x0[{at('x0')}];")
+    elif steps:
+        last = rank - 1
+        lines += [f"const int left = min({LANES}, n{last} - i{last});", f"float w[{LANES}];"]
+        for i, (n, number, step) in enumerate(zip(names[1:], stored[1:], steps[1:], strict=True)):
+            one = loaded(number, f"{n} + {at(n)} + j * {n}_s{last}")
+            if not step:
+                lines.append(f"const float v{i} = {loaded(number, f'{n} + {at(n)}')};")
+                continue
+            many = f"vstore{LANES}(vload{'_half' * (number == 'float16')}{LANES}(0, {n} + {at(n)}), 0, w{i});"
+            lines += [f"float w{i}[{LANES}];", f"if ({'1' if step == 1 else '0'} && left == {LANES}) {many}",
+                      f"else for (int j = 0; j < left; j++) w{i}[j] = {one};"]
+        own = " ".join(f"const float v{i} = w{i}[j];" for i, step in enumerate(steps[1:]) if step)
+        one = kept(stored[0], "w[j]", f"y + {at('y')} + j * y_s{last}")
+        many = f"vstore{'_half' * (stored[0] == 'float16')}{LANES}(vload{LANES}(0, w), 0, y + {at('y')});"
+        lines += [f"for (int j = 0; j < left; j++) {{ {own} w[j] = {value}; }}",
+                  f"if ({'1' if steps[0] == 1 else '0'} && left == {LANES}) {many}",
+                  f"else for (int j = 0; j < left; j++) {one};"]
+    else:
+        lines += [f"const float v{i} = {loaded(number, f'{n} + {at(n)}')};"
+                  for i, (n, number) in enumerate(zip(names[1:], stored[1:], strict=True))]
+        lines.append(kept(stored[0], value, f"y + {at('y')}") + ";")
     body = "\n    ".join(lines)
     return Kernel(f"{functions(expression)}__kernel void map({', '.join(arguments)}) {{\n    {body}\n}}\n", "map")
 
@@ -158,26 +204,24 @@ def map_kernel(expression: str, rank: int, operands: int) -> Kernel:
 def functions(expression: str) -> str:
     """Definitions of what it calls."""
     called = [n for n in (*FUNCTIONS, *NUMBERS) if re.search(rf"\b{n}\(", expression)]
-    return "".join(f"float {n}(const float x{', const float a, const float b' if n in NUMBERS else ''}) "
-                   f"{{ return {FUNCTIONS.get(n) or NUMBERS[n]}; }}\n" for n in called)
+    found = "".join(f"float {n}(const float x{', const float a, const float b' if n in NUMBERS else ''}) "
+                    f"{{ return {FUNCTIONS.get(n) or NUMBERS[n]}; }}\n" for n in called)
+    return (ROUNDED if re.search(r"\bhalf_\(", expression) else "") + found
 
 
-TAKE = Kernel("""
-__kernel void take(__global const float *x, __global const int *table, __global float *y, const int outer,
+TAKE = """
+__kernel void take(__global const T *x, __global const int *table, __global T *y, const int outer,
                    const int size, const int count, const int inner) {
     const int k = get_global_id(0), i = get_global_id(1), o = get_global_id(2);
     if (k >= inner || i >= count || o >= outer) return;
     y[(o * count + i) * inner + k] = x[(o * size + table[i]) * inner + k];
 }
-""", "take")
+"""
 
 
 def lower_take(what: Take, traits: Traits) -> Lowered:
     size, group = span(what.inner, what.count, what.outer, traits=traits)
     numbers = map(np.int32, (what.outer, what.size, what.count, what.inner))
-    return Lowered((Launch(TAKE, size, group, (Buffer("input"), Buffer("input1"), Buffer("output"), *numbers), "take",
-                           0.0, 8.0 * what.outer * what.count * what.inner),))
-
-
-def bytes_of(shape: Sequence[int]) -> int:
-    return 4 * int(np.prod(shape, dtype=np.int64))
+    kernel = Kernel(f"typedef {bits(what.number)} T;{TAKE}", "take")
+    return Lowered((Launch(kernel, size, group, (Buffer("input"), Buffer("input1"), Buffer("output"), *numbers), "take",
+                           0.0, 2.0 * number_bytes(what.number) * what.outer * what.count * what.inner),))

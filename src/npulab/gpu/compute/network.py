@@ -20,14 +20,15 @@ from numpy.typing import NDArray
 
 from npulab.dialects import to_onnx
 from npulab.errors import CapacityError, InvariantError, UsageError
-from npulab.gpu.compute import convolution, matrices, moves, operators, windows
+from npulab.gpu.compute import convolution, matrices, moves, operators, tiles, windows
 from npulab.gpu.compute.device import Device
 from npulab.gpu.compute.fusing import groups, normal
 from npulab.gpu.compute.layers import Layer, Network
 from npulab.gpu.compute.memory import Arenas, Need, arranged
+from npulab.gpu.compute.numbers import numbers_of, widened
 from npulab.gpu.compute.problems import Attention, Convolution, LayerNorm, Product, Softmax
 from npulab.gpu.compute.profiling import Profile, timed
-from npulab.gpu.compute.types import Buffer, Launch, Lowered, Traits
+from npulab.gpu.compute.types import Buffer, Launch, Lowered, Number, Traits
 from npulab.gpu.compute.views import Shape
 from npulab.ir import Graph
 
@@ -51,7 +52,7 @@ class Plan:
 
     needs      what lies in memory that is used again, with its life in steps.
     constants  name -> array, uploaded once.
-    inputs, outputs  name -> (buffer, shape).
+    inputs, outputs  name -> (buffer, shape, what it is stored as).
     """
 
     network: Network
@@ -59,8 +60,8 @@ class Plan:
     steps: tuple[Step, ...]
     needs: tuple[Need, ...]
     constants: Mapping[str, NDArray[Any]]
-    inputs: Mapping[str, tuple[str, Shape]]
-    outputs: Mapping[str, tuple[str, Shape]]
+    inputs: Mapping[str, tuple[str, Shape, Number]]
+    outputs: Mapping[str, tuple[str, Shape, Number]]
 
     @property
     def weights(self) -> int:
@@ -79,31 +80,45 @@ class Plan:
         return Session(self, device)
 
 
-def compile_network(graph: Graph, traits: Traits, choose: Choose | None = None, fuse_attention: bool = True) -> Plan:
+def compile_network(graph: Graph, traits: Traits, choose: Choose | None = None, fuse_attention: bool = True,
+                    number: Number | None = None) -> Plan:
     """Launches for a float network of either dialect. `choose` gives tuned choices; without one, the model's. Without
-    `fuse_attention` all scores of attention lie in memory: what fusing is worth is measured so.
+    `fuse_attention` all scores of attention lie in memory: what fusing is worth is measured so. `number`: what weights
+    and tensors between inputs and outputs are stored as, float32 or float16; None: as in the model.
 
     Raises: UnsupportedError naming every node that there are no kernels for; CapacityError for tensors beyond counting;
     UsageError for inputs without a fixed size, or without the package onnx.
     """
-    return planned(layers_of(graph, fuse_attention), traits, choose)
+    return planned(layers_of(graph, fuse_attention, number), traits, choose)
 
 
-def layers_of(graph: Graph, fuse_attention: bool = True) -> Network:
+def layers_of(graph: Graph, fuse_attention: bool = True, number: Number | None = None) -> Network:
     """The layers of a network, whatever the device. Raises as `compile_network`."""
     graph = to_onnx(graph, keep_layout=True)
     for v in (graph.values[i] for i in graph.inputs):
         if v.dynamic_axes or not v.has_shape:
             raise UsageError(f"the input '{v.name}' of '{graph.name}' has no fixed size", got=str(v),
                              try_="npulab patch --dim NAME=SIZE writes a network of fixed size")
+    graph, names = widened(graph)
     graph = normal(graph)
-    return operators.network(graph, groups(graph, fuse_attention))
+    return operators.network(graph, groups(graph, fuse_attention), numbers_of(graph, names, number))
 
 
 def tunable(network: Network) -> list[Convolution | Product]:
     """Problems whose kernels have choices, each once."""
     found = {x.what: None for x in network.layers if isinstance(x.what, Convolution | Product)}
     return [w for w in found if not isinstance(w, Convolution) or w.groups == 1 or w.groups != w.channels]
+
+
+def on_halves(number: Number, traits: Traits) -> bool:
+    """Whether kernels may compute on halves. Not a CPU's: few have any, its attention computes on floats."""
+    return number == "float16" and traits.halves and not traits.cpu
+
+
+def _choice(what: Convolution | Product, traits: Traits, choose: Choose | None) -> Any:
+    """The tuned one; else the model's first, on halves or not; None: what the kernels take."""
+    found = choose(what) if choose else None
+    return found or (tiles.candidates(what, traits, True)[0] if on_halves(what.number, traits) else None)
 
 
 def lowered(layer: Layer, traits: Traits, choose: Choose | None = None) -> Lowered:
@@ -113,10 +128,12 @@ def lowered(layer: Layer, traits: Traits, choose: Choose | None = None) -> Lower
         case Convolution():
             weights, bias = layer.packed
             assert weights is not None
-            return convolution.lower(what, traits, weights, bias, choose(what) if choose else None)
+            if 1 < what.groups == what.channels:  # depthwise: nothing to choose
+                return convolution.lower(what, traits, weights, bias, halves=on_halves(what.number, traits))
+            return convolution.lower(what, traits, weights, bias, _choice(what, traits, choose))
         case Product():
             b, row = layer.packed
-            return matrices.lower(what, traits, b, row, choose(what) if choose else None)
+            return matrices.lower(what, traits, b, row, _choice(what, traits, choose))
         case Softmax():
             from npulab.gpu.compute import softmax
 
@@ -129,7 +146,7 @@ def lowered(layer: Layer, traits: Traits, choose: Choose | None = None) -> Lower
             from npulab.gpu.compute import attention
 
             try:
-                return attention.lower(what, traits)
+                return attention.lower(what, traits, halves=on_halves(what.number, traits))
             except CapacityError:  # no room in local memory, or on a thread's stack
                 return attention.unfused(what, traits)
         case moves.Map():
@@ -161,12 +178,12 @@ def planned(network: Network, traits: Traits, choose: Choose | None = None) -> P
         first = len(steps)
         steps += [Step(_named(launch, names), i) for launch in found.launches]
         scratch += [Need(names[role], size, first, len(steps) - 1) for role, size in found.scratch.items()]
-    inputs = {n: (f"t{t}", shape) for n, (t, shape) in network.inputs.items()}
-    outputs = {n: (f"t{t}", shape) for n, (t, shape) in network.outputs.items()}
+    inputs, outputs = ({n: (f"t{t}", shape, network.tensors[t].number) for n, (t, shape) in border.items()}
+                       for border in (network.inputs, network.outputs))
     used = {a.role for s in steps for a in s.launch.arguments if isinstance(a, Buffer)}
-    used |= {name for name, _ in outputs.values()}
+    used |= {name for name, *_ in outputs.values()}
     constants = {name: a for name, a in constants.items() if name in used}
-    needs = (*lives(steps, network, {n for n, _ in inputs.values()}, {n for n, _ in outputs.values()}, constants),
+    needs = (*lives(steps, network, {n for n, *_ in inputs.values()}, {n for n, *_ in outputs.values()}, constants),
              *scratch)
     return Plan(network, traits, tuple(steps), needs, constants, inputs, outputs)
 
@@ -226,21 +243,22 @@ class Session:
         self._launch = self.device.prepared([s.launch for s in plan.steps], self._buffers)
         self.opened = time.perf_counter() - start
 
-    def run(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
-        """The outputs by their names. Arrays are float32 of the model's own shapes.
+    def run(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.floating]]:
+        """The outputs by their names. Arrays are of the model's own types and shapes.
 
         Raises: UsageError for other names, types and shapes; DeviceError if the device fails.
         """
         self.feed(arrays)
         self.launch()
-        return {name: self.device.download(self._buffers[b], shape) for name, (b, shape) in self.plan.outputs.items()}
+        return {name: self.device.download(self._buffers[b], shape, np.dtype(number))
+                for name, (b, shape, number) in self.plan.outputs.items()}
 
     def launch(self) -> list[float]:
         """Seconds of each step by the device's clock, on what was last fed. Raises: DeviceError if the device fails."""
         return self._launch()
 
     def profile(self, arrays: Mapping[str, NDArray[Any]], runs: int = 5
-                ) -> tuple[dict[str, NDArray[np.float32]], Profile]:
+                ) -> tuple[dict[str, NDArray[np.floating]], Profile]:
         """The outputs, and how long each layer takes: medians of `runs` runs behind one that is not counted."""
         outputs = self.run(arrays)
         times, walls = [], []
@@ -262,11 +280,11 @@ class Session:
                              got=", ".join(arrays) or "none", want=", ".join(missing))
         if strange := [n for n in arrays if n not in wanted]:
             raise UsageError(f"'{self.plan.network.name}' has no input '{strange[0]}'", want=", ".join(wanted))
-        for name, (_, shape) in wanted.items():
+        for name, (_, shape, number) in wanted.items():
             x = np.asarray(arrays[name])
-            if x.dtype != np.float32 or x.shape != shape:
+            if x.dtype != number or x.shape != shape:
                 raise UsageError(f"the input '{name}' of '{self.plan.network.name}' is another",
-                                 want=f"float32{list(shape)}", got=f"{x.dtype}{list(x.shape)}")
-        for name, (buffer, _) in wanted.items():
+                                 want=f"{number}{list(shape)}", got=f"{x.dtype}{list(x.shape)}")
+        for name, (buffer, *_) in wanted.items():
             if buffer in self._buffers:
                 self.device.upload(np.asarray(arrays[name]), self._buffers[buffer])

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from npulab.errors import UnsupportedError
 from npulab.gpu.compute import movers, reductions
-from npulab.gpu.compute.fusing import Group, attributes, is_float32, limits
+from npulab.gpu.compute.fusing import Group, attributes, is_float, limits
 from npulab.gpu.compute.heavy import attention, convolution, layer_norm, pool, product, softmax, transposed_convolution
 from npulab.gpu.compute.layers import Builder, Network, RefusedError
 from npulab.gpu.compute.moves import literal
+from npulab.gpu.compute.numbers import Numbers
 from npulab.gpu.compute.views import Shape, dense
 from npulab.ir import DType, Graph, Node
 from npulab.ir.ops import OnnxOp
@@ -37,25 +38,27 @@ MANY: dict[str, str] = {"Max": "fmax({0}, {1})", "Min": "fmin({0}, {1})", "Sum":
                         "Mean": "({0} + {1})"}
 
 
-def network(graph: Graph, groups: Sequence[Group]) -> Network:
-    """The layers of a network in normal form (fusing.normal).
+def network(graph: Graph, groups: Sequence[Group], numbers: Numbers | None = None) -> Network:
+    """The layers of a network in normal form (fusing.normal). Without `numbers` all is float32.
 
     Raises: UnsupportedError naming every node that there are no kernels for; CapacityError for tensors beyond counting.
     """
+    numbers = numbers or Numbers()
     b = Builder(graph)
     refused: list[tuple[Node, str]] = []
     inputs: dict[str, tuple[int, Shape]] = {}
     for v in (graph.values[i] for i in graph.inputs):
         if v.dtype is not DType.FLOAT32:
             raise UnsupportedError(f"the input '{v.name}' of '{graph.name}' is not of floats", got=str(v),
-                                   want="float32", try_="--device onnxruntime, or a float network")
+                                   want="float32 or float16", try_="--device onnxruntime, or a float network")
         if not v.elements:
             raise UnsupportedError(f"the input '{v.name}' of '{graph.name}' is empty", got=str(v))
-        tensor = b.tensor(v.elements)
+        tensor = b.tensor(v.elements, number=numbers.border.get(v.name))
         inputs[v.name] = (tensor, v.shape)
         b.held[v.index] = b.as_held(dense(tensor, v.shape))
     for g in groups:
         b.title, b.operators = g.title, g.operators
+        b.number = numbers.between.get(g.output, "float32")
         why = ""
         try:
             _one(b, g)
@@ -72,9 +75,10 @@ def network(graph: Graph, groups: Sequence[Group]) -> Network:
     outputs = {}
     b.title, b.operators = "outputs", ""
     for v in (graph.values[i] for i in graph.outputs):
-        if not is_float32(graph, v.index):
+        if not is_float(graph, v.index):
             raise UnsupportedError(f"the output '{v.name}' of '{graph.name}' is not of floats", got=str(v),
-                                   want="float32", try_="--device onnxruntime")
+                                   want="float32 or float16", try_="--device onnxruntime")
+        b.number = numbers.border.get(v.name, "float32")
         held = b.get(v.index)
         outputs[v.name] = (b.dense_of(held), held.shape)
     return Network(graph.name, tuple(b.tensors), tuple(b.layers), inputs, outputs, tuple(groups))
@@ -111,7 +115,7 @@ def _one(b: Builder, g: Group) -> None:
             raise RefusedError("the size of its result is known only when it runs")
         if v >= 0 and not b.graph.values[v].elements:
             raise RefusedError("its result is empty")
-        if v >= 0 and not is_float32(b.graph, v):
+        if v >= 0 and not is_float(b.graph, v):
             raise RefusedError(f"its result is of {b.graph.values[v].dtype.value}")
     if g.kind == "convolution":
         convolution(b, g)
@@ -187,6 +191,9 @@ def _one_number(b: Builder, n: Node) -> None:
             if n.op.name == "Dropout" and len(n.outputs) > 1 and n.outputs[1] >= 0:
                 raise RefusedError("its mask is asked for")
             text = "{0}"
+            if b.graph.values[n.outputs[0]].dtype is DType.FLOAT16 and (
+                    x.view is None or b.number_in(x.view) != "float16"):
+                text = "half_({0})"
         case name:
             text = ONE[name]
     b.set(n.outputs[0], b.applied(text, [x], x.shape))

@@ -34,7 +34,7 @@ def global_pool(b: Builder, n: Node) -> None:
 
 
 def reduced(b: Builder, n: Node, kind: Any, axes: Sequence[int] | None, keep: bool) -> None:
-    view = b.view(n.inputs[0])
+    view = b.stored(b.get(n.inputs[0]), number=b.number)
     rank = len(view.shape)
     over = tuple(sorted({a % rank for a in axes})) if axes is not None else tuple(range(rank))
     # the axes that stay lie as they did
@@ -42,7 +42,7 @@ def reduced(b: Builder, n: Node, kind: Any, axes: Sequence[int] | None, keep: bo
     turned = view.transposed(order)
     inside = tuple(i for i, a in enumerate(order) if a in over)
     kept = [a for a in order if a not in over]
-    found = b.emit(Reduce(kind, turned.shape, inside, (turned.strides, turned.offset)), (view.tensor,),
+    found = b.emit(Reduce(kind, turned.shape, inside, (turned.strides, turned.offset), b.number), (view.tensor,),
                    tuple(view.shape[a] for a in kept))
     plain = found.transposed([kept.index(a) for a in range(rank) if a not in over])
     if keep:
@@ -74,7 +74,7 @@ def resize(b: Builder, n: Node) -> None:
     count = tables[0].shape[1]
     constants = [b.tensor(t.size, t.reshape(-1)) for t in tables]
     image = b.dense(n.inputs[0], (0, 2, 3, 1))
-    what = Resample((x[0], x[2], x[3], x[1]), (out[2], out[3]), count)
+    what = Resample((x[0], x[2], x[3], x[1]), (out[2], out[3]), count, b.number)
     b.set(n.outputs[0], b.emit(what, (image, *constants), (x[0], *out[2:], x[1])).transposed((0, 3, 1, 2)))
 
 

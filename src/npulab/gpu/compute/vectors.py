@@ -76,6 +76,26 @@ def number_bytes(number: Number) -> int:
     return 4 if number == "float32" else 2
 
 
+def element(number: Number) -> str:
+    """Type of what is stored."""
+    return "half" if number_bytes(number) == 2 else "float"
+
+
+def bits(number: Number) -> str:
+    """Type of what is stored where it is moved, not computed on."""
+    return "ushort" if number_bytes(number) == 2 else "float"
+
+
+def loaded(number: Number, p: str) -> str:
+    """The float of what is stored at p."""
+    return f"vload_half(0, {p})" if number == "float16" else f"*({p})"
+
+
+def kept(number: Number, v: str, p: str) -> str:
+    """The float v stored at p: a statement's expression."""
+    return f"vstore_half({v}, 0, {p})" if number == "float16" else f"*({p}) = ({v})"
+
+
 def preamble(number: Number, width: int) -> str:
     """T: what is stored. V: floats of `width`. LOAD(p), STORE(v, p): V there; LOAD1, STORE1: one number;
     LOAD4, STORE4: a float4."""
@@ -83,15 +103,14 @@ def preamble(number: Number, width: int) -> str:
     n = "" if width == 1 else str(width)
     text = f"typedef float{n} V;\ntypedef int{n} I;\n"
     half = "_half" if number == "float16" else ""
+    one = (f"typedef {element(number)} T;\n#define LOAD1(p) ({loaded(number, 'p')})\n"
+           f"#define STORE1(v, p) ({kept(number, 'v', 'p')})\n")
     text += f"#define LOAD4(p) vload{half}4(0, p)\n#define STORE4(v, p) vstore{half}4(v, 0, p)\n"
     if number == "float16":
-        return text + (f"typedef half T;\n#define LOAD(p) vload_half{n}(0, p)\n"
-                       f"#define STORE(v, p) vstore_half{n}(v, 0, p)\n#define LOAD1(p) vload_half(0, p)\n"
-                       "#define STORE1(v, p) vstore_half(v, 0, p)\n")
-    one = "#define LOAD1(p) (*(p))\n#define STORE1(v, p) (*(p) = (v))\n"
+        return text + one + (f"#define LOAD(p) vload_half{n}(0, p)\n#define STORE(v, p) vstore_half{n}(v, 0, p)\n")
     if width == 1:
-        return text + "typedef float T;\n#define LOAD(p) (*(p))\n#define STORE(v, p) (*(p) = (v))\n" + one
-    return text + f"typedef float T;\n#define LOAD(p) vload{n}(0, p)\n#define STORE(v, p) vstore{n}(v, 0, p)\n" + one
+        return text + one + "#define LOAD(p) LOAD1(p)\n#define STORE(v, p) STORE1(v, p)\n"
+    return text + one + f"#define LOAD(p) vload{n}(0, p)\n#define STORE(v, p) vstore{n}(v, 0, p)\n"
 
 
 def checked_halves(number: Number, traits: Traits) -> None:

@@ -13,7 +13,8 @@ from typing import Literal
 import numpy as np
 
 from npulab.gpu.compute.moves import span
-from npulab.gpu.compute.types import Argument, Buffer, Kernel, Launch, Lowered, Traits
+from npulab.gpu.compute.types import Argument, Buffer, Kernel, Launch, Lowered, Number, Traits
+from npulab.gpu.compute.vectors import number_bytes, preamble
 from npulab.gpu.compute.views import Shape, collapsed
 
 Reduction = Literal["sum", "mean", "max", "min", "product", "l1", "l2", "squares"]
@@ -28,6 +29,7 @@ class Reduce:
     shape: Shape
     over: Shape
     reads: tuple[Shape, int]
+    number: Number = "float32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,7 @@ class Pool:
     pads: Pair
     padded: bool = False
     bounds: Pair = (0, 0)
+    number: Number = "float32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,7 @@ class Resample:
     image: tuple[int, int, int, int]
     out: Pair
     taps: int
+    number: Number = "float32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,7 @@ class TransposedConvolution:
     dilations: Pair
     pads: Pair
     groups: int = 1
+    number: Number = "float32"
 
     @property
     def operations(self) -> float:
@@ -92,14 +97,14 @@ def lower_reduce(what: Reduce, traits: Traits) -> Lowered:
     size, group = span(total // width, traits=traits)
     arguments: tuple[Argument, ...] = (Buffer("input"), Buffer("output"), *map(np.int32, numbers),
                                        np.float32(count))
-    kernel = reduce_kernel(what.kind, len(out), len(inner), width)
+    kernel = reduce_kernel(what.kind, len(out), len(inner), width, what.number)
     return Lowered((Launch(kernel, size, group, arguments, f"reduce {what.kind}", float(total * count),
-                           4.0 * (total * count + total)),))
+                           float(number_bytes(what.number) * (total * count + total))),))
 
 
 @cache
-def reduce_kernel(kind: Reduction, kept: int, over: int, width: int) -> Kernel:
-    arguments = ["__global const float *x", "__global float *y", "const int at", "const int total"]
+def reduce_kernel(kind: Reduction, kept: int, over: int, width: int, number: Number) -> Kernel:
+    arguments = ["__global const T *x", "__global T *y", "const int at", "const int total"]
     arguments += [f"const int n{a}, const int s{a}" for a in range(kept)]
     arguments += [f"const int m{a}, const int t{a}" for a in range(over)] + ["const float count"]
     lines = ["int rest = get_global_id(0) * W, from = at;", "if (rest >= total) return;",
@@ -117,12 +122,12 @@ def reduce_kernel(kind: Reduction, kept: int, over: int, width: int) -> Kernel:
         lines.append(f"{{ {load}; {STEP[kind]}; }}")
     lines.append(f"STORE({'s / count' if kind == 'mean' else 'sqrt(s)' if kind == 'l2' else 's'}, y + to);")
     body = "\n    ".join(lines)
-    return Kernel(f"{typed(width)}__kernel void reduce({', '.join(arguments)}) {{\n    {body}\n}}\n", "reduce")
+    return Kernel(f"{typed(number, width)}__kernel void reduce({', '.join(arguments)}) {{\n    {body}\n}}\n", "reduce")
 
 
 POOL = """
 int up(int a, int b) { return a > 0 ? (a + b - 1) / b : 0; }  // places of a window before a
-__kernel void pool(__global const float *x, __global float *y, const int batch, const int height, const int width,
+__kernel void pool(__global const T *x, __global T *y, const int batch, const int height, const int width,
                    const int channels, const int rows, const int columns, const int kh, const int kw, const int sh,
                    const int sw, const int dh, const int dw, const int top, const int left, const int bottom,
                    const int right) {
@@ -132,7 +137,7 @@ __kernel void pool(__global const float *x, __global float *y, const int batch, 
     const int p0 = up(-h, dh), p1 = min(kh, up(height - h, dh)), q0 = up(-w, dw), q1 = min(kw, up(width - w, dw));
     V s = START;
     for (int p = p0; p < p1; p++) {
-        __global const float *row = x + ((b * height + h + p * dh) * width + w) * channels + c;
+        __global const T *row = x + ((b * height + h + p * dh) * width + w) * channels + c;
         for (int q = q0; q < q1; q++) {
             const V v = LOAD(row + q * dw * channels);
             STEP;
@@ -149,19 +154,17 @@ def vectors(traits: Traits, count: int) -> int:
     return next((w for w in (16, 8, 4, 2) if w <= traits.vector and count % w == 0), 1)
 
 
-def typed(width: int) -> str:
-    """V, and how it is loaded and stored."""
-    if width == 1:
-        return "#define W 1\ntypedef float V;\n#define LOAD(p) (*(p))\n#define STORE(v, p) (*(p) = (v))\n"
-    return (f"#define W {width}\ntypedef float{width} V;\n#define LOAD(p) vload{width}(0, p)\n"
-            f"#define STORE(v, p) vstore{width}(v, 0, p)\n")
+def typed(number: Number, width: int) -> str:
+    """T, V, and how they are loaded and stored."""
+    return f"#define W {width}\n{preamble(number, width)}"
 
 
 @cache
-def pool_kernel(kind: str, width: int) -> Kernel:
+def pool_kernel(kind: str, width: int, number: Number) -> Kernel:
     start, step, end = {"max": ("-INFINITY", "s = (v > s) | isnan(v) ? v : s", "s"),
                         "average": ("0.0f", "s += v", "s / (float)count")}[kind]
-    return Kernel(f"{typed(width)}#define START {start}\n#define STEP {step}\n#define END ({end})\n{POOL}", "pool")
+    parts = f"#define START {start}\n#define STEP {step}\n#define END ({end})\n"
+    return Kernel(typed(number, width) + parts + POOL, "pool")
 
 
 def lower_pool(what: Pool, traits: Traits) -> Lowered:
@@ -171,14 +174,15 @@ def lower_pool(what: Pool, traits: Traits) -> Lowered:
     width = vectors(traits, c)
     size, group = span(c // width, what.out[1], b * what.out[0], traits=traits)
     done = b * c * math.prod(what.out)
-    return Lowered((Launch(pool_kernel(what.kind, width), size, group,
+    return Lowered((Launch(pool_kernel(what.kind, width, what.number), size, group,
                            (Buffer("input"), Buffer("output"), *map(np.int32, numbers)), f"pool {what.kind}",
-                           float(done * math.prod(what.kernel)), 4.0 * (b * h * w * c + done)),))
+                           float(done * math.prod(what.kernel)),
+                           float(number_bytes(what.number) * (b * h * w * c + done))),))
 
 
 RESAMPLE = """
-__kernel void resample(__global const float *x, __global const int *rows_at, __global const float *rows_weight,
-                       __global const int *columns_at, __global const float *columns_weight, __global float *y,
+__kernel void resample(__global const T *x, __global const int *rows_at, __global const float *rows_weight,
+                       __global const int *columns_at, __global const float *columns_weight, __global T *y,
                        const int batch, const int height, const int width, const int channels, const int rows,
                        const int columns, const int taps) {
     const int c = get_global_id(0) * W, j = get_global_id(1), bi = get_global_id(2);
@@ -201,16 +205,17 @@ def lower_resample(what: Resample, traits: Traits) -> Lowered:
     b, h, w, c = what.image
     width = vectors(traits, c)
     size, group = span(c // width, what.out[1], b * what.out[0], traits=traits)
-    kernel = Kernel(typed(width) + RESAMPLE, "resample")
+    kernel = Kernel(typed(what.number, width) + RESAMPLE, "resample")
     roles = (Buffer("input"), *(Buffer(f"input{i}") for i in range(1, 5)), Buffer("output"))
     done = b * c * math.prod(what.out)
     return Lowered((Launch(kernel, size, group, (*roles, *map(np.int32, (b, h, w, c, *what.out, what.taps))),
-                           "resample", 2.0 * done * what.taps**2, 4.0 * (b * h * w * c + done)),))
+                           "resample", 2.0 * done * what.taps**2,
+                           float(number_bytes(what.number) * (b * h * w * c + done))),))
 
 
-TRANSPOSED = Kernel("""
-__kernel void transposed(__global const float *x, __global const float *weights, __global const float *bias,
-                         __global float *y, const int batch, const int height, const int width, const int channels,
+TRANSPOSED = """
+__kernel void transposed(__global const T *x, __global const T *weights, __global const float *bias,
+                         __global T *y, const int batch, const int height, const int width, const int channels,
                          const int filters, const int rows, const int columns, const int kh, const int kw, const int sh,
                          const int sw, const int dh, const int dw, const int top, const int left, const int groups) {
     const int f = get_global_id(0), j = get_global_id(1), bi = get_global_id(2);
@@ -223,14 +228,14 @@ __kernel void transposed(__global const float *x, __global const float *weights,
         for (int q = 0; q < kw; q++) {
             const int w = j + left - q * dw;
             if (w < 0 || w % sw || w / sw >= width) continue;
-            __global const float *row = x + ((b * height + h / sh) * width + w / sw) * channels + first;
-            __global const float *own_weights = weights + ((f * kh + p) * kw + q) * own;
-            for (int c = 0; c < own; c++) s = fma(row[c], own_weights[c], s);
+            __global const T *row = x + ((b * height + h / sh) * width + w / sw) * channels + first;
+            __global const T *own_weights = weights + ((f * kh + p) * kw + q) * own;
+            for (int c = 0; c < own; c++) s = fma(LOAD(row + c), LOAD(own_weights + c), s);
         }
     }
-    y[((b * rows + i) * columns + j) * filters + f] = s;
+    STORE(s, y + ((b * rows + i) * columns + j) * filters + f);
 }
-""", "transposed")
+"""
 
 
 def lower_transposed(what: TransposedConvolution, traits: Traits) -> Lowered:
@@ -240,5 +245,6 @@ def lower_transposed(what: TransposedConvolution, traits: Traits) -> Lowered:
                what.groups)
     moved = b * h * w * c + b * what.filters * math.prod(what.out) + what.filters * c * math.prod(what.kernel)
     roles = (Buffer("input"), Buffer("input1"), Buffer("input2"), Buffer("output"))
-    return Lowered((Launch(TRANSPOSED, size, group, (*roles, *map(np.int32, numbers)), "transposed convolution",
-                           what.operations, 4.0 * moved),))
+    kernel = Kernel(typed(what.number, 1) + TRANSPOSED, "transposed")
+    return Lowered((Launch(kernel, size, group, (*roles, *map(np.int32, numbers)), "transposed convolution",
+                           what.operations, float(number_bytes(what.number) * moved)),))
