@@ -335,7 +335,7 @@ def _product(graph: Graph, node: Node, x: Coded, scale: np.float32 | None
     if len(set(w.zeros.tolist())) > 1:
         return None
     source = x.stored
-    run = matrix(np.ascontiguousarray(kernel), int(w.zeros[0]), source.zero, source.dtype)
+    run = matrix(kernel, int(w.zeros[0]), source.zero, source.dtype)
     n, k = kernel.shape
 
     def sums(data: Array) -> Array:
