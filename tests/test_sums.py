@@ -1,5 +1,4 @@
-"""Exact sums of products in C: against whole numbers at the extremes, against the other ways, and refusing what does not
-fit."""
+"""Exact sums of products in C: against whole numbers at the extremes, against the other ways, and what they refuse."""
 
 import numpy as np
 import pytest
@@ -29,7 +28,7 @@ def wrapped(number):
 
 def plain_windows(x, w, zero_x, zero_w, stride, dilation, pads, groups):
     """In Python's whole numbers."""
-    n, c, h, wide = x.shape
+    n, _, h, wide = x.shape
     o, per, kh, kw = w.shape
     size = [(a + p + q - (k - 1) * d - 1) // s + 1 for a, p, q, k, d, s in zip(
         (h, wide), pads[:2], pads[2:], (kh, kw), dilation, stride, strict=True)]
@@ -107,7 +106,8 @@ def test_the_other_ways_give_the_same_sums(monkeypatch, way):
             (S8, S8, 3, 1, 1, (40, 40), 17, (1, 1)), (U8, U8, 5, 1, 3, (9, 9), 1, (1, 1))):
         x, w = ends(rng, (2, groups * per, *size), tx), ends(rng, (groups * each, per, window, window), tw)
         cases.append((x, (w, zero(rng, tw), zero(rng, tx), tx, stride, (1, 1), (1, 2, 0, 1), groups)))
-    products = [(ends(rng, (m, 300), S8), (ends(rng, (40, 300), S8), zero(rng, S8), zero(rng, S8), S8)) for m in (1, 99)]
+    products = [(ends(rng, (m, 300), S8), (ends(rng, (40, 300), S8), zero(rng, S8), zero(rng, S8), S8))
+                for m in (1, 99)]
     found = [accumulate.windows(*a)(x) for x, a in cases] + [accumulate.matrix(*a)(x) for x, a in products]
     monkeypatch.setattr(accumulate, "kernels", None)
     if way == "numpy":
@@ -121,9 +121,9 @@ def test_the_other_ways_give_the_same_sums(monkeypatch, way):
 def test_a_plane_with_more_room_than_there_should_be_is_unfolded_too():
     """Steps so long that a depthwise kernel's plane, written out as a whole, would take a terabyte."""
     x = np.arange(8, dtype=np.uint8).reshape(1, 2, 2, 2)
-    got = accumulate.windows(np.full((2, 1, 1, 1), 3, np.uint8), 0, 0, U8, (1 << 20, 1 << 20), (1, 1), (0, 0, 0, 0), 2)(x)
-    far = accumulate.windows(np.full((2, 1, 2, 1), 3, np.uint8), 0, 1, U8, (1, 1), (1 << 20, 1), (1 << 19, 0, 1 << 19, 0),
-                             2)(x)
+    one, two = (np.full((2, 1, n, 1), 3, np.uint8) for n in (1, 2))
+    got = accumulate.windows(one, 0, 0, U8, (1 << 20, 1 << 20), (1, 1), (0, 0, 0, 0), 2)(x)
+    far = accumulate.windows(two, 0, 1, U8, (1, 1), (1 << 20, 1), (1 << 19, 0, 1 << 19, 0), 2)(x)
 
     assert got.reshape(-1).tolist() == [0, 12]
     assert far.shape == (1, 2, 2, 2)
@@ -148,8 +148,9 @@ def test_what_does_not_fit_is_refused(place, value):
 
 
 @pytest.mark.parametrize("change", [
-    {"x": np.zeros(11, np.uint8)}, {"w": np.zeros(21, np.int8)}, {"out": np.zeros(13, np.int32)}, {"sizes": (3, 4, 0)},
-    {"sizes": (-3, -4, 5)}, {"sizes": (2**31, 2**31, 2**31)}, {"one": (False, 256)}, {"two": (True, -129)}, {"tile": -1}])
+    {"x": np.zeros(11, np.uint8)}, {"w": np.zeros(21, np.int8)}, {"out": np.zeros(13, np.int32)},
+    {"sizes": (3, 4, 0)}, {"sizes": (-3, -4, 5)}, {"sizes": (2**31, 2**31, 2**31)}, {"one": (False, 256)},
+    {"two": (True, -129)}, {"tile": -1}])
 def test_products_that_do_not_fit_are_refused(change):
     parts = {"x": np.zeros(15, np.uint8), "w": np.zeros(20, np.int8), "out": np.zeros(12, np.int32), "sizes": (3, 4, 5),
              "one": (False, 255), "two": (True, -128), "tile": 0}

@@ -157,8 +157,8 @@ def quantize(graph: Graph, samples: Samples | None, rules: Rules, options: Optio
         notes += converted.notes
         del converted
     exact = simulated(net, made, orders, job.reference(), job.check)
-    return Quantized(made, bytes(made.source), qdq, job.reference, net, job.aim or reference(net), rules, job.recipe, samples, stages,
-                     tensors, shapes, exact, (*net.notes, *notes))
+    return Quantized(made, bytes(made.source), qdq, job.reference, net, job.aim or reference(net), rules, job.recipe,
+                     samples, stages, tensors, shapes, exact, (*net.notes, *notes))
 
 
 def _own_tools(rules: Rules) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -73,11 +74,11 @@ def _evaluated(r: Rewrite, inputs: tuple[int, ...], op: OnnxOp, out: int) -> np.
     given = [r.constant(v) for v in inputs if v >= 0]
     if len(given) == len(inputs) and all(x is not None and x.dtype == np.int64 for x in given):
         try:
-            found = _of_shapes(op, [x for x in given if x is not None])
-        except (ValueError, IndexError, TypeError, MemoryError):  # the evaluator may know better
-            found = None
-        if found is not None:
-            return np.array(found, np.int64, order="C")
+            plain = _of_shapes(op, [x for x in given if x is not None])
+        except (ValueError, IndexError, TypeError, KeyError, MemoryError):  # the evaluator may know better
+            plain = None
+        if plain is not None:
+            return np.array(plain, np.int64, order="C")
     import onnx
     from onnx.reference import ReferenceEvaluator
 
@@ -101,17 +102,18 @@ def _evaluated(r: Rewrite, inputs: tuple[int, ...], op: OnnxOp, out: int) -> np.
 
 def _of_shapes(op: OnnxOp, given: list[np.ndarray]) -> np.ndarray | None:
     """What exporters compute of shapes and pads, in NumPy as the evaluator does: importing that takes 8 MiB."""
-    x, a = given[0], op.attributes
+    x = given[0]
+    a: dict[str, Any] = dict(op.attributes)
     match op.name, len(given):
         case "Cast", 1 if a.get("to") == INT64:
             return x
         case "Concat", _:
-            return np.concatenate(given, a["axis"])  # type: ignore[call-overload, no-any-return]
+            return np.concatenate(given, a["axis"])
         case "ConstantOfShape", 1 if isinstance(a.get("value"), np.ndarray):
             value = np.asarray(a["value"])
             return np.full(x, value.reshape(-1)[0]) if value.dtype == np.int64 and value.size == 1 else None
         case "Gather", 2:
-            return np.take(x, given[1], a.get("axis", 0))  # type: ignore[call-overload, no-any-return]
+            return np.take(x, given[1], a.get("axis", 0))
         case "Reshape", 2 if not a.get("allowzero"):
             return x.reshape([x.shape[i] if n == 0 else n for i, n in enumerate(given[1].tolist())])
         case "Slice", 4 | 5:
@@ -121,7 +123,7 @@ def _of_shapes(op: OnnxOp, given: list[np.ndarray]) -> np.ndarray | None:
                 cuts[axis] = slice(first, end, step)
             return x[tuple(cuts)]
         case "Transpose", 1:
-            return x.transpose(a.get("perm"))  # type: ignore[arg-type]
+            return x.transpose(a.get("perm"))
         case "Unsqueeze", 2:
             return np.expand_dims(x, tuple(given[1].tolist()))
     return None

@@ -1,8 +1,8 @@
 """Exact integer sums of products, fast: npulab's own kernels in C where they are built, else ONNX Runtime's where that
 is installed, else NumPy's float64.
 
-All give the same 32-bit sums, which wrap as a 32-bit register does; sums of 16-bit activations have 64 bits. The kernels
-in C read weights where they lie; ONNX Runtime keeps a copy of its own of each layer's.
+All give the same 32-bit sums, which wrap as a 32-bit register does; sums of 16-bit activations have 64 bits. The
+kernels in C read weights where they lie; ONNX Runtime keeps a copy of its own of each layer's.
 For ONNX Runtime everything is made uint8 first: int8 codes and their zero points move up by 128, which no sum notices,
 and u8 x u8 is the pair that it computes exactly on every CPU (s8 x u8 saturates on those without VNNI).
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ def step_of(graph: Graph, node: Node, reads: Sequence[int], known: Mapping[int, 
     op = node.op
     if not isinstance(op, OnnxOp) or op.domain not in ("", "ai.onnx") or tuple(reads) != tuple(node.inputs[:1]):
         return None
-    a = op.attributes
+    a: dict[str, Any] = dict(op.attributes)
 
     def numbers(name: str) -> tuple[int, ...] | None:
         """The second input, or what older opsets have as an attribute."""
