@@ -43,12 +43,6 @@ CLONES static void interleave(const int16_t *restrict one, const int16_t *restri
     }
 }
 
-CLONES static void narrow(const float *restrict in, int32_t *restrict out, Py_ssize_t n)
-{
-    for (Py_ssize_t i = 0; i < n; i++)
-        out[i] = (int32_t)in[i];
-}
-
 /* A row that is wide already times a row of codes. */
 CLONES static int32_t dot(const int16_t *restrict one, const uint8_t *restrict other, int flip, Py_ssize_t n)
 {
@@ -242,38 +236,47 @@ CLONES static void slide(const float *restrict plane, const Py_ssize_t *at, cons
     }
 }
 
-/* Every `step`th number from `first` on, as floats. */
-CLONES static void pick(const int16_t *restrict in, Py_ssize_t first, Py_ssize_t n, Py_ssize_t step, float *restrict out)
+/* The image's one plane, its codes less the zero point, into the parts of `plane`; what is outside is zero there. */
+CLONES static void spread(const Image *im, Py_ssize_t pitch, Py_ssize_t area, float *plane)
 {
-    if (step == 1)
-        for (Py_ssize_t i = first; i < n; i++)
-            *out++ = in[i];
-    else
-        for (Py_ssize_t i = first; i < n; i += step)
-            *out++ = in[i];
+    const Py_ssize_t step = im->step_x;
+    const Operand of = im->of;
+    for (Py_ssize_t y = 0; y < im->h; y++) {
+        const uint8_t *restrict in = im->data + y * im->w;
+        const Py_ssize_t down = y + im->top;
+        float *row = plane + down % im->step_y * step * area + down / im->step_y * pitch;
+        for (Py_ssize_t i = 0; i < step && i < im->w; i++) {
+            float *restrict to = row + (im->left + i) % step * area + (im->left + i) / step;
+            if (step == 1)
+                for (Py_ssize_t x = 0; x < im->w; x++)
+                    to[x] = (float)((in[x] ^ of.flip) - of.zero);
+            else
+                for (Py_ssize_t x = i; x < im->w; x += step)
+                    *to++ = (float)((in[x] ^ of.flip) - of.zero);
+        }
+    }
 }
 
-/* Kernels [each, kh, kw] over the image's one plane to [each, rows, across]. Only what is inside the image is written
- * into `plane`; `sums` are behind it. */
+CLONES static void narrow(const float *restrict in, Py_ssize_t pitch, int32_t *restrict out, Py_ssize_t rows,
+                          Py_ssize_t columns)
+{
+    for (Py_ssize_t y = 0; y < rows; y++, in += pitch, out += columns)
+        for (Py_ssize_t x = 0; x < columns; x++)
+            out[x] = (int32_t)in[x];
+}
+
+/* Kernels [each, kh, kw] over the image's one plane to [each, rows, across]. The sums are behind the plane's parts. */
 static void slide_over(const Image *im, const uint8_t *kernels, Operand of, Py_ssize_t each, Py_ssize_t rows,
                        Py_ssize_t pitch, Py_ssize_t area, const Py_ssize_t *at, float *plane, int32_t *out)
 {
-    const Py_ssize_t n = (rows - 1) * pitch + im->across, step = im->step_x;
-    float *sums = plane + im->step_y * step * area;
-    int16_t wide[COLUMNS];
-    for (Py_ssize_t y = 0; y < im->h; y++)
-        for (Py_ssize_t x = 0; x < im->w; x += COLUMNS) {
-            const Py_ssize_t some = im->w - x < COLUMNS ? im->w - x : COLUMNS, down = y + im->top, right = x + im->left;
-            float *to = plane + down % im->step_y * step * area + down / im->step_y * pitch;
-            widen(im->data + y * im->w + x, im->of, wide, some);
-            for (Py_ssize_t i = 0; i < step && i < some; i++)
-                pick(wide, i, some, step, to + (right + i) % step * area + (right + i) / step);
-        }
-    for (Py_ssize_t k = 0; k < each; k++) {
-        widen(kernels + k * im->kh * im->kw, of, wide, im->kh * im->kw);
-        slide(plane, at, wide, im->kh * im->kw, sums, n);
-        for (Py_ssize_t y = 0; y < rows; y++, out += im->across)
-            narrow(sums + y * pitch, out, im->across);
+    const Py_ssize_t taps = im->kh * im->kw;
+    float *sums = plane + im->step_y * im->step_x * area;
+    int16_t wide[PLANE_TAPS];
+    spread(im, pitch, area, plane);
+    for (Py_ssize_t k = 0; k < each; k++, out += rows * im->across) {
+        widen(kernels + k * taps, of, wide, taps);
+        slide(plane, at, wide, taps, sums, (rows - 1) * pitch + im->across);
+        narrow(sums, pitch, out, rows, im->across);
     }
 }
 
