@@ -419,7 +419,7 @@ static PyMethodDef methods[] = {
 static int start(PyObject *module)
 {
     find_tiles();
-    return PyModule_AddIntConstant(module, "TILES", tile_count);
+    return PyModule_AddIntConstant(module, "TILES", tile_count) | PyModule_AddIntConstant(module, "FEW", FEW);
 }
 
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, start}, {0, NULL}};

@@ -120,6 +120,10 @@ def _in_c(weights: Array, zero_w: int, zero_x: int, dtype: np.dtype[Any]) -> Sum
         if m and columns is not None:  # as kernels of one pixel over an image of k channels, one pixel a column
             run.windows(columns, x, found, (1, k, 1, n), (m, k, 1, 1), (1, n), ONE, ONE, NONE, ways[1], ways[0], False,
                         BEST)
+        elif run.FEW <= m <= n // 4:  # the panel that is written is of the few, not of the many
+            turned = np.empty((n, m), np.int32)
+            run.product(rows, x, turned, (n, m, k), *reversed(ways), BEST)
+            found[...] = turned.T
         elif m:
             run.product(x, rows, found, (m, n, k), *ways, BEST)
         return found
