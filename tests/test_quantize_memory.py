@@ -14,14 +14,17 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import npulab
+from npulab import quantizing
 from npulab.errors import ModelError
 from npulab.importers.onnx_parts import DamagedError, left_out, thin
 from npulab.program.pages import LARGE, arrays_away, let_go, put_away
-from npulab.quantization import parts, session
+from npulab.quantization import parts, sampling, session
+from npulab.quantization.job import Options
 from npulab.quantization.observe import observe
 from npulab.quantization.parts import each
 from npulab.quantization.session import runner
 from npulab.quantization.types import ListedSamples
+from npulab.targets.facts.quantization import rules_of
 
 CHANNELS, LAYERS, SIZE = 256, 12, 8
 WEIGHTS = LAYERS * CHANNELS * CHANNELS * 9 * 4
@@ -54,6 +57,7 @@ import onnx, onnx.reference, onnx.shape_inference, onnxruntime
 import npulab, npulab.quantizing as q
 from npulab.quantization.job import Options
 from npulab.quantization.types import ListedSamples
+from npulab.targets.facts.quantization import rules_of
 from npulab.targets.facts.quantization import rules_of
 def memory(): return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) << 10
 rng = np.random.default_rng(0)
@@ -333,3 +337,69 @@ def test_large_models_run_where_open_files_have_no_names(monkeypatch):
     monkeypatch.setattr(session, "OPEN_FILES", "/nowhere")
 
     np.testing.assert_array_equal(runner(model, ["y"])(rows().feeds[0])[0], want)
+
+
+HEAP = """
+import re, sys
+from concurrent.futures import ThreadPoolExecutor
+import numpy as np
+from npulab.quantization.session import share_heap
+if sys.argv[1] == "shared":
+    share_heap()
+with ThreadPoolExecutor(1) as pool:
+    kept = pool.submit(lambda: [np.ones(60_000, np.uint8) for _ in range(50)]).result()
+low, high = (int(x, 16) for x in re.search(r"(\\w+)-(\\w+) .*\\[heap\\]", open("/proc/self/maps").read()).groups())
+print(sum(low <= x.ctypes.data < high for x in kept))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's heaps")
+def test_threads_take_memory_from_the_one_heap():
+    """Their own kept what samples took in them: 25 MiB of EfficientNet's."""
+    found = [int(subprocess.run([sys.executable, "-c", HEAP, how], capture_output=True, text=True, check=True).stdout)
+             for how in ("own", "shared")]
+
+    assert found == [0, 50]
+
+
+def test_samples_at_hand_leave_memory_behind_the_one_that_is_read(monkeypatch):
+    gone = []
+    monkeypatch.setattr(sampling, "let_go", gone.append)
+    kept = sampling.held(samples(4, 64)).take([0, 2, 3])
+    for i, (feeds, want) in enumerate(zip(kept, samples(4, 64).take([0, 2, 3]), strict=True)):
+        np.testing.assert_array_equal(feeds["x"], want["x"])
+        assert len(gone) == i
+    assert len(gone) == 3
+
+
+EXACT = """
+import sys
+import numpy as np
+import npulab
+from npulab.reference import prepare
+def memory(): return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) << 10
+graph = npulab.load(sys.argv[1])
+(x,) = [graph.values[v] for v in graph.inputs]
+feeds = {x.name: np.zeros(x.shape, np.float32)}
+import npulab.reference.qdq
+before = memory()
+made = prepare(graph, "onnx")
+for _ in range(2):
+    made.run(feeds)
+print(memory() - before, "onnxruntime" in sys.modules)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is Linux's")
+def test_the_exact_simulation_needs_no_copy_of_weights_and_no_runtime(tmp_path):
+    """ONNX Runtime alone took 19 MiB, and a session for each layer several times its weights."""
+    pytest.importorskip("npulab._sums")
+    made = quantizing.quantize(npulab.load(deep(layers=8).SerializeToString()), samples(2, SIZE, CHANNELS),
+                               rules_of("generic-onnx"), Options(recipe="min-max"))
+    path = tmp_path / "integers.onnx"
+    path.write_bytes(made.data)
+    done = subprocess.run([sys.executable, "-c", EXACT, str(path)], capture_output=True, text=True, check=True)
+    taken, imported = done.stdout.split()
+
+    assert imported == "False"
+    assert int(taken) < 1.5 * path.stat().st_size, f"{int(taken) >> 20} MiB"

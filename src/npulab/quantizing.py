@@ -28,7 +28,7 @@ from npulab.quantization.observe import Statistics, observe
 from npulab.quantization.parts import each
 from npulab.quantization.recipes import AUTO, Recipe, parse_recipe
 from npulab.quantization.sampling import taken
-from npulab.quantization.session import give_back
+from npulab.quantization.session import give_back, share_heap
 from npulab.quantization.types import Feeds, Rules, Samples
 from npulab.reference.execute import prepare
 from npulab.targets.facts.quantization import GENERIC, entry_of, names
@@ -102,6 +102,7 @@ def quantize(graph: Graph, samples: Samples | None, rules: Rules, options: Optio
     Raises: UsageError for options that the target does not take; UnsupportedError for a network that cannot be
     quantized; ModelError for weights or samples that are no numbers.
     """
+    share_heap()
     options = options or Options()
     recipe = parse_recipe(options.recipe)
     rules = precision.chosen(rules, options.weights, options.per_channel, options.activations)
@@ -152,13 +153,12 @@ def quantize(graph: Graph, samples: Samples | None, rules: Rules, options: Optio
     orders: dict[str, tuple[int, ...]] = {}
     if rules.file == "tflite":
         converted = from_onnx(made)
-        made, data, orders = converted.graph, bytes(converted.graph.source), converted.inputs | converted.outputs
+        made, orders = converted.graph, converted.inputs | converted.outputs
         notes += converted.notes
-    else:
-        data = bytes(made.source)
+        del converted
     exact = simulated(net, made, orders, job.reference(), job.check)
-    return Quantized(made, data, qdq, job.reference, net, job.aim or reference(net), rules, job.recipe, samples, stages,
-                     tensors, shapes, exact, (*net.notes, *notes))
+    return Quantized(made, bytes(made.source), qdq, job.reference, net, job.aim or reference(net), rules, job.recipe,
+                     samples, stages, tensors, shapes, exact, (*net.notes, *notes))
 
 
 def _own_tools(rules: Rules) -> list[str]:

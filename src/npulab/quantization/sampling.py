@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from npulab.program.pages import arrays_away
+from npulab.program.pages import arrays_away, let_go
 from npulab.quantization.types import Feeds, ListedSamples, Samples
 
 
@@ -25,11 +25,24 @@ def some(samples: Samples, count: int) -> Samples:
     return samples if total <= count else taken(samples, [i * total // count for i in range(count)])
 
 
+class _Away(ListedSamples):
+    """Of arrays in a file: each is out of memory again when the next is asked for."""
+
+    def __iter__(self) -> Iterator[Feeds]:
+        for feeds in self.feeds:
+            yield feeds
+            for x in feeds.values():
+                let_go(x)
+
+    def take(self, positions: Sequence[int]) -> _Away:
+        return _Away([self.feeds[i] for i in positions], self.origin)
+
+
 def held(samples: Samples) -> ListedSamples:
     """At hand: in memory, in a file if they are many bytes."""
     listed = [{name: np.asarray(x) for name, x in feeds.items()} for feeds in samples]
     away = iter(arrays_away([x for feeds in listed for x in feeds.values()]))
-    return ListedSamples([{name: next(away) for name in feeds} for feeds in listed], samples.origin)
+    return _Away([{name: next(away) for name in feeds} for feeds in listed], samples.origin)
 
 
 @dataclass(frozen=True, eq=False)

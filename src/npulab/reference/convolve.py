@@ -27,8 +27,7 @@ def convolution(weights: Array, zero_w: int, zero_x: int, dtype: np.dtype[Any], 
             return product(x.reshape(-1, per)).reshape(*x.shape[:3], o)
 
         return pointwise
-    sums = windows(np.ascontiguousarray(weights.transpose(0, 3, 1, 2)), zero_w, zero_x, dtype, stride, dilation, pads,
-                   channels // per)
+    sums = windows(weights, zero_w, zero_x, dtype, stride, dilation, pads, channels // per, last=True)
     return lambda x: sums(x.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1)
 
 

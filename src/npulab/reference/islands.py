@@ -24,7 +24,7 @@ def single(graph: Graph, node: Node, reads: Sequence[int], dtype: DType | None =
 
     Raises: UnsupportedError naming the operator if ONNX Runtime is not installed or refuses it.
     """
-    if accumulate.runtime is None:
+    if accumulate.runtime() is None:
         raise UnsupportedError(f"{node} of '{graph.name}' needs ONNX Runtime, which is not installed",
                                try_="pip install 'npulab[onnx]'")
     from onnx import TensorProto, helper, numpy_helper
@@ -76,7 +76,7 @@ def single(graph: Graph, node: Node, reads: Sequence[int], dtype: DType | None =
 
 def sigmoid(graph: Graph, node: Node) -> Callable[[Array], Array]:
     """Sigmoid in float32 by ONNX Runtime's own kernel; without it NumPy's, a last bit off at most."""
-    if accumulate.runtime is None:
+    if accumulate.runtime() is None:
         return lambda v: (1 / (1 + np.exp(-v.astype(np.float64)))).astype(np.float32)
     run = single(graph, node, (node.inputs[0],), DType.FLOAT32, (None,))
     return lambda v: run([v])[0]

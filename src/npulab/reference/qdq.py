@@ -15,7 +15,7 @@ import numpy as np
 
 from npulab.ir import DType, Graph, Node, Value
 from npulab.ir.ops import OnnxOp
-from npulab.reference import qlinear
+from npulab.reference import onnx_moves, qlinear
 from npulab.reference.accumulate import matrix, windows
 from npulab.reference.convolve import biased
 from npulab.reference.islands import sigmoid, single
@@ -67,10 +67,13 @@ def steps_of(graph: Graph) -> tuple[Steps, dict[int, Array], list[int]]:
                 continue  # whoever reads it reads the codes
             _convert(graph, n, steps, constants)
         else:
-            islands.append(n.index)
             reads = tuple(dict.fromkeys(v for v in n.inputs if v >= 0 and not graph.values[v].is_constant
                                         and v not in constants))
-            steps.append((str(n), reads, n.outputs, single(graph, n, reads, known=constants)))
+            step = onnx_moves.step_of(graph, n, reads, constants)
+            if step is None:
+                islands.append(n.index)
+                step = single(graph, n, reads, known=constants)
+            steps.append((str(n), reads, n.outputs, step))
     return steps, constants, islands
 
 
@@ -335,7 +338,7 @@ def _product(graph: Graph, node: Node, x: Coded, scale: np.float32 | None
     if len(set(w.zeros.tolist())) > 1:
         return None
     source = x.stored
-    run = matrix(np.ascontiguousarray(kernel), int(w.zeros[0]), source.zero, source.dtype)
+    run = matrix(kernel, int(w.zeros[0]), source.zero, source.dtype)
     n, k = kernel.shape
 
     def sums(data: Array) -> Array:
@@ -380,8 +383,8 @@ def _moved(graph: Graph, node: Node, x: Coded, out: Coded) -> tuple[tuple[int, .
     if node.op.name == "Resize" and _of(node).get("mode", "nearest") not in ("nearest", b"nearest"):
         return None
     others = tuple(v for v in node.inputs[1:] if v >= 0 and not graph.values[v].is_constant)
-    reads = (x.value.index, *others)
-    return reads, single(graph, node, (node.inputs[0], *others), x.value.dtype)
+    reads, own = (x.value.index, *others), (node.inputs[0], *others)
+    return reads, onnx_moves.step_of(graph, node, own) or single(graph, node, own, x.value.dtype)
 
 
 def _split(graph: Graph, node: Node, x: Coded) -> Unit | None:
