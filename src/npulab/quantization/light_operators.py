@@ -631,10 +631,12 @@ def dequantize(k: Known) -> Built:
         x = given[0]
         y = room.new(x.shape)
         assert loops is not None
-        rows = [(x, y)] if scale.size == 1 else [(x[i], y[i]) for i in range(len(x))] if axis % x.ndim == 0 else []
-        for (codes, out), s, z in zip(rows, scale.reshape(-1), zero.reshape(-1), strict=bool(rows)):
-            loops.dequantize(codes, out, kind, float(s), int(z))
-        if not rows:
+        if scale.size == 1:
+            loops.dequantize(x, y, kind, float(scale.reshape(())), int(zero.reshape(())))
+        elif x.ndim > 1 and axis % x.ndim == 0:
+            for codes, out, s, z in zip(x, y, scale, zero, strict=True):
+                loops.dequantize(codes, out, kind, float(s), int(z))
+        else:
             np.subtract(x, along(zero, x.ndim, axis), out=y, dtype=np.int32, casting="unsafe")
             y *= along(scale, x.ndim, axis)
         return y
