@@ -58,6 +58,7 @@ class _Pool:
                 best = min(fit, key=lambda b: b.size)
                 self.free = [b for b in self.free if b is not best]
                 return best
+            self.free = []  # smaller ones: their pages are worth more to the new one
         private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
         return np.frombuffer(mmap.mmap(-1, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE, **private), np.uint8)
 

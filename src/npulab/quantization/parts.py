@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 PART = 4 << 20
 """Bytes of a part's weights and of the tensors that leave it, from which on it ends where it can."""
-STEP = 24 << 20
+STEP = 8 << 20
 """Bytes that nodes of a step make of a sample, from which on it ends where it can."""
 DISK = 128 << 20
 """Bytes of all samples' tensors between two parts."""
