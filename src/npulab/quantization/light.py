@@ -42,9 +42,14 @@ POOLED = 1 << 16
 """Bytes from which a result lies in a buffer that is used again."""
 
 
+def _mapped(size: int) -> Array:
+    """Bytes that the system has back as soon as nothing refers to them: the C library keeps what threads gave back."""
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    return np.frombuffer(mmap.mmap(-1, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE, **private), np.uint8)
+
+
 class _Pool:
-    """Buffers that nothing reads at the moment, of all networks that are open; each is a mapping of its own, so that
-    the system has it back as soon as it is dropped."""
+    """Buffers that nothing reads at the moment, of all networks that are open."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -59,8 +64,7 @@ class _Pool:
                 self.free = [b for b in self.free if b is not best]
                 return best
             self.free = []  # smaller ones: their pages are worth more to the new one
-        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-        return np.frombuffer(mmap.mmap(-1, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE, **private), np.uint8)
+        return _mapped(size)
 
     def give(self, buffer: Array) -> None:
         with self.lock:
@@ -92,10 +96,11 @@ class Room:
     def new(self, shape: Sequence[int], dtype: Any = np.float32) -> Array:
         dtype = np.dtype(dtype)
         size = math.prod(shape) * dtype.itemsize
-        if self.kept or size < POOLED:
+        if size < POOLED:
             return np.empty(shape, dtype)
-        buffer = _pool.take(size)
-        self.lives[id(buffer)] = buffer, 0
+        buffer = _mapped(size) if self.kept else _pool.take(size)
+        if not self.kept:
+            self.lives[id(buffer)] = buffer, 0
         return buffer[:size].view(dtype).reshape(shape)
 
     def over(self, shape: Sequence[int], dtype: Any = np.float32) -> Array:
