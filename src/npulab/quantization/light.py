@@ -149,7 +149,7 @@ class Light:
             step.last = sorted(name for name in own - seen - asked if name and name not in constants)
             seen |= own
         _pool.enter()
-        weakref.finalize(self, _close, list(constants.values()))
+        weakref.finalize(self, _close, _pool, list(constants.values()))
 
     def __call__(self, feeds: Feeds) -> list[Array]:
         room = Room()
@@ -186,10 +186,10 @@ class Light:
         return [have[name].copy() if room.count(have[name], 0) else have[name] for name in self.names]
 
 
-def _close(constants: Sequence[Array]) -> None:
+def _close(pool: _Pool, constants: Sequence[Array]) -> None:
     for array in constants:
         let_go(array)
-    _pool.leave()
+    pool.leave()
 
 
 def opened(model: Thin, names: Sequence[str]) -> Light | None:
