@@ -3,10 +3,11 @@
 from setuptools import Extension, setup
 
 
-def module(name: str, *depends: str) -> Extension:
-    return Extension(f"npulab.{name}", [f"src/npulab/{name}.c"], depends=list(depends), py_limited_api=True,
-                     optional=True, extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math"])
+def extension(name: str, *arguments: str, depends: tuple[str, ...] = ()) -> Extension:
+    return Extension(f"npulab.{name}", [f"src/npulab/{name}.c"], depends=[f"src/npulab/{d}" for d in depends],
+                     py_limited_api=True, optional=True, extra_compile_args=["-O3", *arguments])
 
 
-setup(ext_modules=[module("_kernels"), module("_floats", "src/npulab/_floats_lanes.h")],
+setup(ext_modules=[extension("_kernels", "-fno-math-errno", "-fno-trapping-math"),
+                   extension("_floats", "-fno-math-errno", "-fno-trapping-math", depends=("_floats_lanes.h",))],
       options={"bdist_wheel": {"py_limited_api": "cp311"}})

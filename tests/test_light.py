@@ -334,7 +334,8 @@ from npulab.importers.onnx_parts import thin
 from npulab.quantization.parts import each
 from npulab.quantization.types import ListedSamples
 some = ListedSamples([{"x": np.ones((1, 3, 8, 8), np.float32)}] * 6, "ones")
-print([float(a[0].sum()) for a in each(open(sys.argv[1], "rb").read(), ["y"], some, list)], "onnxruntime" in sys.modules)
+model = open(sys.argv[1], "rb").read()
+print([float(a[0].sum()) for a in each(model, ["y"], some, list)], "onnxruntime" in sys.modules)
 """
 
 

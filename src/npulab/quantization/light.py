@@ -101,7 +101,8 @@ class Room:
         buffer = _mapped(size) if self.kept else _pool.take(size)
         if not self.kept:
             self.lives[id(buffer)] = buffer, 0
-        return buffer[:size].view(dtype).reshape(shape)
+        found: Array = buffer[:size].view(dtype).reshape(shape)
+        return found
 
     def over(self, shape: Sequence[int], dtype: Any = np.float32) -> Array:
         """In the place of an input of this shape that nothing reads any more, if there is one."""

@@ -237,7 +237,7 @@ def binary(function: Any, *dtypes: Dtype) -> Callable[[Known], Built]:
     return build
 
 
-def unary(function: Callable[..., Array], **defaults: Any) -> Callable[[Known], Built]:
+def unary(function: Callable[..., object], **defaults: Any) -> Callable[[Known], Built]:
     """`function(x, out, attributes...)`; out may be x."""
     def build(k: Known) -> Built:
         values = k.attributes(**defaults)
@@ -384,8 +384,9 @@ def pool(k: Known) -> Built:
         ends = [(n - d * (size - 1) - 1) // s + 1
                 for n, d, size, s in zip(x.shape[2:], spread, kernel, steps, strict=True)]
         for tap in product(*map(range, kernel)):
-            yield x[(..., *(slice(t * d, t * d + (n - 1) * s + 1, s)
-                            for t, d, n, s in zip(tap, spread, ends, steps, strict=True)))]
+            at = [slice(t * d, t * d + (n - 1) * s + 1, s)
+                  for t, d, n, s in zip(tap, spread, ends, steps, strict=True)]
+            yield x[slice(None), slice(None), *at]
 
     def padded(x: Array, value: float) -> Array:
         if not any(edges):
@@ -393,7 +394,7 @@ def pool(k: Known) -> Built:
         inner = [slice(a, a + n) for a, n in zip(edges[:rank], x.shape[2:], strict=True)]
         wide = [n + a + b for n, a, b in zip(x.shape[2:], edges[:rank], edges[rank:], strict=True)]
         y = np.full((*x.shape[:2], *wide), value, np.float32)
-        y[(..., *inner)] = x
+        y[slice(None), slice(None), *inner] = x
         return y
 
     def make(given: Given, room: Place) -> Array:
@@ -523,7 +524,7 @@ def cut(k: Known) -> Built:
 
 
 def split(k: Known) -> Built:
-    axis, sizes, parts = k.attributes(axis=0, split=None, num_outputs=None)
+    axis, sizes, _ = k.attributes(axis=0, split=None, num_outputs=None)
     dtype, count = k.take(at=[0]), len(k.node.outputs)
     sizes = k.integers(1) if k.opset >= 13 else sizes
 
@@ -568,7 +569,8 @@ def constant_of_shape(k: Known) -> Built:
 def cast(k: Known) -> Built:
     """Whole numbers, and what changes nothing; fractions are left to ONNX Runtime."""
     (to,) = k.attributes(to=0)
-    dtype = {1: F32, 6: np.dtype(np.int32), 7: I64}.get(to)
+    dtypes: dict[int, Dtype] = {1: F32, 6: np.dtype(np.int32), 7: I64}
+    dtype = dtypes.get(to)
     if dtype is None or (k.take() == F32 and dtype != F32):
         raise Foreign
     return one(lambda given, room: given[0].astype(dtype), dtype)
@@ -583,7 +585,7 @@ def limits(dtype: Dtype) -> tuple[int, int]:
 
 def scales(k: Known) -> tuple[Array, Array]:
     """Of QuantizeLinear and DequantizeLinear: scales and zero points, all there before a sample is."""
-    axis, size, saturate, kind = k.attributes(axis=1, block_size=0, saturate=1, output_dtype=0)
+    _, size, _, kind = k.attributes(axis=1, block_size=0, saturate=1, output_dtype=0)
     scale, zero = k.constant(1), k.constant(2)
     if size or kind or scale is None or scale.dtype != F32 or scale.ndim > 1:
         raise Foreign

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 PART = 4 << 20
 """Bytes of a part's weights and of the tensors that leave it, from which on it ends where it can."""
-STEP = 8 << 20
+STEP = 16 << 20
 """Bytes that nodes of a step make of a sample, from which on it ends where it can."""
 DISK = 128 << 20
 """Bytes of all samples' tensors between two parts."""
@@ -101,7 +101,7 @@ def _run(parts: Sequence[Sequence[Part]], samples: Samples, work: Work[T], progr
 
 def _through(steps: Sequence[Part], samples: Iterable[tuple[int, Feeds]], work: Work[T], count: int
              ) -> Iterator[tuple[Iterable[T], Feeds]]:
-    """Each numbered sample's results, and what parts behind read, `count` samples side by side. What parts read is there
+    """Each numbered sample's results, and what parts behind read, `count` samples side by side. The latter is there
     once the results have been taken: of one sample at a time, each step runs when its result is asked for."""
     ready = []
     for step in steps:
