@@ -82,6 +82,23 @@ static inline Py_ssize_t least(Py_ssize_t a, Py_ssize_t b)
     return a < b ? a : b;
 }
 
+/* A row; short ones without a call. */
+static inline void copy_row(float *to, const loose *from, Py_ssize_t n)
+{
+    if (n > 64) {
+        memcpy(to, from, (size_t)n * 4);
+    } else if (n >= 4) {
+        for (Py_ssize_t i = 0; i + 4 < n; i += 4)
+            memcpy(to + i, from + i, 16);
+        memcpy(to + n - 4, from + n - 4, 16);
+    } else {
+        if (n & 2)
+            memcpy(to, from, 8);
+        if (n & 1)
+            memcpy(to + n - 1, from + n - 1, 4);
+    }
+}
+
 /* Which outputs o of a row from `from` up to `behind` have o * step + shift within 0..size-1. */
 static void inside(Py_ssize_t from, Py_ssize_t behind, Py_ssize_t step, Py_ssize_t shift, Py_ssize_t size,
                    Py_ssize_t *first, Py_ssize_t *end)
@@ -157,18 +174,40 @@ static int convolve(const loose *in, const loose *w, const loose *bias, float *o
     return 1;
 }
 
-/* One kernel a channel. The plane lies in a frame of zeros, cut into sy * sx parts: pixel (y, x) in part
- * (y % sy, x % sx), there at (y / sy, x / sx). So the taps of neighbouring outputs are neighbours whatever the step, and
- * all outputs are one run; the ends of a part's rows give values that nobody reads. */
+/* A plane in a frame of zeros, cut into sy * sx parts of rows * pitch: pixel (y, x) of the frame in part
+ * (y % sy, x % sx), there at (y / sy, x / sx). */
+static inline __attribute__((always_inline)) void framed(const loose *in, const struct shape *s, const int sy,
+                                                         const int sx, Py_ssize_t rows, Py_ssize_t pitch, float *frame)
+{
+    for (Py_ssize_t y = 0; y < s->iy && (y + s->py) / sy < rows; y++, in += s->ix)
+        for (int phase = 0; phase < sx; phase++) {
+            /* column x lies at x + px = place * sx + phase */
+            const Py_ssize_t start = (phase - s->px % sx + sx) % sx, place = (start + s->px) / sx;
+            const Py_ssize_t part = (y + s->py) % sy * sx + phase;
+            float *to = frame + (part * rows + (y + s->py) / sy) * pitch + place;
+            const Py_ssize_t count = start < s->ix && place < pitch
+                ? least(pitch - place, (s->ix - start + sx - 1) / sx) : 0;
+            if (sx == 1)
+                copy_row(to, in, count);
+            else if (sx == 2)
+                for (Py_ssize_t i = 0; i < count; i++)
+                    to[i] = in[start + 2 * i];
+            else
+                for (Py_ssize_t i = 0; i < count; i++)
+                    to[i] = in[start + i * sx];
+        }
+}
+
+/* One kernel a channel. In its frame the taps of neighbouring outputs are neighbours whatever the step, and all outputs
+ * are one run; the ends of a part's rows give values that nobody reads. */
 static int depthwise(const loose *in, const loose *w, const loose *bias, float *out, const struct shape *s, float low,
                      float high)
 {
     const Py_ssize_t rows = (Py_ssize_t)s->oy + (Py_ssize_t)(s->ky - 1) * s->dy / s->sy;
     const Py_ssize_t pitch = (Py_ssize_t)s->ox + (Py_ssize_t)(s->kx - 1) * s->dx / s->sx;
     const Py_ssize_t area = rows * pitch, run = (s->oy - 1) * pitch + s->ox, taps = (Py_ssize_t)s->ky * s->kx;
-    const Py_ssize_t padded = (run + LANES_MOST - 1) / LANES_MOST * LANES_MOST;
+    const Py_ssize_t lanes = loops->columns / 2, padded = (run + lanes - 1) / lanes * lanes;
     const Py_ssize_t plane = (Py_ssize_t)s->sy * s->sx * area + LANES_MOST;
-    const int direct = pitch == s->ox && run == padded;
     float *frame = calloc((size_t)(plane + padded), 4);
     Py_ssize_t *offset = malloc((size_t)taps * sizeof *offset);
     if (!frame || !offset) {
@@ -181,35 +220,21 @@ static int depthwise(const loose *in, const loose *w, const loose *bias, float *
         offset[t] = (y % s->sy * s->sx + x % s->sx) * area + y / s->sy * pitch + x / s->sx;
     }
     const int each = s->f / s->c;
-    for (Py_ssize_t g = 0; g < (Py_ssize_t)s->n * s->c; g++, in += (Py_ssize_t)s->iy * s->ix) {
-        for (Py_ssize_t y = 0; y < s->iy; y++) {
-            const Py_ssize_t fy = y + s->py;
-            if (fy / s->sy >= rows)
-                break;
-            const loose *from = in + y * s->ix;
-            for (int phase = 0; phase < s->sx; phase++) {
-                /* column x lies at x + px = place * sx + phase */
-                const Py_ssize_t start = (phase - s->px % s->sx + s->sx) % s->sx, place = (start + s->px) / s->sx;
-                float *to = frame + (fy % s->sy * s->sx + phase) * area + fy / s->sy * pitch + place;
-                const Py_ssize_t count = start < s->ix && place < pitch
-                    ? least(pitch - place, (s->ix - start + s->sx - 1) / s->sx) : 0;
-                if (s->sx == 1)
-                    memcpy(to, from, (size_t)count * 4);
-                else if (s->sx == 2)
-                    for (Py_ssize_t i = 0; i < count; i++)
-                        to[i] = from[start + 2 * i];
-                else
-                    for (Py_ssize_t i = 0; i < count; i++)
-                        to[i] = from[start + i * s->sx];
-            }
-        }
+    const Py_ssize_t planes = (Py_ssize_t)s->n * s->c;
+    for (Py_ssize_t g = 0; g < planes; g++, in += (Py_ssize_t)s->iy * s->ix) {
+        if (s->sy == 1 && s->sx == 1) /* divisions by constants are quick */
+            framed(in, s, 1, 1, rows, pitch, frame);
+        else if (s->sy == 2 && s->sx == 2)
+            framed(in, s, 2, 2, rows, pitch, frame);
+        else
+            framed(in, s, s->sy, s->sx, rows, pitch, frame);
         for (int m = 0; m < each; m++) {
             const Py_ssize_t f = g % s->c * each + m;
-            float *to = out + (g * each + m) * s->oy * s->ox, *made = direct ? to : frame + plane;
-            loops->taps(frame, offset, w + f * taps, (int)taps, bias ? bias[f] : 0.0f, made, padded, low, high);
-            if (!direct)
-                for (Py_ssize_t y = 0; y < s->oy; y++)
-                    memcpy(to + y * s->ox, made + y * pitch, (size_t)s->ox * 4);
+            float *to = out + (g * each + m) * s->oy * s->ox;
+            loops->taps(frame, offset, w + f * taps, (int)taps, bias ? bias[f] : 0.0f, frame + plane, padded, low,
+                        high);
+            for (Py_ssize_t y = 0; y < s->oy; y++)
+                copy_row(to + y * s->ox, frame + plane + y * pitch, s->ox);
         }
     }
     free(offset);

@@ -75,6 +75,8 @@ static void NAME(rows)(Py_ssize_t rows, const loose *w, Py_ssize_t depth, const 
     NAME(tile)(n, w + r * depth, depth, panel, first, bias ? bias + r : NULL, out + r * pitch, pitch, columns, low, high)
     for (; r + ROWS <= rows; r += ROWS)
         TILE(ROWS);
+    for (; r + 4 <= rows; r += 4)
+        TILE(4);
     for (; r + 2 <= rows; r += 2)
         TILE(2);
     if (r < rows)
