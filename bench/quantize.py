@@ -342,7 +342,6 @@ import npulab
 import npulab.quantizing as q
 from npulab.quantization.job import Options
 from npulab.targets.facts.quantization import rules_of
-import onnx, onnxruntime
 before, cpu, wall = memory(), time.process_time(), time.perf_counter()
 made = q.quantize(npulab.load(model), Stream(), rules_of("generic-onnx"),
                   Options(recipe=who.split()[1], per_channel=granularity == "per-channel"))

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 PART = 4 << 20
 """Bytes of a part's weights and of the tensors that leave it, from which on it ends where it can."""
-STEP = 24 << 20
+STEP = 16 << 20
 """Bytes that nodes of a step make of a sample, from which on it ends where it can."""
 DISK = 128 << 20
 """Bytes of all samples' tensors between two parts."""
@@ -90,32 +90,44 @@ def _run(parts: Sequence[Sequence[Part]], samples: Samples, work: Work[T], progr
             for at, steps in enumerate(parts):
                 between = opened.enter_context(closing(_Between()))
                 for i, (found, kept) in enumerate(_through(steps, enumerate(feeds, first), work, count)):
-                    if kept:
-                        between.put(kept)
                     for one in found:
                         yield first + i, one
+                    if kept:
+                        between.put(kept)
                     if progress:
                         progress(first + (at * turn + i + 1) // len(parts), total)
                 feeds = between.all()
 
 
 def _through(steps: Sequence[Part], samples: Iterable[tuple[int, Feeds]], work: Work[T], count: int
-             ) -> Iterator[tuple[list[T], Feeds]]:
-    """Each numbered sample's results, and what parts behind read, `count` samples side by side."""
+             ) -> Iterator[tuple[Iterable[T], Feeds]]:
+    """Each numbered sample's results, and what parts behind read, `count` samples side by side. The latter is there
+    once the results have been taken: of one sample at a time, each step runs when its result is asked for."""
     ready = []
     for step in steps:
         names = list(dict.fromkeys([*step.asked, *step.kept]))
         ready.append((names, step, runner(step.model, names)))
 
-    def job(sample: tuple[int, Feeds]) -> tuple[list[T], Feeds]:
-        (number, feeds), results = sample, []
+    def through(sample: tuple[int, Feeds], left: dict[str, Array]) -> Iterator[T]:
+        number, feeds = sample
         for names, step, run in ready:
             found = dict(zip(names, run(feeds), strict=True))
             feeds = {name: found[name] for name in step.kept}
+            asked = {name: found[name] for name in step.asked}
+            del found
             if step.asked or not step.kept:
-                results.append(work(number, {name: found[name] for name in step.asked}))
-        return results, feeds
+                yield work(number, asked)
+        left.update(feeds)
 
+    def job(sample: tuple[int, Feeds]) -> tuple[list[T], Feeds]:
+        left: dict[str, Array] = {}
+        return list(through(sample, left)), left
+
+    if count == 1:
+        for sample in samples:
+            left: dict[str, Array] = {}
+            yield through(sample, left), left
+        return
     with ThreadPoolExecutor(count) as pool:
         yield from in_order(pool, job, samples, count)
 

@@ -15,6 +15,7 @@ import numpy as np
 from npulab.errors import UnsupportedError, UsageError, runtime_said
 from npulab.importers.onnx_parts import Thin, thin
 from npulab.program.pages import LARGE, Buffer, Scratch
+from npulab.quantization.light import opened
 from npulab.quantization.types import Array, Feeds
 
 T = TypeVar("T")
@@ -84,23 +85,27 @@ def _widen(model: Thin) -> None:
 
 def runner(model: Buffer | Thin, names: Sequence[str], threads: int = 1, plain: bool = False
            ) -> Callable[[Feeds], list[Array]]:
-    """A function from inputs to the tensors `names`, which may lie inside the model: ONNX Runtime, `threads` a run.
-    A Thin model gets them as outputs.
+    """A function from inputs to the tensors `names`, which may lie inside the model. Networks of common operators run
+    as they are (light.opened); for others ONNX Runtime is loaded, `threads` a run. A Thin model gets them as outputs
+    then.
 
     Layers between DequantizeLinear and QuantizeLinear are computed in floats: integer kernels would differ from CPU to
     CPU. `plain`: no optimizations at all.
 
     Raises: UsageError without ONNX Runtime; UnsupportedError if it does not run the model.
     """
+    give_back()
+    made = model if isinstance(model, Thin) else thin(model)
+    del model
+    light = opened(made, names)
+    if light is not None:
+        return light
     try:
         import onnx
         import onnxruntime as ort
     except ImportError:
         raise UsageError("quantizing runs networks in ONNX Runtime, which is not installed",
                          try_="pip install 'npulab[onnx]'") from None
-    give_back()
-    made = model if isinstance(model, Thin) else thin(model)
-    del model
     graph = made.proto.graph
     have = {o.name for o in graph.output}
     for name in dict.fromkeys(names):
@@ -127,13 +132,13 @@ def runner(model: Buffer | Thin, names: Sequence[str], threads: int = 1, plain: 
         except Exception as e:  # the runtime is C++: it raises what it likes
             raise UnsupportedError("ONNX Runtime does not run the network", got=runtime_said(e)) from None
 
-    opened = _opened(made, session)
+    ready = _opened(made, session)
     del made, graph
     give_back()  # what opening it took
 
     def run(feeds: Feeds) -> list[Array]:
         try:
-            found = dict(zip(asked, opened.run(asked, dict(feeds)) if asked else [], strict=True))
+            found = dict(zip(asked, ready.run(asked, dict(feeds)) if asked else [], strict=True))
         except Exception as e:
             raise UnsupportedError("ONNX Runtime does not run the network on this sample",
                                    got=runtime_said(e)) from None
