@@ -374,6 +374,44 @@ def test_fast_correction_leaves_no_mean_error_of_the_weights():
     assert notes[0].startswith("Conv_0: means were off by ")
 
 
+LAYERS = {
+    "groups": lambda b: b.op("Conv", "x", b.constant(b.rng.normal(size=(6, 2, 3, 2)).astype(np.float32)), group=2,
+                             dilations=[2, 1], strides=[1, 2], pads=[2, 0, 1, 1], kernel_shape=[3, 2]),
+    "depthwise": lambda b: b.op("Conv", "x", b.constant(b.rng.normal(size=(4, 1, 5, 5)).astype(np.float32)), group=4,
+                                auto_pad="SAME_UPPER", strides=[2, 2], kernel_shape=[5, 5]),
+    "transposed": lambda b: b.op("ConvTranspose", "x", b.constant(b.rng.normal(size=(4, 3, 3, 3)).astype(np.float32)),
+                                 strides=[2, 1], dilations=[1, 2], pads=[1, 0, 0, 2], output_padding=[1, 0],
+                                 kernel_shape=[3, 3]),
+    "matmul": lambda b: b.matmul("x", 9, 5),
+    "gemm": lambda b: b.gemm(b.op("Flatten", "x"), 4 * 7 * 9, 5),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_fast_correction_of_any_layer(kind):
+    """The means of what the layer makes with its weights as integers show them are those that it made before."""
+    b = Build((1, 4, 7, 9), 3)
+    net = b.network(LAYERS[kind](b))
+    (layer,) = net.layers
+    ramp = np.linspace(0, 4, 9, dtype=np.float32)
+    samples = ListedSamples([{"x": f["x"] + ramp} for f in samples_of(net)])
+    calibrate(net, statistics(net, samples))
+    bias, kept = np.zeros(layer.channels) if layer.bias is None else layer.bias.astype(np.float64), layer.weight
+
+    def means():
+        rows = [a.reshape(net.graph.values[net.graph.outputs[0]].shape) for a in outputs(net, samples)]
+        axis = 1 if layer.kind in ("conv", "transposed") else -1
+        return np.mean([np.moveaxis(a, axis, 0).reshape(layer.channels, -1).mean(axis=1) for a in rows], axis=0)
+
+    want = means()
+    layer.weight = layer.seen
+    off = means() - want
+    layer.weight = kept
+    fast(net, samples)
+    assert np.abs(off).max() > 1e-4
+    np.testing.assert_allclose(bias - layer.bias, off, atol=2e-3 * np.abs(off).max())
+
+
 def means_off(net, means, samples):
     """Mean error by channel of each layer in the integer network, in steps of the layer's sums."""
     names = [f"{net.name(layer.linear)}_float" if layer.linear in net.graph.outputs else net.name(layer.linear)

@@ -13,15 +13,16 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from npulab.errors import InvariantError
+from npulab.ir.ops import OnnxOp
 from npulab.quantization.chains import Floats, by_input, channel_axis
 from npulab.quantization.emit import float_model
+from npulab.quantization.gram import placed, upto
 from npulab.quantization.moments import input_moments, sums
 from npulab.quantization.network import Layer, Network
-from npulab.quantization.parts import each
-from npulab.quantization.probes import Probed
+from npulab.quantization.parts import apart, each
 from npulab.quantization.session import Progress
 from npulab.quantization.stages import sequential
-from npulab.quantization.types import Array, Samples
+from npulab.quantization.types import F32, Array, Samples
 
 MOST = 256
 """Samples that `full` takes: means by channel settle long before."""
@@ -43,13 +44,9 @@ def fast(net: Network, samples: Samples | None, progress: Progress | None = None
             if layer.node in inputs and layer.kind != "transposed":
                 off = by_input(layer, layer.seen.astype(np.float64) - layer.weight)
                 found[layer.node] = sums(layer, off, inputs[layer.node][0])
-    elif layers:
-        model, names = _differences(net, layers)
-        totals = [np.zeros(layer.channels) for layer in layers]
-        for means in each(model, names, samples, lambda arrays: [np.array(a, np.float64) for a in arrays], progress):
-            for total, mean in zip(totals, means, strict=True):
-                total += mean.reshape(-1)
-        found = {layer.node: total / len(samples) for layer, total in zip(layers, totals, strict=True)}
+    else:
+        for layer, means in _met(net, layers, samples, progress):
+            found[layer.node] = _behind(layer, layer.seen - layer.weight, means)
     notes = [_take(layer, found[layer.node]) for layer in layers if layer.node in found]
     return notes + [f"{layer.name}: nothing is known of its input's means, not corrected"
                     for layer in layers if layer.node not in found]
@@ -117,14 +114,69 @@ def _take(layer: Layer, off: Floats) -> str:
            f"{np.abs(off).max(initial=0.0):.3g}"
 
 
-def _differences(net: Network, layers: Sequence[Layer]) -> tuple[bytes, list[str]]:
-    """The float network with, beside each layer, one of what quantizing adds to its weights, and the mean by channel of
-    what that gives: the file and the means' names."""
-    probed = Probed(net)
-    names = []
-    for layer in layers:
-        off = (layer.seen.astype(np.float64) - layer.weight).astype(np.float32)
-        product = probed.again(layer, net.name(layer.data), off, None)
-        rank = len(net.graph.values[layer.linear].shape)
-        names.append(probed.reduce("ReduceMean", product, [i for i in range(rank) if i != channel_axis(layer, rank)]))
-    return probed.model(), names
+def _met(net: Network, layers: Sequence[Layer], samples: Samples, progress: Progress | None
+         ) -> list[tuple[Layer, Floats]]:
+    """What weights of layers meet in the float network, by input channel and tap: means over all places of the result,
+    zero where a tap lies beyond the input, and over the samples. (channels,) of matrix products."""
+    if not layers:
+        return []
+    reads = {net.name(layer.data): [k for k, other in enumerate(layers) if other.data == layer.data]
+             for layer in layers}
+    taken = [_taken(net, layer) for layer in layers]
+    totals: dict[int, Floats] = {}
+
+    def work(_: int, arrays: Mapping[str, Array]) -> list[tuple[int, Floats]]:
+        return [(k, _mean(x, taken[k])) for name, x in arrays.items() for k in reads[name]]
+
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1, "blas"):  # one thread: the same sums to the last bit
+        for _, means in apart(upto(float_model(net), list(reads)), list(reads), samples, work, progress):
+            for k, mean in means:
+                totals[k] = totals[k] + mean if k in totals else mean
+    return [(layer, totals[k] / len(samples)) for k, layer in enumerate(layers)]
+
+
+def _taken(net: Network, layer: Layer) -> list[F32] | None:
+    """Along each axis of an image (size, taps): how many places of the result have an element under a tap, as a share
+    of all. None for matrix products."""
+    if layer.kind in ("gemm", "matmul"):
+        return None
+    data, result = net.graph.values[layer.data].shape, net.graph.values[layer.linear].shape
+    op = net.graph.nodes[layer.node].op
+    assert isinstance(op, OnnxOp)
+    found = []
+    for size, out, taps, stride, dilation, begin in zip(data[2:], result[2:], layer.weight.shape[2:],
+                                                        *placed(op, layer, data, result), strict=True):
+        counts = np.zeros((size, taps), np.float32)
+        for tap in range(taps):
+            if layer.kind == "conv":
+                at = np.arange(out) * stride + tap * dilation - begin
+                counts[at[(at >= 0) & (at < size)], tap] = 1
+            else:
+                at = np.arange(size) * stride + tap * dilation - begin
+                counts[(at >= 0) & (at < out), tap] = 1
+        counts /= out
+        found.append(counts)
+    return found
+
+
+def _mean(x: Array, taken: Sequence[F32] | None) -> Floats:
+    """(channels, taps...) of one sample; (channels,) of a matrix product's."""
+    if taken is None:
+        return np.asarray(x.reshape(-1, x.shape[-1]).mean(axis=0, dtype=np.float64))
+    for i in range(len(taken), 0, -1):  # the last axis first: a product of matrices, and little is left of it
+        x = np.moveaxis(np.tensordot(x, taken[i - 1], axes=(1 + i, 0)), -1, 1 + i)
+    return np.asarray(x.mean(axis=0, dtype=np.float64))
+
+
+def _behind(layer: Layer, weight: F32, means: Floats) -> Floats:
+    """Means of the layer's result by channel, without a bias, from those of what its weights meet."""
+    if layer.kind in ("gemm", "matmul"):
+        return np.asarray(np.einsum("ok,k->o", layer.rows(weight), means))
+    g = layer.groups
+    if layer.kind == "conv":
+        rows = weight.reshape(g, layer.channels // g, -1)
+        return np.asarray(np.einsum("gok,gk->go", rows, means.reshape(g, -1)).ravel())
+    columns = weight.reshape(g, len(weight) // g, layer.channels // g, -1)
+    return np.asarray(np.einsum("giok,gik->go", columns, means.reshape(g, len(weight) // g, -1)).ravel())

@@ -376,9 +376,10 @@ class Patches:
         return np.asarray(self.gather(x, places), np.float32)
 
 
-def _window(op: OnnxOp, layer: Layer, data: tuple[int, ...], result: tuple[int, ...]
-            ) -> Callable[[Array, Array], Array]:
-    """Patches of a convolution; of a transposed one, those of the convolution over its input with zeros between."""
+def placed(op: OnnxOp, layer: Layer, data: tuple[int, ...], result: tuple[int, ...]
+           ) -> tuple[tuple[int, ...], tuple[int, ...], list[int]]:
+    """Strides, dilations and the pads in front of a convolution, along each axis; of a transposed one, the pads that
+    it takes from its result."""
     rank = len(data) - 2
     kernel = layer.weight.shape[2:]
 
@@ -404,6 +405,15 @@ def _window(op: OnnxOp, layer: Layer, data: tuple[int, ...], result: tuple[int, 
             begins.append(total // 2 if auto == "SAME_UPPER" else total - total // 2)
         else:
             begins.append(int(pads[i]) if isinstance(pads, tuple) and auto == "NOTSET" else 0)
+    return strides, dilations, begins
+
+
+def _window(op: OnnxOp, layer: Layer, data: tuple[int, ...], result: tuple[int, ...]
+            ) -> Callable[[Array, Array], Array]:
+    """Patches of a convolution; of a transposed one, those of the convolution over its input with zeros between."""
+    rank = len(data) - 2
+    kernel, flipped = layer.weight.shape[2:], layer.kind == "transposed"
+    strides, dilations, begins = placed(op, layer, data, result)
 
     def gather(x: Array, at: Array) -> Array:
         where = np.unravel_index(at, (result[0], *result[2:]))
