@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 import npulab
 from npulab.dialects import from_tflite
+from npulab.program.pages import Buffer
 from npulab.quantization.job import Options
 from npulab.quantization.types import ListedSamples, Samples, Scheme
 from npulab.quantizing import Quantized, Turned, quantize
@@ -52,14 +53,16 @@ class Case:
     labels: NDArray[np.int64]
     offset: int = 0
 
-    def right(self, model: bytes, output: str) -> NDArray[np.bool_]:
+    def right(self, model: Buffer, output: str) -> NDArray[np.bool_]:
         """Which test images the model gets right in ONNX Runtime, layers between QDQ nodes in floats."""
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         options.add_session_config_entry("session.disable_quant_qdq", "1")
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # else data become int8
+        session = onnxruntime.InferenceSession(bytes(model), options, providers=["CPUExecutionProvider"],
+                                               disabled_optimizers=["WeightBiasQuantization"])
         found = [int(np.argmax(session.run([output], dict(x))[0])) for x in self.test]
         return np.array([p - self.offset == t for p, t in zip(found, self.labels, strict=True)])
 
@@ -345,6 +348,7 @@ NPULAB = COMMON + """
 from dataclasses import replace
 import npulab
 import npulab.quantizing as q
+from npulab.program.pages import Buffer
 from npulab.quantization.job import Options
 from npulab.targets.facts.quantization import rules_of
 before, cpu, wall = memory(), time.process_time(), time.perf_counter()
