@@ -40,7 +40,7 @@ from npulab.gpu.compute.integers import Integer
 from npulab.gpu.compute.problems import Attention, Convolution, Product
 from npulab.gpu.compute.tiles import Direct, Matrix, Tile, Winograd
 from npulab.gpu.compute.traits import traits_of
-from npulab.gpu.compute.types import Traits
+from npulab.gpu.compute.types import Lowered, Traits
 
 PROCESSOR = Traits("a CPU", True, 2, 16, 512, 1, 0, 4096, (48 << 10, 1 << 20))
 GRAPHICS = Traits("a GPU", False, 4, 1, 64, 8, 32 << 10, 256, (16 << 10, 128 << 10))
@@ -629,6 +629,16 @@ def test_any_candidate_of_the_other_kinds_is_right(device, name, traits):
         t.kept[choice] = lowered, {role: device.upload(a) for role, a in lowered.constants.items()} | {
             role: device.allocate(size) for role, size in lowered.scratch.items()}
         assert t.wrong(choice) == ""
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_numbers_that_are_not_written_are_wrong(device, name):
+    """All of them, where the run before wrote what is right."""
+    t, (choice, *_) = trials.Trials(device, PROCESSOR, LAYERS[name]), choices.candidates(LAYERS[name], PROCESSOR)
+    assert t.answer(trials.Asked(choice)).why == ""
+    t.kept[choice] = Lowered(()), {}
+    count = np.prod(t.trial.shape)
+    assert t.wrong(choice).startswith(f"{count} of {count} numbers are wrong, the first at (0, 0, 0")
 
 
 def test_the_first_of_each_algorithm_come_first():
