@@ -472,6 +472,18 @@ def test_one_that_is_quicker_now_and_then_does_not_win():
     assert tuner._judged(Matrix(Tile(1)), Matrix(Tile(2)), trials.Answer("", (0.9,) * 8 + (2.0,) * 3, slow)).won
 
 
+def test_one_that_wins_by_luck_does_not_win_again(device, kind, tmp_path):
+    """It is the quicker one in all turns of one time, then never again."""
+    lucky = script(f"import sys, json\nlast, many = {plain(kind.few[2])}, 0\nsys.stdin.readline()\n"
+                   "for line in sys.stdin:\n"
+                   "    many += json.loads(line)['choice'] == last\n"
+                   "    took = 1e-6 if many == 1 else 3e-6\n"
+                   "    print(json.dumps({'seconds': [took] * 3, 'rival': [2e-6] * 3}), flush=True)")
+    assert tuned(device, kind, tmp_path, 60, worker=lucky) == kind.few[0]
+    _, kept = stored(tmp_path)
+    assert [t.won for t in kept.tried] == [True, False, False]
+
+
 def test_a_wrong_candidate_is_left_out(device, kind, tmp_path):
     """Its kernel is another: results are a little off, or by one."""
     wrong = script("from npulab.gpu.compute import trials\n"
