@@ -43,7 +43,7 @@ ATTEMPTS = 2
 MOST = 0.7
 """Of the turns, that a candidate must be quicker in than the best so far: with 11 of them, equal ones do in 11 %."""
 AGAIN = 2
-"""Times that it must be: beside other work one of 69 won that was 15 % slower (measured, bytes, 3 x 3, 28 x 28 x 128)."""
+"""Times that it must be: beside other work one of 69 won 15 % slower (measured: bytes, 3 x 3, 28 x 28 x 128)."""
 FAIR = 10.0
 """Seconds that a candidate must have had if the end of time is to count as an attempt."""
 
