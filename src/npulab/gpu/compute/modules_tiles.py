@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from npulab.gpu.compute.modules import Module
 from npulab.gpu.compute.modules_endings import end
 from npulab.gpu.compute.modules_numbers import FOUR, STORED, computed, counted, fours, kept, load, store
-from npulab.gpu.compute.modules_shapes import ROWS, Shape
+from npulab.gpu.compute.modules_shapes import Shape
 from npulab.gpu.compute.problems import Convolution, Product
 from npulab.gpu.compute.types import Number
 from npulab.gpu.spirv_builder import Shader, Type, Value, Variable
@@ -33,7 +33,7 @@ class Tile:
         self.shape = shape or Shape()
         self.s = Shader(self.shape.group, list(roles.values()), ())
         self.buffers = {role: i for i, role in enumerate(roles)}
-        self.tall = next(n for n in ROWS if n >= min(rows, self.shape.rows))
+        self.tall = self.shape.tall(rows)
         self.width, self.down = fours(columns), -(-rows // self.tall)
         self.column, tile = self.s.global_id, self.s.global_y
         self.there = self.s.both(self.column < self.width, tile < self.down * batch)
