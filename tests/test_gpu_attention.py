@@ -24,7 +24,8 @@ from npulab.gpu.compute import (
     softmax,
     vectors,
 )
-from npulab.gpu.compute.attention_cpu import STEP_MOST
+from npulab.gpu.compute.attention_cpu import STEP_MOST, Lanes
+from npulab.gpu.compute.attention_gpu import Items
 from npulab.gpu.compute.problems import Attention, Convolution, LayerNorm, Softmax
 from npulab.gpu.compute.types import Activation, Buffer, Kernel, Launch, Lowered, Traits
 from npulab.reference import requantize
@@ -375,7 +376,7 @@ def test_attention(device, name, kind):
     check_attention(device, ATTENTION[name], attention.lower(ATTENTION[name], TRAITS[kind]))
 
 
-@pytest.mark.parametrize("choice", [{"vectors": 1, "keys": 16}, {"vectors": 3, "keys": 20}])
+@pytest.mark.parametrize("choice", [Lanes(1, 16), Lanes(3, 20)])
 def test_attention_as_chosen(device, choice):
     check_attention(device, ATTENTION["ragged"], attention.lower(ATTENTION["ragged"], CPU, choice))
 
@@ -409,8 +410,7 @@ def test_attention_without_the_compilers_shuffles(device):
 
 @pytest.mark.parametrize("choice", [(2, 2, 3)])
 def test_attention_as_chosen_on_a_gpu(device, choice):
-    choice = dict(zip(("across", "down", "each"), choice, strict=True))
-    check_attention(device, ATTENTION["ragged"], attention.lower(ATTENTION["ragged"], GPU, choice))
+    check_attention(device, ATTENTION["ragged"], attention.lower(ATTENTION["ragged"], GPU, Items(*choice)))
 
 
 @turns("name", ["ragged", "ragged", "half", "narrow"])

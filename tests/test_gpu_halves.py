@@ -29,6 +29,7 @@ from npulab.gpu.compute import (
     tuner,
     vectors,
 )
+from npulab.gpu.compute.attention_gpu import Items
 from npulab.gpu.compute.problems import Attention, Convolution, Product
 from npulab.gpu.compute.tiles import Direct, Matrix, Tile, Winograd
 from npulab.gpu.compute.types import Buffer, Kernel, Launch, Lowered
@@ -263,7 +264,7 @@ ATTENTION = {
 
 
 @pytest.mark.parametrize(("name", "choice"), [*((name, None) for name in ATTENTION), (
-    "ragged", {"across": 4, "down": 2, "each": 3}), ("ragged", {"across": 2, "down": 2, "each": 1})])
+    "ragged", Items(4, 2, 3, True)), ("ragged", Items(2, 2, 1, True))])
 def test_attention(device, halves, name, choice):
     what = replace(ATTENTION[name], number="float16")
     traits = replace(NEAR, group_max=8, warp=8)

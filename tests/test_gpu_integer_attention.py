@@ -18,6 +18,8 @@ from npulab.gpu.compute import (
     integer_attention_gpu,
     modules_integer_attention,
 )
+from npulab.gpu.compute.attention_cpu import Lanes
+from npulab.gpu.compute.attention_gpu import Items
 from npulab.gpu.compute.device import Device
 from npulab.gpu.compute.modules import run
 from npulab.gpu.compute.problems import Attention
@@ -86,7 +88,7 @@ def test_int8_attention(device, traits, name):
     assert off(traits, what, found, inputs) <= 1
 
 
-@pytest.mark.parametrize("choice", [{"vectors": 1, "keys": 24}, {"vectors": 2, "keys": 12}, {"vectors": 3, "keys": 16}])
+@pytest.mark.parametrize("choice", [Lanes(1, 24), Lanes(2, 12), Lanes(3, 16)])
 def test_tiles_of_any_size_on_vectors_of_four(device, choice):
     what = heads(1, 30, 61, 10, 9, causal=True)
     inputs = drawn(what)
@@ -137,7 +139,7 @@ def test_scores_that_rise_and_fall_from_tile_to_tile(device, traits, scale):
         inputs = drawn(what)
         inputs[0][:], inputs[1][:] = (100, 5, 5, 5), 0
         inputs[1][0, :, 0] = np.linspace(-128, 127, 80)[::rising]
-        choice = {"vectors": 2, "keys": 12} if traits.cpu else None
+        choice = Lanes(2, 12) if traits.cpu else None
         assert off(traits, what, ran(device, traits, what, inputs, choice=choice), inputs) <= 1
 
 
@@ -196,7 +198,7 @@ def test_a_wrong_kernel_is_outside_the_bound(device, name):
     what, traits = heads(1, 32, 48, 16, 8, scale=0.2), CPU if cpu else GPU
     inputs = drawn(what)
     inputs[1] = (inputs[1] * np.linspace(0.1, 1, 48)[:, None]).astype(np.int8)
-    choice = {"vectors": 2, "keys": 12} if cpu else None
+    choice = Lanes(2, 12) if cpu else None
     assert off(traits, what, ran(device, traits, what, inputs, choice=choice), inputs) <= 1
     found = ran(device, traits, what, inputs, choice=choice, changes=changes or (), **more)
     assert off(traits, what, found, inputs) > 1
@@ -274,7 +276,7 @@ def test_heads_that_have_no_room(device):
     with pytest.raises(CapacityError, match="no room in local memory"):
         integer_attention.lower(heads(1, 64, 64, 20000, 64), GPU, SCALES, ZEROS, *OUT)
     with pytest.raises(InvariantError, match="no fours"):
-        integer_attention.lower(heads(1, 4, 4, 4, 4), GPU, SCALES, ZEROS, *OUT, {"across": 3, "down": 1, "each": 1})
+        integer_attention.lower(heads(1, 4, 4, 4, 4), GPU, SCALES, ZEROS, *OUT, Items(3, 1, 1))
 
 
 def test_a_group_has_the_local_memory_that_is_counted():

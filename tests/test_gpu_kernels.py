@@ -1,11 +1,13 @@
 """Products and convolutions on an OpenCL device against float64, on PoCL or whatever device is number 0."""
 
+import hashlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,9 +17,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from npulab.errors import CapacityError, InvariantError
-from npulab.gpu.compute import blocks, checks, convolution, matrices, tiles, trials, tuner, winograd
-from npulab.gpu.compute.problems import Convolution, Product
+from npulab.errors import CapacityError, InvariantError, UnsupportedError
+from npulab.gpu.compute import (
+    attention,
+    blocks,
+    checks,
+    choices,
+    convolution,
+    integer_attention,
+    integer_blocks,
+    integer_winograd,
+    integers,
+    matrices,
+    tiles,
+    trials,
+    tuner,
+    winograd,
+)
+from npulab.gpu.compute.attention_cpu import Lanes
+from npulab.gpu.compute.attention_gpu import Items
+from npulab.gpu.compute.integers import Integer
+from npulab.gpu.compute.problems import Attention, Convolution, Product
 from npulab.gpu.compute.tiles import Direct, Matrix, Tile, Winograd
 from npulab.gpu.compute.traits import traits_of
 from npulab.gpu.compute.types import Traits
@@ -374,14 +394,27 @@ def test_numbers_that_cannot_be_are_not_used(device, value):
 # the tuner
 
 SMALL = Product(1, 8, 8, 16)
+HEADS = Attention(1, 8, 50, 4, 4, 0.5)
+KINDS = {
+    "product": (SMALL, [Matrix(Tile(2, 1, 4)), Matrix(Tile(4, 1, 4)), Matrix(Tile(1, 1, 4))],
+                ("int k = 0;", "int k = 0; inner--;")),
+    "int8 convolution": (Convolution(1, 6, 6, 4, 8, (3, 3), pads=(1, 1, 1, 1), number="int8"), [
+        Integer("direct", integer_blocks.Tile(2, 1, 4, 1, (1, 1))),
+        Integer("winograd", integer_blocks.Tile(4, 1, 8, 2, (1, 1))),
+        Integer("direct", integer_blocks.Tile(4, 2, 4, 1, (1, 1)))], ("x + (I)(-5)", "x + (I)(-4)")),
+    "attention": (HEADS, [Lanes(1), Lanes(1, 24), Lanes(1, 48)], ("1.0f / sum0", "1.0001f / sum0")),
+    "int8 attention": (replace(HEADS, number="int8"), [Lanes(1), Lanes(1, 24), Lanes(1, 48)],
+                       ("gain / sum0", "gain * 1.05f / sum0")),
+}
+"""A problem, three candidates, and what makes a kernel of it wrong."""
 
 
-@pytest.fixture
-def few(monkeypatch):
-    """Three candidates."""
-    found = [Matrix(Tile(2, 1, 4)), Matrix(Tile(4, 1, 4)), Matrix(Tile(1, 1, 4))]
-    monkeypatch.setattr(tiles, "candidates", lambda what, traits, halves=False: found)
-    return found
+@pytest.fixture(params=KINDS)
+def kind(request, monkeypatch):
+    """what: to compute. few: three candidates. wrong: text of the kernel, and other text."""
+    what, few, wrong = KINDS[request.param]
+    monkeypatch.setattr(choices, "candidates", lambda what, traits, halves=False: few)
+    return SimpleNamespace(what=what, few=few, wrong=wrong)
 
 
 def stored(folder):
@@ -394,33 +427,42 @@ def script(text):
     return sys.executable, "-c", text
 
 
-def answers(*seconds):
+def tuned(device, kind, *more, **others):
+    return tuner.tune(device, PROCESSOR, kind.what, *more, **others)
+
+
+def plain(choice):
+    """As a worker reads it."""
+    return msgspec.json.decode(msgspec.json.encode(choice))
+
+
+def answers(few, *seconds):
     """A worker that measures so much for the three candidates."""
-    return script(f"import sys, json\ntimes = dict(zip((2, 4, 1), {seconds}))\n"
+    return script(f"import sys, json\nfew, times = {plain(few)}, {seconds}\n"
                   "sys.stdin.readline()\n"
                   "for line in sys.stdin:\n"
                   "    a = json.loads(line)\n"
-                  "    took = [times[a[k]['tile'].get('rows', 4)] if a[k] else 1 for k in ('choice', 'rival')]\n"
+                  "    took = [times[few.index(a[k])] if a[k] else 1 for k in ('choice', 'rival')]\n"
                   "    print('a word of the driver')\n"
                   "    print(json.dumps({'seconds': [took[0]] * 3, 'rival': [took[1]] * 3}), flush=True)\n")
 
 
-def test_the_tuner_finds_and_keeps_a_candidate(device, few, tmp_path):
+def test_the_tuner_finds_and_keeps_a_candidate(device, kind, tmp_path):
     heard = []
-    found = tuner.tune(device, PROCESSOR, SMALL, tmp_path / "new", 60, heard.append)
-    assert found in few
-    assert tuner.best(tmp_path / "new", device, PROCESSOR, SMALL) == found
+    found = tuned(device, kind, tmp_path / "new", 60, heard.append)
+    assert found in kind.few
+    assert tuner.best(tmp_path / "new", device, PROCESSOR, kind.what) == found
     _, kept = stored(tmp_path / "new")
-    assert [t.choice for t in kept.tried] == few
+    assert [t.choice for t in kept.tried] == kind.few
     assert all(t.seconds > 0 and not t.why for t in kept.tried)
     assert len(heard) == 3
-    assert tuner.best(tmp_path / "new", device, PROCESSOR, replace(SMALL, rows=9)) is None
-    again = tuner.tune(device, PROCESSOR, SMALL, tmp_path / "new", 60, worker=script("raise SystemExit(1)"))
+    assert tuner.best(tmp_path / "new", device, PROCESSOR, replace(kind.what, batch=9)) is None
+    again = tuned(device, kind, tmp_path / "new", 60, worker=script("raise SystemExit(1)"))
     assert again == found  # nothing is tried a second time
 
 
-def test_the_quickest_wins(device, few, tmp_path):
-    assert tuner.tune(device, PROCESSOR, SMALL, tmp_path, 60, worker=answers(3e-6, 1e-6, 2e-6)) == few[1]
+def test_the_quickest_wins(device, kind, tmp_path):
+    assert tuned(device, kind, tmp_path, 60, worker=answers(kind.few, 3e-6, 1e-6, 2e-6)) == kind.few[1]
 
 
 def test_one_that_is_quicker_now_and_then_does_not_win():
@@ -430,19 +472,26 @@ def test_one_that_is_quicker_now_and_then_does_not_win():
     assert tuner._judged(Matrix(Tile(1)), Matrix(Tile(2)), trials.Answer("", (0.9,) * 8 + (2.0,) * 3, slow)).won
 
 
-def test_a_wrong_candidate_is_left_out(device, few, tmp_path):
-    """It is the quickest, and adds one term too few."""
-    wrong = script("from npulab.gpu.compute import matrices, trials, tiles\n"
+def test_a_wrong_candidate_is_left_out(device, kind, tmp_path):
+    """Its kernel is another: results are a little off, or by one."""
+    wrong = script("from npulab.gpu.compute import trials\n"
                    "from dataclasses import replace\n"
-                   "real = matrices.lower\n"
-                   "def lower(what, traits, b, bias, choice):\n"
-                   "    if choice.tile.rows == 4:\n"
-                   "        b = b.copy(); b[-1] = 0\n"
-                   "    return real(what, traits, b, bias, choice)\n"
-                   "matrices.lower = lower\n"
+                   "real = trials.trial\n"
+                   "def changed(x):\n"
+                   f"    source = x.kernel.source.replace{kind.wrong}\n"
+                   "    return replace(x, kernel=replace(x.kernel, source=source))\n"
+                   "def trial(what, traits):\n"
+                   "    found, seen = real(what, traits), []\n"
+                   "    def lower(choice):\n"
+                   "        seen.append(choice)\n"
+                   "        lowered = found.lower(choice)\n"
+                   "        return lowered if list(dict.fromkeys(seen)).index(choice) != 1 else replace(\n"
+                   "            lowered, launches=tuple(map(changed, lowered.launches)))\n"
+                   "    return replace(found, lower=lower)\n"
+                   "trials.trial = trial\n"
                    "trials.main()")
-    found = tuner.tune(device, PROCESSOR, SMALL, tmp_path, 60, worker=wrong)
-    assert found != few[1]
+    found = tuned(device, kind, tmp_path, 60, worker=wrong)
+    assert found != kind.few[1]
     _, kept = stored(tmp_path)
     assert "numbers are wrong" in kept.tried[1].why
     assert not kept.tried[0].why
@@ -457,43 +506,45 @@ def test_a_candidate_that_does_not_compile_is_left_out(device, monkeypatch):
 
 @pytest.mark.parametrize("worker", ["import time; time.sleep(60)", "import sys\nwhile True: print('x' * 80)"],
                          ids=["hangs", "babbles"])
-def test_the_time_is_kept_whatever_a_candidate_does(device, few, tmp_path, monkeypatch, worker):
+def test_the_time_is_kept_whatever_a_candidate_does(device, kind, tmp_path, monkeypatch, worker):
     monkeypatch.setattr(tuner, "FAIR", 0.0)
     start = time.monotonic()
     for _ in range(tuner.ATTEMPTS):
-        assert tuner.tune(device, PROCESSOR, SMALL, tmp_path, 0.5, worker=script(worker)) == few[0]
+        assert tuned(device, kind, tmp_path, 0.5, worker=script(worker)) == kind.few[0]
     assert time.monotonic() - start < 20  # not 60; a busy machine is given time
-    assert tuner.tune(device, PROCESSOR, SMALL, tmp_path, 60, worker=answers(3e-6, 1e-6, 2e-6)) == few[1]
+    assert tuned(device, kind, tmp_path, 60, worker=answers(kind.few, 3e-6, 1e-6, 2e-6)) == kind.few[1]
     _, kept = stored(tmp_path)
     assert kept.tried[0].why == "the tuner ended while it was tried"
 
 
-def test_a_worker_that_dies_costs_its_candidate_alone(device, few, tmp_path):
-    dies = script("import sys, json\nsys.stdin.readline()\n"
+def test_a_worker_that_dies_costs_its_candidate_alone(device, kind, tmp_path):
+    dies = script(f"import sys, json\nFIRST = {plain(kind.few[0])}\nsys.stdin.readline()\n"
                   "for line in sys.stdin:\n"
-                  "    if json.loads(line)['choice']['tile']['rows'] == 2: sys.exit(1)\n"
+                  "    if json.loads(line)['choice'] == FIRST: sys.exit(1)\n"
                   "    print(json.dumps({'seconds': [1e-6]}), flush=True)")
-    assert tuner.tune(device, PROCESSOR, SMALL, tmp_path, 60, worker=dies) == few[1]
+    assert tuned(device, kind, tmp_path, 60, worker=dies) == kind.few[1]
     assert stored(tmp_path)[1].tried[0].why == "the process died of it"
 
 
-def test_a_tuner_that_is_killed_goes_on(device, few, tmp_path):
+def test_a_tuner_that_is_killed_goes_on(device, kind, tmp_path):
     """Killed while the second candidate is tried, by a signal that nothing can catch."""
     code = f"""
 import sys, pathlib
-from npulab.gpu.compute import tiles, tuner
+import msgspec
+from npulab.gpu.compute import choices, tuner
 from npulab.gpu.compute.device import Device
-from npulab.gpu.compute.problems import Product
-from npulab.gpu.compute.tiles import Matrix, Tile
+from npulab.gpu.compute.problems import Attention, Convolution, Product
 from npulab.gpu.compute.types import Traits
-tiles.candidates = lambda *a: [Matrix(Tile(2, 1, 4)), Matrix(Tile(4, 1, 4)), Matrix(Tile(1, 1, 4))]
+few = msgspec.json.decode({msgspec.json.encode(kind.few)}, type=list[choices.Choice])
+choices.candidates = lambda *a: few
 worker = (sys.executable, "-c", '''
 import sys, json, time
 sys.stdin.readline(); sys.stdin.readline()
 print(json.dumps({{"seconds": [1e-6]}}), flush=True)
 sys.stdin.readline()
 ''' + "sys.stdin.readline()")
-tuner.tune(Device(0), {PROCESSOR!r}, {SMALL!r}, pathlib.Path(sys.argv[1]), 60, lambda s: print(s, flush=True), worker)
+what, store = {kind.what!r}, pathlib.Path(sys.argv[1])
+tuner.tune(Device(0), {PROCESSOR!r}, what, store, 60, lambda s: print(s, flush=True), worker)
 """
     child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE,
                              env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)})
@@ -505,30 +556,115 @@ tuner.tune(Device(0), {PROCESSOR!r}, {SMALL!r}, pathlib.Path(sys.argv[1]), 60, l
     child.wait()
     child.stdout.close()
     _, kept = stored(tmp_path)
-    assert [t.choice for t in kept.tried] == few[:1]
-    assert kept.trying == few[1]
-    assert tuner.tune(device, PROCESSOR, SMALL, tmp_path, 60, worker=answers(3e-6, 1e-6, 2e-6)) == few[1]
+    assert [t.choice for t in kept.tried] == kind.few[:1]
+    assert kept.trying == kind.few[1]
+    assert tuned(device, kind, tmp_path, 60, worker=answers(kind.few, 3e-6, 1e-6, 2e-6)) == kind.few[1]
     _, kept = stored(tmp_path)
-    assert [t.choice for t in kept.tried] == few
+    assert [t.choice for t in kept.tried] == kind.few
 
 
 @pytest.mark.parametrize("damage", [
     b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"key": {}, "tried": []}', b"[" * 100000, None])
-def test_a_damaged_store_is_as_good_as_none(device, few, tmp_path, damage):
-    tuner.tune(device, PROCESSOR, SMALL, tmp_path, 60, worker=answers(1e-6, 2e-6, 3e-6))
+def test_a_damaged_store_is_as_good_as_none(device, kind, tmp_path, damage):
+    tuned(device, kind, tmp_path, 60, worker=answers(kind.few, 1e-6, 2e-6, 3e-6))
     path, kept = stored(tmp_path)
     if damage is None:  # right but for what it holds: a choice that is none of the candidates, times that cannot be
         path.write_bytes(msgspec.json.encode(tuner.Tuned(kept.key, (
-            tuner.Tried(Matrix(Tile(10**6)), 1e-9, 1.0, True), tuner.Tried(few[0], -1.0, 1.0, True)))))
+            tuner.Tried(Matrix(Tile(10**6)), 1e-9, 1.0, True), tuner.Tried(kind.few[0], -1.0, 1.0, True)))))
     else:
         path.write_bytes(damage)
-    assert tuner.best(tmp_path, device, PROCESSOR, SMALL) is None
-    assert tuner.tune(device, PROCESSOR, SMALL, tmp_path, 60, worker=answers(2e-6, 1e-6, 3e-6)) == few[1]
+    assert tuner.best(tmp_path, device, PROCESSOR, kind.what) is None
+    assert tuned(device, kind, tmp_path, 60, worker=answers(kind.few, 2e-6, 1e-6, 3e-6)) == kind.few[1]
 
 
-def test_a_store_that_cannot_be_written_is_named(device, few, tmp_path):
+def test_what_was_kept_before_there_were_other_kinds_is_still_found(device, tmp_path):
+    """The name of a file and its key, of kernels of floats."""
+    for what in (SMALL, Convolution(1, 6, 6, 4, 8, (3, 3))):
+        path, key = tuner._place(tmp_path, device, what, False)
+        here = Path(tuner.__file__).parent
+        made = hashlib.sha256(b"".join((here / f"{n}.py").read_bytes() for n in (
+            "activations", "blocks", "convolution", "matrices", "narrow", "vectors", "winograd")))
+        before = {"device": asdict(device.identity), "npulab": f"{version('npulab')}+{made.hexdigest()[:12]}",
+                  "problem": type(what).__name__, **asdict(what), "halves": False}
+        before = msgspec.json.decode(msgspec.json.encode(before))
+        assert key == before
+        assert path.stem == hashlib.sha256(msgspec.json.encode(before, order="sorted")).hexdigest()[:24]
+
+
+@pytest.mark.parametrize("what", [
+    Convolution(1, 8, 8, 16, 16, (3, 3), groups=16, number="int8"), Attention(1, 8, 8, 1 << 20, 4, 1.0),
+    Attention(1, 8, 8, 1 << 20, 4, 1.0, number="int8")], ids=["depthwise", "no room", "int8, no room"])
+def test_where_there_is_nothing_to_choose_nothing_is_tried(device, tmp_path, what):
+    for traits in (PROCESSOR, GRAPHICS):
+        assert choices.candidates(what, traits) == []
+        assert tuner.tune(device, traits, what, tmp_path, 60, worker=script("raise SystemExit(1)")) is None
+        assert tuner.best(tmp_path, device, traits, what) is None
+    assert not list(tmp_path.iterdir())
+
+
+LAYERS = {
+    "3x3": Convolution(1, 9, 7, 6, 20, (3, 3), pads=(1, 1, 1, 1), number="int8"),
+    "strided, groups": Convolution(2, 9, 8, 10, 6, (3, 2), (2, 1), pads=(1, 0, 0, 1), groups=2, number="int8"),
+    "product": Product(2, 7, 33, 19, transposed=True, number="int8"),
+    "attention": Attention(2, 37, 53, 9, 7, 0.3), "causal": Attention(2, 37, 53, 9, 7, 0.3, causal=True),
+    "attention of halves": Attention(1, 70, 53, 16, 16, 0.3, number="float16"),
+    "int8 attention": Attention(2, 37, 53, 9, 7, 0.3, number="int8"),
+    "int8, causal": Attention(2, 70, 53, 9, 7, 0.3, True, number="int8"),
+}
+
+
+@pytest.mark.parametrize("traits", [PROCESSOR, GRAPHICS], ids=["processor", "graphics"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_any_candidate_of_the_other_kinds_is_right(device, name, traits):
+    """The first is what is taken unasked; of the others some."""
+    what = LAYERS[name]
+    ways = choices.candidates(what, traits)
+    assert len(ways) == len(set(ways)) > 4
+    t = trials.Trials(device, traits, what)
+    assert t.trial.lower(None).launches == t.trial.lower(ways[0]).launches
+    if t.trial.kind is np.int8:  # spread over the bytes: a test of all of them
+        assert len(np.unique(np.round(t.trial.wanted(ways[0])[0]))) > 60
+    for choice in ways[1::max(1, len(ways) // 3)]:
+        lowered = t.trial.lower(choice)
+        t.kept[choice] = lowered, {role: device.upload(a) for role, a in lowered.constants.items()} | {
+            role: device.allocate(size) for role, size in lowered.scratch.items()}
+        assert t.wrong(choice) == ""
+
+
+def test_the_first_of_each_algorithm_come_first():
+    ways = choices.candidates(LAYERS["3x3"], PROCESSOR)
+    assert {w.algorithm for w in ways[:2]} == {"direct", "winograd"}
+    costs = [integers._cycles(LAYERS["3x3"], PROCESSOR, w) for w in ways]
+    assert costs[:2] == sorted(costs[:2])
+    assert costs[2:] == sorted(costs[2:])
+
+
+def test_winograd_s_algorithm_is_chosen_only_where_any_weights_suit():
+    """Weights of -128 and a zero point of 127 allow 1827 channels."""
+    for channels, right in ((1827, True), (1828, False)):
+        what = Convolution(1, 2, 2, channels, 1, (3, 3), pads=(1, 1, 1, 1), number="int8")
+        assert integer_winograd.suits(what, np.full((1, 3, 3, channels), -128, np.int8), 127) is right
+        assert any(c.algorithm == "winograd" for c in choices.candidates(what, PROCESSOR)) is right
+
+
+@pytest.mark.parametrize("changed", [{"scale": 2.0}, {"residual": True}, {"batched": True}, {"activation": "relu"}])
+def test_integer_products_with_more_are_refused(changed):
+    with pytest.raises(UnsupportedError, match="integer products are of constant weights"):
+        choices.candidates(replace(LAYERS["product"], **changed), PROCESSOR)
+
+
+@pytest.mark.parametrize("lower", [
+    lambda *a: attention.lower(HEADS, *a),
+    lambda *a: integer_attention.lower(replace(HEADS, number="int8"), a[0], (1.0,) * 3, (0,) * 3, 1.0, 0, a[1])])
+def test_a_choice_for_the_other_kind_of_device_is_refused(lower):
+    for traits, choice in ((PROCESSOR, Items(4, 4, 1)), (GRAPHICS, Lanes(1))):
+        with pytest.raises(InvariantError, match="for another kind of device"):
+            lower(traits, choice)
+
+
+def test_a_store_that_cannot_be_written_is_named(device, kind, tmp_path):
     from npulab.errors import UsageError
 
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot write"):
-        tuner.tune(device, PROCESSOR, SMALL, Path(tmp_path / "file"), 60)
+        tuned(device, kind, Path(tmp_path / "file"), 60)

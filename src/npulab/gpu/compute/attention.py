@@ -14,37 +14,76 @@ attention_cpu: a work item has a tile of queries. attention_gpu: a group has, an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from npulab.errors import UnsupportedError
+from npulab.errors import CapacityError, InvariantError, UnsupportedError
 from npulab.gpu.compute import attention_cpu, attention_gpu, chain, vectors
+from npulab.gpu.compute.attention_cpu import Lanes
+from npulab.gpu.compute.attention_gpu import Items
 from npulab.gpu.compute.problems import Attention
 from npulab.gpu.compute.types import Argument, Buffer, Launch, Lowered, Traits
 
+Choice = Lanes | Items
+"""On a CPU, on a GPU."""
 
-def lower(what: Attention, traits: Traits, choice: Mapping[str, int] | None = None, halves: bool = False) -> Lowered:
-    """choice: on a CPU "vectors" of queries and "keys" of a tile; on a GPU "across" work items for keys, "down" for
-    queries, "each": keys and queries of each. halves: of float16, on a GPU, four products at a time are added up as
-    halves, before they are added as floats. Raises: UnsupportedError unless float32 or float16, and for halves unless
-    float16, on a device that computes on them and is no CPU; CapacityError if local memory (a GPU's) or a thread's
-    stack (a CPU's) has no room."""
-    scale = what.scale
+
+def lower(what: Attention, traits: Traits, choice: Choice | None = None, halves: bool = False) -> Lowered:
+    """halves: of float16, on a GPU, four products at a time are added up as halves, before they are added as floats; a
+    choice says it itself. Raises: UnsupportedError unless float32 or float16, and for halves unless float16, on a
+    device that computes on them and is no CPU; CapacityError if local memory (a GPU's) or a thread's stack (a CPU's)
+    has no room; InvariantError for a choice of the other kind of device."""
+    scale, (lanes, items) = what.scale, chosen(choice, traits)
+    halves = items.halves if items else halves and not lanes
     if halves:
-        vectors.checked_halves(what.number, traits)
-        if traits.cpu:
-            raise UnsupportedError("attention on a CPU computes on floats", got=traits.name, want="a GPU",
-                                   try_="without halves: they are stored, floats computed")
+        _checked_halves(what, traits)
     if traits.cpu:
-        kernel, size, group = attention_cpu.kernel(what, traits, choice or {})
+        kernel, size, group = attention_cpu.kernel(what, traits, lanes)
         scale *= vectors.LOG2E
     else:
-        kernel, size, group = attention_gpu.kernel(what, traits, choice or {}, halves)
+        kernel, size, group = attention_gpu.kernel(what, traits, items, halves)
     arguments: tuple[Argument, ...] = (Buffer("input"), Buffer("input1"), Buffer("input2"), Buffer("output"),
                                        np.int32(what.queries), np.int32(what.keys), np.float32(scale))
     traffic = vectors.number_bytes(what.number) * what.batch * (what.queries + what.keys) * (what.depth + what.width)
     return Lowered((Launch(kernel, size, group, arguments, "attention", operations(what), traffic),))
+
+
+def candidates(what: Attention, traits: Traits, halves: bool = False) -> list[Choice]:
+    """What is taken unasked first; none if there is no room for any. halves: with those on halves. Raises: as
+    `lower`."""
+    if halves:
+        _checked_halves(what, traits)
+    kinds = (True, False) if halves else (False,)
+    offered: Iterable[Choice] = attention_cpu.candidates(what, traits) if traits.cpu else (
+        Items(i.across, i.down, i.each, kind) for i in attention_gpu.candidates(traits) for kind in kinds)
+    return with_room(offered, lambda c: lower(what, traits, c))
+
+
+def with_room(offered: Iterable[Choice], make: Callable[[Choice], Lowered]) -> list[Choice]:
+    """Those that `make` does not refuse."""
+    found = []
+    for choice in offered:
+        try:
+            make(choice)
+        except CapacityError:
+            continue
+        found.append(choice)
+    return found
+
+
+def chosen(choice: Choice | None, traits: Traits) -> tuple[Lanes | None, Items | None]:
+    """A CPU's, a GPU's. Raises: InvariantError for one of the other kind."""
+    if isinstance(choice, Items if traits.cpu else Lanes):
+        raise InvariantError("the choice is for another kind of device", got=str(choice), where=traits.name)
+    return (choice if isinstance(choice, Lanes) else None), (choice if isinstance(choice, Items) else None)
+
+
+def _checked_halves(what: Attention, traits: Traits) -> None:
+    vectors.checked_halves(what.number, traits)
+    if traits.cpu:
+        raise UnsupportedError("attention on a CPU computes on floats", got=traits.name, want="a GPU",
+                               try_="without halves: they are stored, floats computed")
 
 
 def unfused(what: Attention, traits: Traits) -> Lowered:

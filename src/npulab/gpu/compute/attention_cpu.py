@@ -12,7 +12,7 @@ overflows, and maxima of all tiles are not needed (rescaling late: Zadouri et al
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import msgspec
 
 from npulab.errors import CapacityError
 from npulab.gpu.compute import vectors
@@ -33,17 +33,43 @@ STEP_MOST = 32
 """A group with nothing to do takes 4 ns, a tile of 64 queries by 197 keys 17 us."""
 
 
-def kernel(what: Attention, traits: Traits, choice: Mapping[str, int]
+class Lanes(msgspec.Struct, frozen=True, tag="lanes"):
+    """Vectors of queries of a work item, keys of a tile; 0: as many as the caches are for."""
+
+    vectors: int
+    keys: int = 0
+
+
+def candidates(what: Attention, traits: Traits) -> list[Lanes]:
+    """What is taken unasked comes first, then by loads for each multiply-add and tiles of the core that has most; then
+    other tiles of keys. Whether a stack has room for them is not looked at."""
+    wide, sums = WIDE if traits.registers >= 32 * traits.vector else NARROW
+    most = -(-what.queries // vectors.fitting(traits, what.queries))
+
+    def cycles(many: int) -> float:
+        turns = -(-what.batch * -(-most // many) // traits.compute_units)
+        return turns * many * (1 + 1 / many + 1 / (sums // many))
+
+    usual = min(wide, most)
+    order = sorted(range(1, min(_VECTORS, most) + 1), key=lambda n: (n != usual, cycles(n)))
+    return [Lanes(n, keys) for keys in (0, *(k for k in _KEYS if k < what.keys)) for n in order]
+
+
+_VECTORS, _KEYS = 6, (32, 64, 128, 192)
+"""That are tried: vectors up to so many."""
+
+
+def kernel(what: Attention, traits: Traits, choice: Lanes | None
            ) -> tuple[Kernel, tuple[int, ...], tuple[int, ...]]:
     """(kernel, global size, local size). Raises: CapacityError for heads that a thread's stack has no room for."""
     w = vectors.fitting(traits, what.queries)
     wide, sums = WIDE if traits.registers >= 32 * traits.vector else NARROW
-    many = min(choice.get("vectors", wide), -(-what.queries // w))
+    many = min(choice.vectors if choice else wide, -(-what.queries // w))
     tiles, rest = divmod(what.queries, many * w)
     last = -(-rest // w)  # vectors of the last tile: fewer, if that is enough
     if last == many:
         tiles, last = tiles + 1, 0
-    kinds = [_Tile(what, w, n, sums, traits, choice.get("keys", 0)) for n in sorted({many, last or many})]
+    kinds = [_Tile(what, w, n, sums, traits, choice.keys if choice else 0) for n in sorted({many, last or many})]
     if (need := kinds[-1].stack_bytes) > STACK:
         raise CapacityError("attention has no room on a thread's stack", got=f"{need} bytes for heads of {what.depth} "
                             f"and {what.width}", want=f"at most {STACK}")

@@ -5,7 +5,9 @@ Each work item has `each` x `each` scores of a tile, and of the output its queri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+
+import msgspec
 
 from npulab.errors import CapacityError
 from npulab.gpu.compute import vectors
@@ -16,6 +18,26 @@ SHAPES = ((16, 16, 4), (8, 8, 4), (16, 4, 4), (8, 8, 2), (8, 4, 2), (4, 4, 2), (
 """Across, down, each: the first that has room is taken."""
 
 
+MORE = ((16, 8, 4), (8, 16, 4), (32, 4, 4), (32, 8, 4), (16, 8, 2), (16, 16, 2), (32, 8, 2))
+"""That are tried, too."""
+
+
+class Items(msgspec.Struct, frozen=True, tag="items"):
+    """Work items of a group: for keys, for queries; keys and queries of each; whether it computes on halves."""
+
+    across: int
+    down: int
+    each: int
+    halves: bool = False
+
+
+def candidates(traits: Traits, shapes: Sequence[tuple[int, int, int]] = SHAPES) -> list[Items]:
+    """In their order, those of larger groups behind. Whether local memory has room for them is not looked at."""
+    first = [s for s in shapes if s[0] * s[1] <= vectors.group_items(traits)]
+    found = dict.fromkeys((*first, *(s for s in (*shapes, *MORE) if s[0] * s[1] <= traits.group_max)))
+    return [Items(*s) for s in found]
+
+
 def local_bytes(what: Attention, across: int, down: int, each: int, halves: bool = False) -> int:
     """Of a group: queries, keys or values, scores, maxima."""
     queries, keys = down * each, across * each
@@ -24,10 +46,10 @@ def local_bytes(what: Attention, across: int, down: int, each: int, halves: bool
     return (2 if halves else 4) * read + 4 * queries * across
 
 
-def kernel(what: Attention, traits: Traits, choice: Mapping[str, int], halves: bool = False
+def kernel(what: Attention, traits: Traits, choice: Items | None, halves: bool = False
            ) -> tuple[Kernel, tuple[int, ...], tuple[int, ...]]:
     """Raises: CapacityError if local memory is too small for any tile."""
-    shapes = [(choice["across"], choice["down"], choice["each"])] if choice else SHAPES
+    shapes = [(choice.across, choice.down, choice.each)] if choice else SHAPES
     items = vectors.group_items(traits) if not choice else traits.group_max
     fit = [s for s in shapes if s[0] * s[1] <= items and local_bytes(what, *s, halves) <= traits.local_bytes]
     if not fit:

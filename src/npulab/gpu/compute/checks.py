@@ -1,4 +1,4 @@
-"""What a product, a convolution or int8 attention is in float64, and how far a right kernel can be from it."""
+"""What a product, a convolution or attention is in float64, and how far a right kernel can be from it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from npulab.gpu.compute import winograd
 from npulab.gpu.compute.problems import Attention, Convolution, Product
 from npulab.gpu.compute.tiles import Choice, Winograd
+from npulab.reference import requantize
 
 Array = NDArray[np.float64]
 _UNIT = 2.0 ** -24
@@ -103,6 +104,45 @@ def short_sums(sizes: Array, terms: int, scale: float, *operands: Array) -> Arra
     return _SHORT * sizes + (1 + _SHORT) * terms * abs(scale) * _NORMAL * (1 + largest)
 
 
+def integer_convolution(what: Convolution, x: NDArray[Any], weights: NDArray[Any], bias: NDArray[Any] | None,
+                        zero_in: int, multipliers: Sequence[int], shifts: Sequence[int], zero_out: int,
+                        low: int = -128, high: int = 127) -> tuple[Array, Array]:
+    """TFLite's bytes, and zeros: nothing else is right. Sums are exact in float64, and wrap."""
+    sums, _ = convolution(what, x.astype(np.int64) - zero_in, weights, bias)
+    found = requantize.multiply(requantize.wrapped(sums.astype(np.int64)), np.array(multipliers), np.array(shifts))
+    return np.clip(found + zero_out, low, high).astype(np.float64), np.zeros(found.shape)
+
+
+def attention(what: Attention, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], halves: bool = False
+              ) -> tuple[Array, Array]:
+    """The result and the bound on errors, batch by batch. halves: scores are off by what `short_sums` says,
+    exponentials by as much twice (it and their sum); they are rounded to halves and added up with V by fours, where
+    each key may count as zero."""
+    each = [_attention(what, a.astype(np.float64), b.astype(np.float64), c.astype(np.float64), halves)
+            for a, b, c in zip(q, k, v, strict=True)]
+    want, bound = (np.stack(x) for x in zip(*each, strict=True))
+    if what.number == "float16":
+        bound = bound + _HALF * (np.abs(want) + bound) + 2.0 ** -25
+    return want, bound
+
+
+def _attention(what: Attention, q: Array, k: Array, v: Array, halves: bool) -> tuple[Array, Array]:
+    """A score is off by n terms' roundings, and so is the largest; exp by 5 units, sums by one a key, twice."""
+    scores, sizes = q @ k.T * what.scale, np.abs(q) @ np.abs(k).T * abs(what.scale)
+    if what.causal:
+        scores = np.where(np.arange(what.keys) <= np.arange(what.queries)[:, None], scores, -np.inf)
+    shares = np.exp(scores - scores.max(-1, keepdims=True))
+    total = shares.sum(-1, keepdims=True)
+    want, size = shares @ v / total, shares @ np.abs(v) / total
+    bound = size * (4 * (what.depth + 3) * _UNIT * sizes.max(-1, keepdims=True) + (2 * what.keys + 20) * _UNIT)
+    if halves:
+        score = short_sums(sizes, what.depth, what.scale, q, k).max(-1, keepdims=True)
+        wider = np.exp(2 * score) * (1 + 2.0 ** -10) ** 5
+        zero = what.keys * 2.0 ** -14 * (1 + 2 * max(1.0, float(np.abs(v).max()))) / total
+        bound = (size + bound) * wider - size + zero * wider
+    return want, bound
+
+
 def integer_attention(what: Attention, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], scales: Sequence[float],
                       zeros: Sequence[int], scale_out: float, zero_out: int, steps: int, tile: int = 4
                       ) -> tuple[Array, Array]:
@@ -125,7 +165,8 @@ def integer_attention(what: Attention, q: NDArray[Any], k: NDArray[Any], v: NDAr
     tiles = -(-what.keys // tile)
     part = (tiles + 3) * (4e-7 + 4 * unit) + 8 * unit * np.where(weights > 0, below, 0)
     errors = np.minimum(0.5, weights) * (1 + part) + weights * part
-    apart = np.stack([(errors[b][:, :, None] * np.abs(v[b][None] - mean[b][:, None])).sum(1) for b in range(len(v))])
+    apart = np.stack([np.stack([e @ np.abs(v[b] - m) for e, m in zip(errors[b], mean[b], strict=True)])
+                      for b in range(len(v))])  # one query at a time: all of them are gigabytes
     off = apart / (weights - errors).sum(-1, keepdims=True) + (4 * tiles + 12) * unit * 255
     gain = scales[2] / scale_out
     return np.clip(mean * gain + zero_out, -128, 127), 0.5 + gain * off + 8 * unit * (255 * gain + 256)

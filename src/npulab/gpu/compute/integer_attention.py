@@ -26,14 +26,14 @@ integer_attention_cpu: a work item has a tile of queries. integer_attention_gpu:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from npulab.errors import CapacityError, InvariantError, UnsupportedError
-from npulab.gpu.compute import integer_attention_cpu, integer_attention_gpu, vectors
-from npulab.gpu.compute.attention import operations
+from npulab.gpu.compute import attention_cpu, attention_gpu, integer_attention_cpu, integer_attention_gpu, vectors
+from npulab.gpu.compute.attention import Choice, chosen, operations, with_room
 from npulab.gpu.compute.problems import Attention
 from npulab.gpu.compute.types import Argument, Buffer, Launch, Lowered, Traits
 
@@ -56,18 +56,26 @@ class Factors:
 
 
 def lower(what: Attention, traits: Traits, scales: Sequence[float], zeros: Sequence[int], scale_out: float,
-          zero_out: int, choice: Mapping[str, int] | None = None) -> Lowered:
-    """scales, zeros: of Q, K, V. choice: on a CPU "vectors" of queries and "keys" of a tile; on a GPU "across" work
-    items for keys, "down" for queries, "each": keys and queries of each. Raises: as `checked`; CapacityError if local
-    memory (a GPU's) or a thread's stack (a CPU's) has no room."""
-    found = checked(what, scales, zeros, scale_out, zero_out)
-    made = integer_attention_cpu if traits.cpu else integer_attention_gpu
-    kernel, size, group = made.kernel(what, traits, choice or {}, found)
+          zero_out: int, choice: Choice | None = None) -> Lowered:
+    """scales, zeros: of Q, K, V. Raises: as `checked`; CapacityError if local memory (a GPU's) or a thread's stack (a
+    CPU's) has no room; InvariantError for a choice of the other kind of device."""
+    found, (lanes, items) = checked(what, scales, zeros, scale_out, zero_out), chosen(choice, traits)
+    if traits.cpu:
+        kernel, size, group = integer_attention_cpu.kernel(what, traits, lanes, found)
+    else:
+        kernel, size, group = integer_attention_gpu.kernel(what, traits, items, found)
     arguments: tuple[Argument, ...] = (
         Buffer("input"), Buffer("input1"), Buffer("input2"), Buffer("output"), np.int32(what.queries),
         np.int32(what.keys), np.float32(found.score * vectors.LOG2E), np.float32(found.out))
     traffic = float(what.batch * (what.queries + what.keys) * (what.depth + what.width))
     return Lowered((Launch(kernel, size, group, arguments, "int8 attention", operations(what), traffic),))
+
+
+def candidates(what: Attention, traits: Traits) -> list[Choice]:
+    """What is taken unasked first; none if there is no room for any. Raises: UnsupportedError for another number."""
+    offered: Sequence[Choice] = (attention_cpu.candidates(what, traits) if traits.cpu else
+                                 attention_gpu.candidates(traits, integer_attention_gpu.SHAPES))
+    return with_room(offered, lambda c: lower(what, traits, (1.0,) * 3, (0,) * 3, 1.0, 0, c))
 
 
 def checked(what: Attention, scales: Sequence[float], zeros: Sequence[int], scale_out: float, zero_out: int) -> Factors:

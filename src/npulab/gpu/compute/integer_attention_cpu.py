@@ -7,12 +7,11 @@ widened anew for each tile of queries.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from npulab.errors import CapacityError
 from npulab.gpu.compute import vectors
-from npulab.gpu.compute.attention_cpu import NARROW, STACK, WIDE, step_of
+from npulab.gpu.compute.attention_cpu import NARROW, STACK, WIDE, Lanes, step_of
 from npulab.gpu.compute.problems import Attention
 from npulab.gpu.compute.types import Kernel, Traits
 
@@ -27,17 +26,17 @@ KEYS = 128
 """Of a tile, about: anything from 48 to 192 is within 3 %."""
 
 
-def kernel(what: Attention, traits: Traits, choice: Mapping[str, int], factors: Factors
+def kernel(what: Attention, traits: Traits, choice: Lanes | None, factors: Factors
            ) -> tuple[Kernel, tuple[int, ...], tuple[int, ...]]:
     """(kernel, global size, local size). Raises: CapacityError for heads that a thread's stack has no room for."""
     w = vectors.fitting(traits, what.queries)
     wide, sums = WIDE if traits.registers >= 32 * traits.vector else NARROW
-    many = min(choice.get("vectors", wide), -(-what.queries // w))
+    many = min(choice.vectors if choice else wide, -(-what.queries // w))
     tiles, rest = divmod(what.queries, many * w)
     last = -(-rest // w)  # vectors of the last tile: fewer, if that is enough
     if last == many:
         tiles, last = tiles + 1, 0
-    kinds = [_Tile(what, w, n, sums, choice.get("keys", 0), factors) for n in sorted({many, last or many})]
+    kinds = [_Tile(what, w, n, sums, choice.keys if choice else 0, factors) for n in sorted({many, last or many})]
     if (need := kinds[-1].stack_bytes) > STACK:
         raise CapacityError("int8 attention has no room on a thread's stack", got=f"{need} bytes for heads of "
                             f"{what.depth} and {what.width}", want=f"at most {STACK}")

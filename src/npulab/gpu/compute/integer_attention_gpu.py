@@ -6,11 +6,11 @@ A word has four bytes: neighbours of a vector of Q or K; the shares, or the valu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from npulab.errors import CapacityError, InvariantError
 from npulab.gpu.compute import vectors
+from npulab.gpu.compute.attention_gpu import Items
 from npulab.gpu.compute.problems import Attention
 from npulab.gpu.compute.types import Kernel, Traits
 
@@ -46,11 +46,11 @@ def local_bytes(what: Attention, across: int, down: int, each: int) -> int:
                 + queries * (keys // 4 + 1) + queries * across)
 
 
-def kernel(what: Attention, traits: Traits, choice: Mapping[str, int], factors: Factors
+def kernel(what: Attention, traits: Traits, choice: Items | None, factors: Factors
            ) -> tuple[Kernel, tuple[int, ...], tuple[int, ...]]:
     """Raises: CapacityError if local memory is too small for any tile; InvariantError for tiles of keys that are no
     fours."""
-    shapes = [(choice["across"], choice["down"], choice["each"])] if choice else SHAPES
+    shapes = [(choice.across, choice.down, choice.each)] if choice else SHAPES
     items = vectors.group_items(traits) if not choice else traits.group_max
     fit = [s for s in shapes if s[0] * s[1] <= items and local_bytes(what, *s) <= traits.local_bytes]
     if not fit:

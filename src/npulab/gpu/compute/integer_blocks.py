@@ -98,13 +98,29 @@ class Size:
 
 def tile_of(traits: Traits, size: Size) -> Tile:
     """The model's first."""
+    return candidates(traits, size)[0]
+
+
+def candidates(traits: Traits, size: Size) -> list[Tile]:
+    """By the model, the likely best first; on a GPU 4 rows of vectors of 4 come before all others."""
     if not traits.cpu:
         width = min(4, vectors.fitting(traits, size.columns) if traits.vector > 1 else 4)
-        across, down = vectors.split(vectors.group_items(traits), -(-size.columns // width), -(-size.rows // 4))
-        return Tile(4, 1, width, 1, (across, down))
-    width, registers = traits.vector, max(8, traits.registers // traits.vector)
-    shapes = [Tile(r, v, width, 1, (1, 1)) for v in (1, 2, 3, 4) for r in range(1, 15) if (r + 1) * v + 2 <= registers]
-    tile = min(shapes, key=lambda t: cycles(traits, t, size))
+        usual = vectors.group_items(traits)
+        groups = [usual, *(n for n in _GROUPS if n <= traits.group_max and n % min(traits.warp, n) == 0)]
+        first, *others = dict.fromkeys(
+            Tile(r, v, width, 1, (across, down)) for n in groups for r, v in ((4, 1), (2, 1), (8, 1), (4, 2), (8, 2))
+            if r * v * width <= max(4 * width, traits.registers)
+            for across, down in [vectors.split(n, -(-size.columns // (v * width)), -(-size.rows // r))])
+        return [first, *sorted(others, key=lambda t: cycles(traits, t, size))]
+    widths = [w for w in (traits.vector, traits.vector // 2) if w == traits.vector or w >= 4]
+    registers = max(8, traits.registers // traits.vector)
+    shapes = [Tile(r, v, w, 1, (1, 1)) for w in widths for v in (1, 2, 3, 4) for r in range(1, 15)
+              if (r + 1) * v + 2 <= registers]
+    return [_filled(traits, t, size) for t in sorted(shapes, key=lambda t: cycles(traits, t, size))]
+
+
+def _filled(traits: Traits, tile: Tile, size: Size) -> Tile:
+    """With tiles enough for a work item."""
     items = -(-size.rows // tile.rows) * -(-size.columns // tile.columns) * size.z
     each = min(math.ceil(_LEAST / (size.pairs * tile.rows * tile.vectors)), items // (_TURNS * traits.compute_units))
     return replace(tile, each=max(1, each))
@@ -113,7 +129,7 @@ def tile_of(traits: Traits, size: Size) -> Tile:
 def cycles(traits: Traits, tile: Tile, size: Size) -> float:
     """Of the core that has most to do, and until the weights are there."""
     items = -(-size.rows // tile.rows) * -(-size.columns // tile.columns) * size.z
-    sums = tile.rows * tile.columns / (traits.vector if traits.cpu else _LANES)
+    sums = tile.rows * tile.vectors if traits.cpu else tile.rows * tile.columns / _LANES
     loads = (tile.rows + tile.vectors) if traits.cpu else 0
     each = size.pairs * (_PAIR * sums + _LOAD * loads) + _START + (_ENDING if size.ending else _STORE) * sums
     return -(-items // traits.compute_units) * each + 4.0 * size.z * size.pairs * size.columns / _STREAMED
@@ -130,6 +146,8 @@ _LEAST, _TURNS = 4000.0, 8
 """Cycles of a work item, and work items of a core, at least."""
 _LANES = 16
 """Of a GPU's core: as good as such a vector, assumed."""
+_GROUPS = (32, 64, 128, 256)
+"""Work items of a GPU's group that are tried."""
 
 
 def pack(matrix: NDArray[Any], tile: Tile) -> NDArray[np.int16]:

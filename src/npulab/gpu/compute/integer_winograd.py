@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from npulab.errors import InvariantError
 from npulab.gpu.compute import integer_blocks, tiles, vectors
-from npulab.gpu.compute.integer_blocks import Bytes, Size, load
+from npulab.gpu.compute.integer_blocks import Bytes, Size, Tile, load
 from npulab.gpu.compute.problems import Convolution
 from npulab.gpu.compute.types import Argument, Buffer, Kernel, Launch, Lowered, Traits
 from npulab.gpu.compute.winograd import matrices
@@ -42,6 +42,11 @@ def most(what: Convolution, weights: NDArray[Any], zero_in: int) -> int:
 
 def suits(what: Convolution, weights: NDArray[Any], zero_in: int) -> bool:
     return tiles.suits_winograd(what) and most(what, weights, zero_in) < 1 << 29
+
+
+def suits_any(what: Convolution) -> bool:
+    """Whether it `suits`, whatever the weights and the zero point."""
+    return tiles.suits_winograd(what) and 9 * what.channels * 255 * 128 < 1 << 29
 
 
 def checked(what: Convolution, weights: NDArray[Any], zero_in: int) -> None:
@@ -61,26 +66,26 @@ def transformed(weights: NDArray[Any]) -> NDArray[np.int64]:
     return u.reshape(POINTS, *u.shape[2:])
 
 
-def cycles(what: Convolution, traits: Traits) -> float:
+def cycles(what: Convolution, traits: Traits, tile: Tile) -> float:
     """Of the launches, by a model."""
-    size = _size(what)
+    size = size_of(what)
     moved = POINTS * size.rows * (4 * what.channels + 8 * what.filters) / integer_blocks.MOVED
-    return (integer_blocks.cycles(traits, integer_blocks.tile_of(traits, size), size)
-            + moved / traits.compute_units + 3 * integer_blocks.LAUNCH)
+    return integer_blocks.cycles(traits, tile, size) + moved / traits.compute_units + 3 * integer_blocks.LAUNCH
 
 
-def _size(what: Convolution) -> Size:
+def size_of(what: Convolution) -> Size:
+    """Of its products."""
     patches = what.batch * math.prod(-(-n // SIZE) for n in what.out)
     return Size(patches, -(-what.channels // 2), what.filters, POINTS, False)
 
 
 def lower(what: Convolution, traits: Traits, weights: NDArray[Any], zero_in: int, rescale: NDArray[np.int32],
-          ending: Bytes) -> Lowered:
+          ending: Bytes, tile: Tile | None = None) -> Lowered:
     """What `suits`, of checked arguments. rescale: [3, filters] biases, multipliers, shifts."""
     height, width = what.out
     grid = -(-height // SIZE), -(-width // SIZE)
-    size = _size(what)
-    patches, pairs, tile = size.rows, size.pairs, integer_blocks.tile_of(traits, size)
+    size = size_of(what)
+    patches, pairs, tile = size.rows, size.pairs, tile or integer_blocks.tile_of(traits, size)
     pitch = vectors.up(what.filters, tile.columns)
     rows = integer_blocks.Rows((1, 1, patches), (1, patches), pairs, pairs, patches * pairs)
     columns = integer_blocks.Columns(what.filters, POINTS, pitch, patches * pitch)

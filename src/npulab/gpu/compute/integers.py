@@ -19,41 +19,51 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from npulab.errors import InvariantError, UnsupportedError
 from npulab.gpu.compute import convolution as floats
 from npulab.gpu.compute import integer_blocks, integer_winograd, vectors
-from npulab.gpu.compute.integer_blocks import Bytes, Size, load
-from npulab.gpu.compute.problems import Convolution
+from npulab.gpu.compute.integer_blocks import Bytes, Size, Tile, load
+from npulab.gpu.compute.problems import Convolution, Product
 from npulab.gpu.compute.types import Argument, Buffer, Kernel, Launch, Lowered, Traits
 
 Algorithm = Literal["direct", "winograd"]
+ALGORITHMS: tuple[Algorithm, ...] = ("direct", "winograd")
 PIXELS = 6
 """Of a row at a time where groups are single channels, on a CPU: each with one vector of filters."""
 
 
+class Integer(msgspec.Struct, frozen=True, tag="integer"):
+    """How sums are made; the tile is of `integer_blocks`."""
+
+    algorithm: Algorithm
+    tile: Tile
+
+
 def product(batch: int, rows: int, inner: int, columns: int, traits: Traits, weights: NDArray[Any],
             bias: NDArray[Any] | None, zero_in: int, multipliers: Sequence[int], shifts: Sequence[int], zero_out: int,
-            low: int = -128, high: int = 127) -> Lowered:
+            low: int = -128, high: int = 127, choice: Integer | None = None) -> Lowered:
     """weights: [columns, inner], as TFLite's fully connected layers have them."""
-    what = Convolution(batch, 1, rows, inner, columns, number="int8")
+    what = as_convolution(Product(batch, rows, inner, columns, transposed=True, number="int8"))
     return convolution(what, traits, filters_of(weights, inner, columns), bias, zero_in, multipliers, shifts,
-                       zero_out, low, high)
+                       zero_out, low, high, choice=choice)
 
 
 def convolution(what: Convolution, traits: Traits, weights: NDArray[Any], bias: NDArray[Any] | None, zero_in: int,
                 multipliers: Sequence[int], shifts: Sequence[int], zero_out: int, low: int = -128, high: int = 127,
-                algorithm: Algorithm | None = None) -> Lowered:
+                algorithm: Algorithm | None = None, choice: Integer | None = None) -> Lowered:
     """weights: int8 OHWI [filters, *kernel, channels // groups], zero point 0; bias: int32 [filters].
     multipliers (0 or 2**30..2**31 - 1), shifts (-31..30): of each filter. Activations are in low and high. Without an
-    algorithm the likely quicker one.
+    algorithm the likely quicker one. choice: algorithm and tile, of `candidates`.
 
     Raises: as `checked`; InvariantError for Winograd's algorithm where `integer_winograd.suits` says no.
     """
     checked(what, weights, bias, zero_in, multipliers, shifts, zero_out, low, high)
-    zero_in = int(zero_in)
+    zero_in, tile = int(zero_in), choice.tile if choice else None
+    algorithm = choice.algorithm if choice else algorithm
     if algorithm == "winograd":
         integer_winograd.checked(what, weights, zero_in)
     elif algorithm is None and integer_winograd.suits(what, weights, zero_in) and _quicker(what, traits):
@@ -61,21 +71,56 @@ def convolution(what: Convolution, traits: Traits, weights: NDArray[Any], bias: 
     ending = Bytes(int(zero_out), int(low), int(high), bool(max(shifts) > 0))
     rescale = np.array([np.zeros(what.filters) if bias is None else bias, multipliers, shifts], np.int64)
     if algorithm == "winograd":
-        return integer_winograd.lower(what, traits, weights, zero_in, rescale.astype(np.int32), ending)
-    if what.groups == what.channels > 1:
+        return integer_winograd.lower(what, traits, weights, zero_in, rescale.astype(np.int32), ending, tile)
+    if what.groups == what.channels > 1 and not choice:
         return _depthwise(what, traits, weights, zero_in, rescale, ending)
-    return _direct(what, traits, weights, zero_in, rescale, ending)
+    return _direct(what, traits, weights, zero_in, rescale, ending, tile)
+
+
+def candidates(what: Convolution, traits: Traits) -> list[Integer]:
+    """The model's first of each algorithm, the likely quicker one before the other, then the rest in the model's order.
+    Winograd's algorithm is among them where it is right for any weights. None of depthwise sums: they have one kernel.
+    """
+    if what.groups == what.channels > 1:
+        return []
+    algorithms = ALGORITHMS if integer_winograd.suits_any(what) else ALGORITHMS[:1]
+    ways = [(i > 0, _cycles(what, traits, Integer(a, t)), Integer(a, t)) for a in algorithms
+            for i, t in enumerate(integer_blocks.candidates(traits, _size(what, a)))]
+    return [c for *_, c in sorted(ways, key=lambda w: w[:2])]
+
+
+def as_convolution(what: Product) -> Convolution:
+    """A product of bytes: of an image of one row. Raises: UnsupportedError for what these products have not."""
+    plain = Product(what.batch, what.rows, what.inner, what.columns, what.transposed, number="int8")
+    if what != plain:
+        raise UnsupportedError("integer products are of constant weights, one matrix, without scale, residual and "
+                               "activation", got=str(what), want=str(plain))
+    return Convolution(what.batch, 1, what.rows, what.inner, what.columns, number="int8")
 
 
 def _quicker(what: Convolution, traits: Traits) -> bool:
     """Winograd's algorithm than direct sums, of what has 3 x 3 taps, by a model of cycles."""
-    size = Size(what.batch * math.prod(what.out), 9 * vectors.up(what.channels, 2) // 2, what.filters, 1, True)
-    direct = integer_blocks.cycles(traits, integer_blocks.tile_of(traits, size), size) + 2 * integer_blocks.LAUNCH
-    return integer_winograd.cycles(what, traits) < direct
+    direct, winograd = (_cycles(what, traits, Integer(a, integer_blocks.tile_of(traits, _size(what, a))))
+                        for a in ALGORITHMS)
+    return winograd < direct
+
+
+def _cycles(what: Convolution, traits: Traits, choice: Integer) -> float:
+    if choice.algorithm == "winograd":
+        return integer_winograd.cycles(what, traits, choice.tile)
+    return integer_blocks.cycles(traits, choice.tile, _size(what, "direct")) + 2 * integer_blocks.LAUNCH
+
+
+def _size(what: Convolution, algorithm: Algorithm) -> Size:
+    """Of the launch that sums products."""
+    if algorithm == "winograd":
+        return integer_winograd.size_of(what)
+    pairs = vectors.up(what.channels // what.groups, 2) // 2 * math.prod(what.kernel)
+    return Size(what.batch * math.prod(what.out), pairs, what.filters // what.groups, what.groups, True)
 
 
 def _direct(what: Convolution, traits: Traits, weights: NDArray[Any], zero_in: int, rescale: NDArray[np.int64],
-            ending: Bytes) -> Lowered:
+            ending: Bytes, tile: Tile | None) -> Lowered:
     """A copy of the image as int16 without the zero point, pads around it; sums of all taps."""
     groups, filters, inner = what.groups, what.filters // what.groups, what.channels // what.groups
     (kh, kw), (top, left, bottom, right) = what.kernel, what.pads
@@ -87,7 +132,7 @@ def _direct(what: Convolution, traits: Traits, weights: NDArray[Any], zero_in: i
         matrix, taps = matrix.reshape(1, kh, kw * even, filters), (kh, 1)
     pairs = matrix.shape[2] // 2
     out, pitch = (what.batch, *what.out), groups * even // 2
-    tile = integer_blocks.tile_of(traits, Size(math.prod(out), pairs * math.prod(taps), filters, groups, True))
+    tile = tile or integer_blocks.tile_of(traits, _size(what, "direct"))
     rows = integer_blocks.Rows(out, size, pairs, pitch, even // 2, taps, what.strides, what.dilations)
     columns = integer_blocks.Columns(filters, groups, what.filters, filters)
     label = f"int8 {kh}x{kw} convolution {what.channels} to {what.filters}"

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from npulab.dialects import to_onnx
 from npulab.errors import CapacityError, InvariantError, UsageError
 from npulab.gpu.compute import convolution, matrices, moves, operators, tiles, windows
+from npulab.gpu.compute.choices import Work
 from npulab.gpu.compute.device import Device
 from npulab.gpu.compute.fusing import groups, normal
 from npulab.gpu.compute.layers import Layer, Network
@@ -34,7 +35,7 @@ from npulab.ir import Graph
 
 ALIGNMENT = 128
 """Bytes, where no device says otherwise."""
-Choose = Callable[[Convolution | Product], Any]
+Choose = Callable[[Work], Any]
 """The tuned choice of a problem, or None."""
 
 
@@ -104,9 +105,9 @@ def layers_of(graph: Graph, fuse_attention: bool = True, number: Number | None =
     return operators.network(graph, groups(graph, fuse_attention), numbers_of(graph, names, number))
 
 
-def tunable(network: Network) -> list[Convolution | Product]:
+def tunable(network: Network) -> list[Work]:
     """Problems whose kernels have choices, each once."""
-    found = {x.what: None for x in network.layers if isinstance(x.what, Convolution | Product)}
+    found = {x.what: None for x in network.layers if isinstance(x.what, Work)}
     return [w for w in found if not isinstance(w, Convolution) or w.groups == 1 or w.groups != w.channels]
 
 
@@ -146,7 +147,7 @@ def lowered(layer: Layer, traits: Traits, choose: Choose | None = None) -> Lower
             from npulab.gpu.compute import attention
 
             try:
-                return attention.lower(what, traits, halves=on_halves(what.number, traits))
+                return attention.lower(what, traits, choose(what) if choose else None, on_halves(what.number, traits))
             except CapacityError:  # no room in local memory, or on a thread's stack
                 return attention.unfused(what, traits)
         case moves.Map():

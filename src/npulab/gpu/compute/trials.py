@@ -5,17 +5,33 @@ It reads a line of JSON that says device and problem, then one for each candidat
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import msgspec
 import numpy as np
 
 from npulab.errors import NpulabError
-from npulab.gpu.compute import checks, convolution, matrices
+from npulab.gpu.compute import (
+    attention,
+    checks,
+    convolution,
+    integer_attention,
+    integer_attention_cpu,
+    integer_attention_gpu,
+    integers,
+    matrices,
+    tiles,
+)
+from npulab.gpu.compute.attention_gpu import Items
+from npulab.gpu.compute.checks import Array
+from npulab.gpu.compute.choices import Choice, Work
 from npulab.gpu.compute.device import Device
-from npulab.gpu.compute.problems import Convolution, Product
-from npulab.gpu.compute.tiles import Choice
+from npulab.gpu.compute.problems import Attention, Convolution, Product
 from npulab.gpu.compute.types import Lowered, Traits
 
 REPEATS = 11
@@ -23,12 +39,13 @@ WARM = 2
 
 
 class Problem(msgspec.Struct, frozen=True):
-    """What is sent first: the device's number and traits, one of the two."""
+    """What is sent first: the device's number and traits, one of the others."""
 
     number: int
     traits: Traits
     convolution: Convolution | None = None
     product: Product | None = None
+    attention: Attention | None = None
 
 
 class Asked(msgspec.Struct, frozen=True):
@@ -46,51 +63,130 @@ class Answer(msgspec.Struct, frozen=True):
     rival: tuple[float, ...] = ()
 
 
-class Trials:
-    """Random inputs, the same in every process, and buffers of the candidates that may be asked for again."""
+@dataclass(frozen=True)
+class Trial:
+    """inputs: by role. shape, kind: of the output. lower: a candidate's launches. wanted: what is right, and how far a
+    candidate may be from it."""
 
-    def __init__(self, device: Device, traits: Traits, what: Convolution | Product) -> None:
-        self.device, self.traits, self.what = device, traits, what
-        r = np.random.default_rng(0)
-        kind = np.float16 if what.number == "float16" else np.float32
+    inputs: dict[str, Any]
+    shape: tuple[int, ...]
+    kind: type
+    lower: Callable[[Any], Lowered]
+    wanted: Callable[[Any], tuple[Array, Array]]
 
-        def some(*shape: int) -> Any:
-            return r.uniform(-1, 1, shape).astype(kind)
 
-        outputs: tuple[int, ...]
+def trial(what: Work, traits: Traits) -> Trial:
+    """Random inputs, the same in every process."""
+    match what:
+        case Convolution(number="int8"):
+            return _integers(what, traits)
+        case Product(number="int8"):
+            return _integers(integers.as_convolution(what), traits)
+        case Attention():
+            return _attention(what, traits)
+    return _floats(what, traits)
+
+
+def _floats(what: Convolution | Product, traits: Traits) -> Trial:
+    r = np.random.default_rng(0)
+    kind = np.float16 if what.number == "float16" else np.float32
+
+    def some(*shape: int) -> Any:
+        return r.uniform(-1, 1, shape).astype(kind)
+
+    outputs: tuple[int, ...]
+    if isinstance(what, Convolution):
+        outputs = (what.batch, *what.out, what.filters)
+        inputs = {"input": some(what.batch, what.height, what.width, what.channels)}
+        weights = some(what.filters, *what.kernel, what.channels // what.groups)
+        bias = some(what.filters).astype(np.float32)
+    else:
+        outputs = (what.batch, what.rows, what.columns)
+        inputs = {"input": some(what.batch, what.rows, what.inner)}
+        shape = (what.columns, what.inner) if what.transposed else (what.inner, what.columns)
+        weights = some(*([what.batch] if what.batched else []), *shape)
+        bias = some(what.columns).astype(np.float32)
+    residual = some(*outputs) if what.residual else None
+    if residual is not None:
+        inputs["input1"] = residual
+
+    def lower(choice: tiles.Choice) -> Lowered:
         if isinstance(what, Convolution):
-            outputs = (what.batch, *what.out, what.filters)
-            self.inputs = {"input": some(what.batch, what.height, what.width, what.channels)}
-            self.weights = some(what.filters, *what.kernel, what.channels // what.groups)
-            self.bias = some(what.filters).astype(np.float32)
-        else:
-            outputs = (what.batch, what.rows, what.columns)
-            self.inputs = {"input": some(what.batch, what.rows, what.inner)}
-            shape = (what.columns, what.inner) if what.transposed else (what.inner, what.columns)
-            self.weights = some(*([what.batch] if what.batched else []), *shape)
-            self.bias = some(what.columns).astype(np.float32)
-        self.outputs, self.kind = outputs, kind
-        self.residual = some(*outputs) if what.residual else None
-        if self.residual is not None:
-            self.inputs["input1"] = self.residual
-        self.buffers = {role: device.upload(array) for role, array in self.inputs.items()}
-        self.buffers["output"] = device.allocate(int(np.prod(outputs)) * np.dtype(kind).itemsize)
+            return convolution.lower(what, traits, weights, bias, choice)
+        return matrices.lower(what, traits, weights, bias, choice)
+
+    def wanted(choice: tiles.Choice) -> tuple[Array, Array]:
+        if isinstance(what, Convolution):
+            return checks.convolution(what, inputs["input"], weights, bias, residual, choice, choice.tile.halves)
+        return checks.product(what, inputs["input"], weights, bias, residual, choice.tile.halves)
+
+    return Trial(inputs, outputs, kind, lower, wanted)
+
+
+def _integers(what: Convolution, traits: Traits) -> Trial:
+    """Outputs are spread over the bytes: sums are about 5000 for each root of a term."""
+    r = np.random.default_rng(0)
+    x = r.integers(-128, 128, (what.batch, what.height, what.width, what.channels)).astype(np.int8)
+    weights = r.integers(-127, 128, (what.filters, *what.kernel, what.channels // what.groups)).astype(np.int8)
+    bias, zero_in, zero_out = r.integers(-9999, 9999, what.filters).astype(np.int32), 3, -5
+    multipliers = [int(m) for m in r.integers(1 << 30, 1 << 31, what.filters)]
+    shifts = [-6 - round(math.log2(weights[0].size) / 2)] * what.filters
+    given = zero_in, multipliers, shifts, zero_out
+
+    @cache
+    def right() -> tuple[Array, Array]:
+        return checks.integer_convolution(what, x, weights, bias, *given)
+
+    return Trial({"input": x}, (what.batch, *what.out, what.filters), np.int8,
+                 lambda choice: integers.convolution(what, traits, weights, bias, *given, choice=choice),
+                 lambda choice: right())
+
+
+def _attention(what: Attention, traits: Traits) -> Trial:
+    r = np.random.default_rng(0)
+    shapes = [(what.batch, n, d) for n, d in ((what.queries, what.depth), (what.keys, what.depth),
+                                              (what.keys, what.width))]
+    roles, outputs = ("input", "input1", "input2"), (what.batch, what.queries, what.width)
+    if what.number != "int8":
+        kind = np.float16 if what.number == "float16" else np.float32
+        q, k, v = (r.uniform(-1, 1, s).astype(kind) for s in shapes)
+
+        @cache
+        def right(halves: bool) -> tuple[Array, Array]:
+            return checks.attention(what, q, k, v, halves)
+
+        return Trial(dict(zip(roles, (q, k, v), strict=True)), outputs, kind,
+                     lambda choice: attention.lower(what, traits, choice),
+                     lambda choice: right(isinstance(choice, Items) and choice.halves))
+    q, k, v = (r.integers(-128, 128, s).astype(np.int8) for s in shapes)
+    scales, zeros, scale_out, zero_out = (0.02, 0.02, 0.02), (3, -7, 5), 0.005, 2
+    steps = (integer_attention_cpu if traits.cpu else integer_attention_gpu).STEPS
+
+    @cache
+    def bytes_() -> tuple[Array, Array]:
+        return checks.integer_attention(what, q, k, v, scales, zeros, scale_out, zero_out, steps)
+
+    return Trial(dict(zip(roles, (q, k, v), strict=True)), outputs, np.int8,
+                 lambda choice: integer_attention.lower(what, traits, scales, zeros, scale_out, zero_out, choice),
+                 lambda choice: bytes_())
+
+
+class Trials:
+    """Buffers of the candidates that may be asked for again."""
+
+    def __init__(self, device: Device, traits: Traits, what: Work) -> None:
+        self.device, self.trial = device, trial(what, traits)
+        self.buffers = {role: device.upload(array) for role, array in self.trial.inputs.items()}
+        self.buffers["output"] = device.allocate(math.prod(self.trial.shape) * np.dtype(self.trial.kind).itemsize)
         self.kept: dict[Choice, tuple[Lowered, dict[str, Any]]] = {}
 
-    def lowered(self, choice: Choice) -> Lowered:
-        if isinstance(self.what, Convolution):
-            return convolution.lower(self.what, self.traits, self.weights, self.bias, choice)
-        return matrices.lower(self.what, self.traits, self.weights, self.bias, choice)
-
     def wrong(self, choice: Choice) -> str:
-        """What is wrong with the output; "" if nothing is."""
-        found = self.device.download(self.buffers["output"], self.outputs, self.kind).astype(np.float64)
-        if isinstance(self.what, Convolution):
-            want, bound = checks.convolution(self.what, self.inputs["input"], self.weights, self.bias, self.residual,
-                                             choice, choice.tile.halves)
-        else:
-            want, bound = checks.product(self.what, self.inputs["input"], self.weights, self.bias, self.residual,
-                                         choice.tile.halves)
+        """What is wrong with the output of a run; "" if nothing is. Before it the output has what is wrong."""
+        shape, kind, (want, bound) = self.trial.shape, self.trial.kind, self.trial.wanted(choice)
+        bad = np.full(shape, np.nan) if kind is not np.int8 else np.where(want < 0, 127, -128)
+        self.device.upload(bad.astype(kind), self.buffers["output"])
+        self.run(choice)
+        found = self.device.download(self.buffers["output"], shape, kind).astype(np.float64)
         beyond = ~(np.abs(found - want) <= bound)
         if not beyond.any():
             return ""
@@ -110,13 +206,10 @@ class Trials:
             if choice is None or choice in self.kept:
                 continue
             try:
-                lowered = self.lowered(choice)
+                lowered = self.trial.lower(choice)
                 buffers = {role: self.device.upload(a) for role, a in lowered.constants.items()}
                 buffers |= {role: self.device.allocate(size) for role, size in lowered.scratch.items()}
                 self.kept[choice] = lowered, buffers
-                empty = np.full(self.outputs, np.nan, self.kind)
-                self.device.upload(empty, self.buffers["output"])
-                self.run(choice)
                 why = self.wrong(choice)
             except NpulabError as e:
                 why = f"{e.message}: {e.facts.get('got', '')}"[:300]
@@ -136,7 +229,7 @@ class Trials:
 
 def main() -> None:
     problem = msgspec.json.decode(sys.stdin.readline(), type=Problem)
-    what = problem.convolution or problem.product
+    what = problem.convolution or problem.product or problem.attention
     assert what is not None
     trials = Trials(Device(problem.number), problem.traits, what)
     for line in sys.stdin:

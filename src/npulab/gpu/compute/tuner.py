@@ -27,10 +27,10 @@ import msgspec
 
 from npulab.errors import InvariantError, NpulabError
 from npulab.gpu import opencl
-from npulab.gpu.compute import tiles
+from npulab.gpu.compute import choices
+from npulab.gpu.compute.choices import Choice, Work
 from npulab.gpu.compute.device import Device
-from npulab.gpu.compute.problems import Convolution, Product
-from npulab.gpu.compute.tiles import Choice
+from npulab.gpu.compute.problems import Attention, Convolution, Product
 from npulab.gpu.compute.trials import Answer, Asked, Problem
 from npulab.gpu.compute.types import Traits
 from npulab.program.files import read_bounded, write_atomically
@@ -72,18 +72,33 @@ class Tuned(msgspec.Struct, frozen=True):
     attempts: int = 0
 
 
-def tune(device: Device, traits: Traits, what: Convolution | Product, store: Path, seconds: float,
-         tell: Callable[[str], None] | None = None, worker: Sequence[str] = WORKER, halves: bool = False) -> Choice:
-    """The best found by now; the model's first where nothing was. halves: as of `tiles.candidates`, kept on their own.
+def tune(device: Device, traits: Traits, what: Work, store: Path, seconds: float,
+         tell: Callable[[str], None] | None = None, worker: Sequence[str] = WORKER, halves: bool = False
+         ) -> Choice | None:
+    """The best found by now; the model's first where nothing was; None where there is nothing to choose. halves: as of
+    `choices.candidates`, kept on their own. Otherwise as `search`."""
+    path, key = _place(store, device, what, halves)
+    return search(path, key, choices.candidates(what, traits, halves), lambda: _problem(device, traits, what), seconds,
+                  tell, worker)
 
-    Candidates are tried in the model's order in a process of its own, which is ended when `seconds` are over, whatever
-    it hangs in: to that come only a write of the file and the end of the process. `tell`: a line for each candidate.
 
-    Raises: UsageError if the store cannot be written; for halves as `tiles.candidates`.
+def best(store: Path, device: Device, traits: Traits, what: Work, halves: bool = False) -> Choice | None:
+    """What tuning found; None where there was none, or the file is damaged."""
+    path, key = _place(store, device, what, halves)
+    return _best(_read(path, key, choices.candidates(what, traits, halves)).tried)
+
+
+def search(path: Path, key: dict[str, Any], ways: Sequence[Choice], problem: Callable[[], msgspec.Struct],
+           seconds: float, tell: Callable[[str], None] | None, worker: Sequence[str]) -> Choice | None:
+    """The best of `ways` by now, of a file with this key; the first where nothing was found; None of none.
+
+    Candidates are tried in order in a process of its own, to which the problem is sent first. It is ended when
+    `seconds` are over, whatever it hangs in: to that come only a write of the file and the end of the process. `tell`:
+    a line for each candidate.
+
+    Raises: UsageError if the file cannot be written.
     """
     end = time.monotonic() + seconds
-    ways = tiles.candidates(what, traits, halves)
-    path, key = _place(store, device, what, halves)
     found = _read(path, key, ways)
     tried = list(found.tried)
     if found.trying is not None and found.attempts >= ATTEMPTS:
@@ -93,9 +108,9 @@ def tune(device: Device, traits: Traits, what: Convolution | Product, store: Pat
     if found.trying in open_:  # where it was
         open_.sort(key=lambda w: w != found.trying)
     if not open_ or time.monotonic() >= end:
-        return _best(tried) or ways[0]
+        return _best(tried) or next(iter(ways), None)
     with suppress(OSError):  # the write says it better
-        store.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
     child: _Child | None = None
     try:
         for i, choice in enumerate(open_):
@@ -105,7 +120,7 @@ def tune(device: Device, traits: Traits, what: Convolution | Product, store: Pat
             attempts = found.attempts + 1 if choice == found.trying else 1
             found = Tuned(key, tuple(tried), choice, attempts)
             write_atomically(path, msgspec.json.encode(found))
-            child = child or _Child(worker, _problem(device, traits, what))
+            child = child or _Child(worker, problem())
             rival = _best(tried)
             answer = child.ask(Asked(choice, rival), end)
             if answer is None:
@@ -127,13 +142,6 @@ def tune(device: Device, traits: Traits, what: Convolution | Product, store: Pat
     return _best(tried) or ways[0]
 
 
-def best(store: Path, device: Device, traits: Traits, what: Convolution | Product, halves: bool = False
-         ) -> Choice | None:
-    """What tuning found; None where there was none, or the file is damaged."""
-    path, key = _place(store, device, what, halves)
-    return _best(_read(path, key, tiles.candidates(what, traits, halves)).tried)
-
-
 def _judged(choice: Choice, rival: Choice | None, answer: Answer) -> Tried:
     """The candidate wins by a lower median and most of the turns: one of many that are as quick would win by luck."""
     if answer.why or not answer.seconds:
@@ -150,20 +158,19 @@ def _best(tried: Sequence[Tried]) -> Choice | None:
     return next((t.choice for t in reversed(tried) if t.won), None)
 
 
-def _place(store: Path, device: Device, what: Convolution | Product, halves: bool) -> tuple[Path, dict[str, Any]]:
-    key = {"device": asdict(device.identity), "npulab": _version(), "problem": type(what).__name__, **asdict(what),
-           "halves": halves}
+def _place(store: Path, device: Device, what: Work, halves: bool) -> tuple[Path, dict[str, Any]]:
+    key = {"device": asdict(device.identity), "npulab": _version(choices.makers(what)),
+           "problem": type(what).__name__, **asdict(what), "halves": halves}
     key = msgspec.json.decode(msgspec.json.encode(key))
     name = hashlib.sha256(msgspec.json.encode(key, order="sorted")).hexdigest()[:24]
     return store / f"{name}.json", key
 
 
 @cache
-def _version() -> str:
+def _version(makers: tuple[str, ...]) -> str:
     """npulab's, and a digest of what makes the kernels: times of others are of no use."""
     here = Path(__file__).parent
-    made = hashlib.sha256(b"".join((here / f"{n}.py").read_bytes() for n in (
-        "activations", "blocks", "convolution", "matrices", "narrow", "vectors", "winograd")))
+    made = hashlib.sha256(b"".join((here / f"{n}.py").read_bytes() for n in makers))
     try:
         return f"{metadata.version('npulab')}+{made.hexdigest()[:12]}"
     except metadata.PackageNotFoundError:  # run from its sources
@@ -186,18 +193,18 @@ def _read(path: Path, key: dict[str, Any], ways: Sequence[Choice]) -> Tuned:
     return Tuned(key, tried, trying, found.attempts if trying is not None else 0)
 
 
-def _problem(device: Device, traits: Traits, what: Convolution | Product) -> Problem:
+def _problem(device: Device, traits: Traits, what: Work) -> Problem:
     numbers = [i for i, d in enumerate(opencl.devices()) if d == device.identity]
     if not numbers:
         raise InvariantError("the device is not among those that there are", got=device.identity.name)
     return Problem(numbers[0], traits, what if isinstance(what, Convolution) else None,
-                   what if isinstance(what, Product) else None)
+                   what if isinstance(what, Product) else None, what if isinstance(what, Attention) else None)
 
 
 class _Child:
     """A worker, asked line by line."""
 
-    def __init__(self, worker: Sequence[str], problem: Problem) -> None:
+    def __init__(self, worker: Sequence[str], problem: msgspec.Struct) -> None:
         environment: Mapping[str, str] = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         self.process = subprocess.Popen(list(worker), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=subprocess.DEVNULL, env=environment)
