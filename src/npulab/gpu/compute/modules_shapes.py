@@ -72,7 +72,7 @@ class Work:
 
 
 def first(what: Convolution | Product, traits: Traits | None = None) -> Choice:
-    """The likely best; where no device is known what does nowhere badly."""
+    """The likely best; `Shape()` where no device is known."""
     return candidates(what, traits)[0] if traits else Shape()
 
 
