@@ -18,6 +18,7 @@ from npulab.exporters.tflite_builder import ModelBuilder
 from npulab.gpu.compute import (
     activations,
     attention,
+    checks,
     depthwise,
     integers,
     normalize,
@@ -334,26 +335,14 @@ def test_an_unknown_activation_is_named():
 # attention
 
 
-def attention_of(what: Attention, q, k, v):
-    """In float64, and what each output is off by at most when computed in float32."""
-    q, k, v = (x.astype(np.float64) for x in (q, k, v))
-    scores, size = q @ k.swapaxes(1, 2) * what.scale, np.abs(q) @ np.abs(k).swapaxes(1, 2) * abs(what.scale)
-    if what.causal:
-        scores = np.where(np.arange(what.keys) > np.arange(what.queries)[:, None], -np.inf, scores)
-    part = softmax_of(scores)
-    # a score is off by so much, twice (it and the largest); exp is off by 5 units, the sum by one a key
-    off = 2 * (what.depth + 3) * EPS * size.max(-1, keepdims=True) * 2 + (2 * what.keys + 20) * EPS
-    return part @ v, (part @ np.abs(v)) * off
-
-
 def check_attention(device, what: Attention, lowered: Lowered, spread=1.0, extra=0.0):
     q, k, v = (numbers((what.batch, n, d), what.number, i) for i, (n, d) in enumerate(
         ((what.queries, what.depth), (what.keys, what.depth), (what.keys, what.width))))
     q = (q * spread).astype(what.number)
     shape = (what.batch, what.queries, what.width)
     found = computed(device, lowered, [q, k, v], shape, what.number)
-    want, bound = attention_of(what, q, k, v)
-    within(found, want, bound + stored(want, what.number) + extra)
+    want, bound = checks.attention(what, q, k, v)
+    within(found, want, bound + extra)
 
 
 ATTENTION = {
@@ -444,7 +433,7 @@ def test_attention_with_growing_scores(device, traits, step):
     q, v = np.ones((1, 17, 1), np.float32), numbers((1, 600, 3))
     k = np.arange(600, dtype=np.float32).reshape(1, 600, 1) * step
     found = computed(device, attention.lower(what, traits), [q, k, v], (1, 17, 3))
-    want, bound = attention_of(what, q, k, v)
+    want, bound = checks.attention(what, q, k, v)
     within(found, want, bound)
 
 
@@ -454,8 +443,8 @@ def test_scores_of_one_query_grow(device):
     q, k, v = numbers((1, 70, 2)), numbers((1, 200, 2), seed=1), numbers((1, 200, 5), seed=2)
     q[..., 1], k[..., 1] = 0, 0
     q[0, 21, 1], k[0, 150, 1] = 1, 90
-    found = computed(device, attention.lower(what, CPU, {"keys": 48}), [q, k, v], (1, 70, 5))
-    want, bound = attention_of(what, q, k, v)
+    found = computed(device, attention.lower(what, CPU, Lanes(4, 48)), [q, k, v], (1, 70, 5))
+    want, bound = checks.attention(what, q, k, v)
     within(found, want, bound)
     assert np.allclose(want[0, 21], v[0, 150])
 
@@ -504,7 +493,7 @@ def test_a_network_is_the_same_unfused(device):
     graph = helper.make_graph(nodes, "g", info[:3], info[3:], [onnx.numpy_helper.from_array(np.float32(0.2), "c")])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
     feeds = {n: numbers(shapes[n], seed=i) for i, n in enumerate("qkv")}
-    want, bound = attention_of(Attention(2, 37, 53, 24, 20, 0.2), *feeds.values())
+    want, bound = checks.attention(Attention(2, 37, 53, 24, 20, 0.2), *feeds.values())
     for fuse in (True, False):
         plan = compile_network(load(model), CPU, fuse_attention=fuse)
         assert (len(plan.steps) == 1) == fuse
@@ -532,7 +521,7 @@ def test_the_chain_has_keys_that_no_stack_holds(device):
     q, k, v = numbers((1, 7, 40960)), numbers((1, 64, 40960), seed=1), numbers((1, 64, 3), seed=2)
     lowered = attention.unfused(what, CPU)
     assert "bt[" not in lowered.launches[0].kernel.source
-    within(computed(device, lowered, [q, k, v], (1, 7, 3)), *attention_of(what, q, k, v))
+    within(computed(device, lowered, [q, k, v], (1, 7, 3)), *checks.attention(what, q, k, v))
 
 
 def test_the_chain_has_no_mask():

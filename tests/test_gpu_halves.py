@@ -21,6 +21,7 @@ from npulab.gpu.compute import (
     attention,
     blocks,
     checks,
+    choices,
     convolution,
     depthwise,
     matrices,
@@ -33,7 +34,6 @@ from npulab.gpu.compute.attention_gpu import Items
 from npulab.gpu.compute.problems import Attention, Convolution, Product
 from npulab.gpu.compute.tiles import Direct, Matrix, Tile, Winograd
 from npulab.gpu.compute.types import Buffer, Kernel, Launch, Lowered
-from test_gpu_attention import attention_of, stored
 from test_gpu_kernels import BARE, GRAPHICS, PROCESSOR, SHAPES, random, right, run
 
 CPU, GPU, NEAR = (replace(t, halves=True) for t in (PROCESSOR, BARE, GRAPHICS))
@@ -234,25 +234,12 @@ def test_depthwise(device, halves, name, traits):
 
 
 def attended(device, what, lowered, make, change=lambda x: x):
-    """(found, wanted, bound): scores are off by what `checks.short_sums` says, exponentials by as much twice (it and
-    their sum); they are rounded to halves and added up with V by fours, where each key may count as zero."""
+    """(found, wanted, bound)"""
     q, k, v = (make(what.batch, n, d, seed=i) for i, (n, d) in enumerate(
         ((what.queries, what.depth), (what.keys, what.depth), (what.keys, what.width))))
     found = run(device, change(lowered), {"input": q, "input1": k, "input2": v},
                 (what.batch, what.queries, what.width), np.float16)
-    want, float_bound = attention_of(what, q, k, v)
-    q, k, v = (x.astype(np.float64) for x in (q, k, v))
-    scores, sizes = q @ k.swapaxes(1, 2) * what.scale, np.abs(q) @ np.abs(k).swapaxes(1, 2) * abs(what.scale)
-    if what.causal:
-        scores = np.where(np.arange(what.keys) > np.arange(what.queries)[:, None], -np.inf, scores)
-    score = checks.short_sums(sizes, what.depth, what.scale, q, k).max(-1, keepdims=True)
-    size, _ = attention_of(what, q, k, np.abs(v))
-    largest = max(1.0, float(np.abs(v).max()))
-    wider = np.exp(2 * score) * (1 + 2.0**-10) ** 5
-    exponentials = np.exp(scores - scores.max(-1, keepdims=True)).sum(-1, keepdims=True)
-    zero = what.keys * 2.0**-14 * (1 + 2 * largest) / exponentials
-    bound = (size + float_bound) * wider - size + zero * wider
-    return found, want, bound + stored(np.abs(want) + bound, "float16")
+    return found, *checks.attention(what, q, k, v, halves=True)
 
 
 ATTENTION = {
@@ -442,6 +429,20 @@ def test_trials_hold_each_to_its_own_bound(device, halves, monkeypatch):
     t.kept.clear()
     assert "numbers are wrong" in t.answer(trials.Asked(on_floats)).why
     assert t.answer(trials.Asked(on_halves)).why == ""
+
+
+def test_the_tuner_tries_attention_on_halves(device, halves):
+    """Both of each shape, halves first; they are held to their own bound. A CPU's are refused, as its kernels."""
+    what, traits = Attention(1, 20, 24, 8, 8, 0.3, number="float16"), replace(NEAR, group_max=16, warp=8)
+    ways = choices.candidates(what, traits, True)
+    assert [w.halves for w in ways[:4]] == [True, False] * 2
+    assert not any(w.halves for w in choices.candidates(what, traits))
+    t = trials.Trials(device, traits, what)
+    assert t.trial.lower(ways[0]).launches == attention.lower(what, traits, halves=True).launches
+    assert t.answer(trials.Asked(ways[0], ways[1])).why == ""
+    assert (t.trial.wanted(ways[0])[1] > t.trial.wanted(ways[1])[1]).all()
+    with pytest.raises(UnsupportedError, match="attention on a CPU computes on floats"):
+        choices.candidates(what, CPU, True)
 
 
 def test_the_tuner_keeps_choices_on_halves_on_their_own(device, tmp_path, monkeypatch):

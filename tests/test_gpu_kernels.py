@@ -40,7 +40,7 @@ from npulab.gpu.compute.integers import Integer
 from npulab.gpu.compute.problems import Attention, Convolution, Product
 from npulab.gpu.compute.tiles import Direct, Matrix, Tile, Winograd
 from npulab.gpu.compute.traits import traits_of
-from npulab.gpu.compute.types import Traits
+from npulab.gpu.compute.types import Lowered, Traits
 
 PROCESSOR = Traits("a CPU", True, 2, 16, 512, 1, 0, 4096, (48 << 10, 1 << 20))
 GRAPHICS = Traits("a GPU", False, 4, 1, 64, 8, 32 << 10, 256, (16 << 10, 128 << 10))
@@ -472,6 +472,18 @@ def test_one_that_is_quicker_now_and_then_does_not_win():
     assert tuner._judged(Matrix(Tile(1)), Matrix(Tile(2)), trials.Answer("", (0.9,) * 8 + (2.0,) * 3, slow)).won
 
 
+def test_one_that_wins_by_luck_does_not_win_again(device, kind, tmp_path):
+    """It is the quicker one in all turns of one time, then never again."""
+    lucky = script(f"import sys, json\nlast, many = {plain(kind.few[2])}, 0\nsys.stdin.readline()\n"
+                   "for line in sys.stdin:\n"
+                   "    many += json.loads(line)['choice'] == last\n"
+                   "    took = 1e-6 if many == 1 else 3e-6\n"
+                   "    print(json.dumps({'seconds': [took] * 3, 'rival': [2e-6] * 3}), flush=True)")
+    assert tuned(device, kind, tmp_path, 60, worker=lucky) == kind.few[0]
+    _, kept = stored(tmp_path)
+    assert [t.won for t in kept.tried] == [True, False, False]
+
+
 def test_a_wrong_candidate_is_left_out(device, kind, tmp_path):
     """Its kernel is another: results are a little off, or by one."""
     wrong = script("from npulab.gpu.compute import trials\n"
@@ -629,6 +641,16 @@ def test_any_candidate_of_the_other_kinds_is_right(device, name, traits):
         t.kept[choice] = lowered, {role: device.upload(a) for role, a in lowered.constants.items()} | {
             role: device.allocate(size) for role, size in lowered.scratch.items()}
         assert t.wrong(choice) == ""
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_numbers_that_are_not_written_are_wrong(device, name):
+    """All of them, where the run before wrote what is right."""
+    t, (choice, *_) = trials.Trials(device, PROCESSOR, LAYERS[name]), choices.candidates(LAYERS[name], PROCESSOR)
+    assert t.answer(trials.Asked(choice)).why == ""
+    t.kept[choice] = Lowered(()), {}
+    count = np.prod(t.trial.shape)
+    assert t.wrong(choice).startswith(f"{count} of {count} numbers are wrong, the first at (0, 0, 0")
 
 
 def test_the_first_of_each_algorithm_come_first():

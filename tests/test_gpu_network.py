@@ -803,6 +803,25 @@ def test_kernels_are_tuned_kept_and_used(device, capsys, tmp_path, monkeypatch):
     assert json.loads(capsys.readouterr().out)["tuned"] == 0
 
 
+def test_attention_is_tuned_too(device, traits, tmp_path, monkeypatch):
+    """Of a network its attention is a problem that has candidates; what is chosen of them is used."""
+    from npulab.cli.run_opencl import tune_all
+    from npulab.gpu.compute import choices, tuner
+    from npulab.gpu.compute.network import layers_of, planned, tunable
+
+    network = layers_of(attention())
+    (what,) = (w for w in tunable(network) if isinstance(w, Attention))
+    first, *_, last = choices.candidates(what, traits)
+    monkeypatch.setattr(choices, "candidates", lambda w, *a: [first, last] if w == what else [])
+    tune_all(network, device, traits, tmp_path, 120, lambda line: None)
+    assert len(list(tmp_path.iterdir())) == 1
+    assert tuner.best(tmp_path, device, traits, what) in (first, last)
+    kernels = [[s.launch.kernel for s in planned(network, traits, {what: choice}.get).steps
+                if s.launch.label == "attention"] for choice in (None, first, last)]
+    assert [len(k) for k in kernels] == [1, 1, 1]
+    assert kernels[0] == kernels[1] != kernels[2]
+
+
 def test_json_has_layers_memory_and_how_far_from_the_roof(small, device, capsys, tmp_path):
     path, array, _ = small
     probe = tmp_path / "gpu.json"

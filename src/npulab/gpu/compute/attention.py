@@ -74,8 +74,10 @@ def with_room(offered: Iterable[Choice], make: Callable[[Choice], Lowered]) -> l
 
 def chosen(choice: Choice | None, traits: Traits) -> tuple[Lanes | None, Items | None]:
     """A CPU's, a GPU's. Raises: InvariantError for one of the other kind."""
-    if isinstance(choice, Items if traits.cpu else Lanes):
-        raise InvariantError("the choice is for another kind of device", got=str(choice), where=traits.name)
+    kind = Lanes if traits.cpu else Items
+    if choice is not None and not isinstance(choice, kind):
+        raise InvariantError("the choice is for another kind of device", got=str(choice), want=kind.__name__,
+                             where=traits.name)
     return (choice if isinstance(choice, Lanes) else None), (choice if isinstance(choice, Items) else None)
 
 
