@@ -1,15 +1,21 @@
 """How fast the kernels over Vulkan are on a device, one by one.
 
-    python bench/gpu_modules.py [DEVICE]
+    python bench/gpu_modules.py [DEVICE [SECONDS]]
 
 10^9 operations a second of the plain kernel, whatever the algorithm (a multiply-add is two), by the device's clock, the
 best of RUNS after the first, which compiles. Results are not looked at: the tests do that.
+
+With SECONDS instead how threads share the work (`modules_shapes`): as where no device is known, as the model says, as
+found in SECONDS for each kernel; in turns.
 """
 
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -23,9 +29,14 @@ from npulab.gpu.compute import (
     modules_integers,
     modules_products,
     modules_rows,
+    modules_shapes,
+    modules_trials,
+    modules_tuner,
     modules_winograd,
 )
-from npulab.gpu.compute.modules import Layer, run
+from npulab.gpu.compute.modules import Layer, prepared, run
+from npulab.gpu.compute.modules_shapes import Shape
+from npulab.gpu.compute.modules_traits import traits_of
 from npulab.gpu.compute.problems import Attention, Convolution, LayerNorm, Product, Softmax
 from npulab.gpu.compute.types import Number
 
@@ -75,9 +86,36 @@ def layers(halves: bool) -> Iterator[tuple[str, str, Layer, float]]:
     yield "attention 8 heads 256 by 64", "int8", heads, heads.operations
 
 
+def shapes(device: vulkan.Vulkan, seconds: float) -> None:
+    traits, image = traits_of(device), Convolution(1, 56, 56, 64, 64, (3, 3), pads=(1, 1, 1, 1))
+    print("\n| kernel | Gop/s, no device known | the model's | found |\n|---|---|---|---|")
+    for kernel, what in (
+            ("product 256 256 256", Product(1, 256, 256, 256)), ("product 1 1024 1000", Product(1, 1, 1024, 1000)),
+            ("3x3 56x56 64-64", image), ("the same of int8", replace(image, number="int8")),
+            ("the same depthwise", replace(image, groups=64))):
+        with tempfile.TemporaryDirectory() as folder:
+            found = modules_tuner.tune(device, traits, what, Path(folder), seconds)
+        trials = modules_trials.Trials(device, what)
+        choices = [Shape(), modules_shapes.first(what, traits), found]
+        launches = [prepared(device, trials.made(c), trials.inputs)[0] for c in choices]
+        times = list(zip(*([launch() for launch in launches] for _ in range(4 * RUNS)), strict=True))
+        print(f"| {kernel} | " + " | ".join(
+            f"{what.operations / min(t[1:]) / 1e9:.1f} ({said(c)})" for t, c in zip(times, choices, strict=True))
+            + " |", flush=True)
+
+
+def said(choice: modules_shapes.Choice) -> str:
+    if isinstance(choice, modules_shapes.Fewer):
+        return f"F({choice.size}x{choice.size}), {said(choice.shape)}"
+    return f"{choice.rows} rows, {choice.group[0]} by {choice.group[1]}"
+
+
 def main() -> None:
     device = vulkan.open_device(int(sys.argv[1]) if len(sys.argv) > 1 else 0)
     print(device.identity.name, device.identity.driver, device.identity.platform, sep="; ")
+    if len(sys.argv) > 2:
+        shapes(device, float(sys.argv[2]))
+        return
     print("\n| kernel | numbers | Gop/s |\n|---|---|---|")
     r = np.random.default_rng(1)
     for kernel, numbers, layer, operations in layers("float16" in device.limits.elements):

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from npulab.errors import InvariantError, UnsupportedError
+from npulab.errors import CapacityError, InvariantError, UnsupportedError
 from npulab.gpu.compute import checks
 from npulab.gpu.compute import convolution as opencl_convolution
 from npulab.gpu.compute.modules import run
@@ -21,6 +21,7 @@ from npulab.gpu.compute.modules_endings import ENDINGS
 from npulab.gpu.compute.modules_numbers import DTYPES
 from npulab.gpu.compute.modules_products import product
 from npulab.gpu.compute.modules_rows import softmax
+from npulab.gpu.compute.modules_shapes import Shape
 from npulab.gpu.compute.problems import Convolution, Product, Softmax
 from test_gpu_kernels import GRAPHICS, any_convolution
 
@@ -131,6 +132,48 @@ def test_a_convolution_is_exact_on_whole_numbers(vulkan_bench, shape):
 def test_halves_are_stored_and_floats_computed(vulkan_bench, shape):
     what = replace(SHAPES[shape], number="float16")
     right(*convolved(vulkan_bench, what, bias=shape != "a batch"), "float16")
+
+
+THREADS = [Shape(1, (64, 1)), Shape(2, (4, 16)), Shape(8, (8, 8)), Shape(8, (16, 16)), Shape(4, (3, 5))]
+
+
+@pytest.mark.parametrize("number", ["float32", "float16"])
+@pytest.mark.parametrize("threads", THREADS, ids=str)
+def test_however_threads_share_the_work_it_is_right(vulkan_bench, threads, number):
+    """Whole numbers exactly: rows that two threads have, or none, would show."""
+    cases = [(multiplied, product, Product(1, 33, 17, 40)), (multiplied, product, Product(1, 1, 5, 70)),
+             (multiplied, product, Product(3, 9, 16, 24, batched=True, transposed=True, residual=True))]
+    cases += [(convolved, convolution, SHAPES[name]) for name in ("three channels", "a batch", "groups of fours",
+                                                                  "groups", "depthwise")]
+    for computed, layer, what in cases:
+        what = replace(what, number=number, activation="relu")
+        found, want, _ = computed(vulkan_bench, what, layer=partial(layer, shape=threads), make=whole)
+        np.testing.assert_array_equal(found, want)
+        unpadded(found)
+
+
+def test_a_thread_has_as_many_rows_as_it_is_given():
+    """No more than there are: of 3 rows, 4."""
+    what = Product(1, 100, 5, 33)
+    assert [product(what, shape=Shape(n, (4, 5))).modules[0].groups for n in (1, 2, 4, 8)] == [
+        (3, 20), (3, 10), (3, 5), (3, 3)]
+    assert product(replace(what, rows=3), shape=Shape(8, (4, 1))).modules[0].groups == (3, 1)
+    assert product(what).modules[0] == product(what, shape=Shape(4, (8, 8))).modules[0]
+
+
+def test_a_shape_that_there_is_not():
+    for rows, group in ((3, (8, 8)), (16, (8, 8)), (4, (0, 8))):
+        with pytest.raises(InvariantError, match="no such shape of threads") as e:
+            Shape(rows, group)
+        assert e.value.facts["got"] == f"{rows} rows, groups of {group}"
+
+
+def test_a_group_of_more_threads_than_the_device_has(vulkan_bench):
+    most = vulkan_bench.limits.group_max
+    layer = product(Product(1, 1, 1, 1), whole(1, 1), shape=Shape(1, (2 * most, 1)))
+    with pytest.raises(CapacityError, match="no work groups of so many threads") as e:
+        run(vulkan_bench, layer, {"input": whole(1, 1)})
+    assert e.value.facts["want"] == f"{2 * most} threads"
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)
@@ -245,6 +288,9 @@ def test_modules_are_valid_for_vulkan(tmp_path):
     half = replace(what, transposed=False)
     valid(tmp_path, [product(half, halves=True), convolution(replace(SHAPES["a batch"], number="float16"),
                                                              random(16, 3, 3, 8), halves=True)])
+    for threads in THREADS:
+        valid(tmp_path, [product(replace(what, rows=20), shape=threads), convolution(
+            SHAPES["a batch"], random(16, 3, 3, 8), shape=threads)])
 
 
 def test_rows_that_are_not_there_are_not_read(vulkan_bench):

@@ -13,11 +13,11 @@ from npulab.gpu.compute.modules import run
 from npulab.gpu.compute.modules_integer_winograd import convolution
 from test_gpu_attention import integers_of
 from test_gpu_integer_winograd import LAYERS, ONE, at_the_limit, drawn, flipped, layer
-from test_gpu_modules import unpadded, valid
+from test_gpu_modules import THREADS, unpadded, valid
 
 
-def check(vulkan_bench, what, x, given):
-    found, _ = run(vulkan_bench, convolution(what, **given), {"input": x})
+def check(vulkan_bench, what, x, given, shape=None):
+    found, _ = run(vulkan_bench, convolution(what, **given, shape=shape), {"input": x})
     np.testing.assert_array_equal(found, integers_of(what, x, given["weights"], *(given[n] for n in list(given)[1:])))
     unpadded(found)
     return found
@@ -34,6 +34,11 @@ def test_every_bit_of_sums(vulkan_bench):
     x, given = drawn(what, zero_in=3, bias=np.arange(20) - 10, **ONE)
     given["weights"] = np.random.default_rng(1).integers(-1, 2, (20, 3, 3, 3)).astype(np.int8)
     assert (check(vulkan_bench, what, (x // 32 + 3).astype(np.int8), given) % 4 > 0).any()
+
+
+@pytest.mark.parametrize("threads", THREADS, ids=str)
+def test_however_threads_share_the_products_bytes_are_the_same(vulkan_bench, threads):
+    check(vulkan_bench, LAYERS["odd"], *drawn(LAYERS["odd"]), shape=threads)
 
 
 @pytest.mark.parametrize(("byte", "zero_in"), [(-128, 127), (127, -128)])

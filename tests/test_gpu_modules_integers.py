@@ -17,7 +17,7 @@ from npulab.gpu.spirv_builder import Shader
 from npulab.reference import requantize
 from test_gpu_attention import BYTES, GROUPS, INTEGERS, NO_BYTES, integers_of, litert_of
 from test_gpu_kernels import any_convolution
-from test_gpu_modules import unpadded, valid
+from test_gpu_modules import THREADS, unpadded, valid
 
 
 def drawn(what, seed=0, shifts=None, big=False):
@@ -31,10 +31,10 @@ def drawn(what, seed=0, shifts=None, big=False):
                int(r.integers(-40, 40)))
 
 
-def check(vulkan_bench, what, x, given_, low=-128, high=127, want=None):
+def check(vulkan_bench, what, x, given_, low=-128, high=127, want=None, shape=None):
     if want is None:
         want = integers_of(what, x, *given_, low, high)
-    found, _ = run(vulkan_bench, convolution(what, *given_, low, high), {"input": x})
+    found, _ = run(vulkan_bench, convolution(what, *given_, low, high, shape), {"input": x})
     assert found.dtype == np.int8
     np.testing.assert_array_equal(found, want)
     unpadded(found)
@@ -65,6 +65,15 @@ def test_groups_of_integers(vulkan_bench, name):
     what = GROUPS[name]
     x, arguments = drawn(what, 3)
     check(vulkan_bench, what, x, arguments, want=grouped_of(what, x, *arguments))
+
+
+@pytest.mark.parametrize("threads", THREADS, ids=str)
+def test_however_threads_share_the_work_bytes_are_the_same(vulkan_bench, threads):
+    for name in INTEGERS:
+        check(vulkan_bench, INTEGERS[name], *drawn(INTEGERS[name]), shape=threads)
+    for name in GROUPS:
+        x, arguments = drawn(GROUPS[name], 3)
+        check(vulkan_bench, GROUPS[name], x, arguments, want=grouped_of(GROUPS[name], x, *arguments), shape=threads)
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
@@ -111,10 +120,11 @@ def test_integer_products(vulkan_bench):
     r = np.random.default_rng(5)
     x, w = r.integers(-128, 128, (2, 7, 37)).astype(np.int8), r.integers(-127, 128, (21, 37)).astype(np.int8)
     m, shifts = [2**30 + 12345] * 21, [-7] * 21
-    found, _ = run(vulkan_bench, product(2, 7, 37, 21, w, None, 3, m, shifts, -1), {"input": x})
     sums = (x.astype(np.int64) - 3) @ w.T.astype(np.int64)
     want = np.clip(requantize.multiply(sums, np.array(m), np.array(shifts)) - 1, -128, 127)
-    np.testing.assert_array_equal(found, want)
+    for threads in (None, *THREADS):
+        found, _ = run(vulkan_bench, product(2, 7, 37, 21, w, None, 3, m, shifts, -1, shape=threads), {"input": x})
+        np.testing.assert_array_equal(found, want)
 
 
 def test_modules_of_integers_are_valid_for_vulkan(tmp_path):

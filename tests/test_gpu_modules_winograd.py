@@ -10,7 +10,7 @@ from npulab.gpu.compute import tiles
 from npulab.gpu.compute.modules_winograd import convolution
 from npulab.gpu.compute.problems import Convolution
 from npulab.gpu.compute.tiles import Tile, Winograd
-from test_gpu_modules import convolved, random, right, unpadded, valid, whole
+from test_gpu_modules import THREADS, convolved, random, right, unpadded, valid, whole
 
 IMAGES = {
     "even": Convolution(1, 8, 8, 8, 24, (3, 3), pads=(1, 1, 1, 1), activation="relu"),
@@ -37,6 +37,15 @@ def test_winograd_is_right(vulkan_bench, image, size, number):
     what = replace(IMAGES[image], number=number)
     choice = Winograd(Tile(), size)
     right(*convolved(vulkan_bench, what, bias=image != "odd", layer=convolution, choice=choice, size=size), number)
+
+
+@pytest.mark.parametrize("threads", THREADS, ids=str)
+def test_however_threads_share_the_products_they_are_right(vulkan_bench, threads):
+    what = replace(IMAGES["uneven"], activation="relu6")
+    found, want, _ = convolved(vulkan_bench, what, make=whole, layer=convolution, size=2, shape=threads)
+    np.testing.assert_array_equal(found, want)
+    plain, made = (convolution(what, random(20, 3, 3, 8), shape=s).modules for s in (None, threads))
+    assert [a == b for a, b in zip(plain, made, strict=True)] == [True, False, True]
 
 
 @pytest.mark.parametrize("size", tiles.SIZES)

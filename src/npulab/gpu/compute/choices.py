@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from npulab.gpu.compute import attention, integer_attention, integers, tiles
+from npulab.gpu.compute import attention, integer_attention, integers, modules_shapes, tiles
 from npulab.gpu.compute.attention_cpu import Lanes
 from npulab.gpu.compute.attention_gpu import Items
 from npulab.gpu.compute.integers import Integer
@@ -13,7 +13,9 @@ from npulab.gpu.compute.tiles import Direct, Matrix, Winograd
 from npulab.gpu.compute.types import Traits
 
 Choice = Matrix | Direct | Winograd | Integer | Lanes | Items
-"""How it is written in the store: each has a tag of its own."""
+"""Each has a tag of its own."""
+Kept = Choice | modules_shapes.Choice
+"""How it is written in the store."""
 Work = Convolution | Product | Attention
 
 

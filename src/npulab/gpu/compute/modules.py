@@ -7,7 +7,7 @@ padding is 0, in what shaders read and in what they write. Sums are float32, of 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ class Module:
     turns      of loops that a thread does, at most.
     local_bytes  of local memory that a group holds.
     halves     it computes on halves, too: not every device does.
+    threads    of a group.
     """
 
     words: bytes
@@ -38,6 +39,7 @@ class Module:
     turns: int
     local_bytes: int = 0
     halves: bool = False
+    threads: int = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +63,18 @@ class Layer:
 
 
 def run(bench: Vulkan, layer: Layer, tensors: Mapping[str, NDArray[Any]]) -> tuple[NDArray[Any], float]:
-    """(output, seconds by the device's clock). Raises: what the bench does; UnsupportedError if its driver does not do
-    all turns of the loops, or it has no halves and they are needed; CapacityError if it has not the local memory;
-    InvariantError for tensors of other shapes, or of int8 layers with numbers that are no bytes.
+    """(output, seconds by the device's clock), once; otherwise as `prepared`."""
+    launch, read = prepared(bench, layer, tensors)
+    seconds = launch()
+    return read(), seconds
+
+
+def prepared(bench: Vulkan, layer: Layer, tensors: Mapping[str, NDArray[Any]]
+             ) -> tuple[Callable[[], float], Callable[[], NDArray[Any]]]:
+    """(runs it, as often as it is called: seconds by the device's clock; reads the output). Raises: what the bench
+    does; UnsupportedError if its driver does not do all turns of the loops, or it has no halves and they are needed;
+    CapacityError if it has not the local memory or the threads; InvariantError for tensors of other shapes, or of int8
+    layers with numbers that are no bytes.
 
     Shapes:  tensors by roles and the output as the layer's, without padding; axes before the last may be joined.
     """
@@ -79,6 +90,9 @@ def run(bench: Vulkan, layer: Layer, tensors: Mapping[str, NDArray[Any]]) -> tup
     if local_bytes > bench.limits.local_bytes:
         raise CapacityError(f"{bench.identity.name} has no room for what a work group holds",
                             want=f"{local_bytes} bytes of local memory", got=bench.limits.local_bytes)
+    if (threads := max(m.threads for m in layer.modules)) > bench.limits.group_max:
+        raise CapacityError(f"{bench.identity.name} has no work groups of so many threads", want=f"{threads} threads",
+                            got=f"at most {bench.limits.group_max}", try_="a shape of fewer threads")
     if any(m.halves for m in layer.modules) and "float16" not in bench.limits.elements:
         raise UnsupportedError(f"{bench.identity.name} does not compute on halves",
                                try_="halves=False: they are stored, floats computed")
@@ -92,6 +106,12 @@ def run(bench: Vulkan, layer: Layer, tensors: Mapping[str, NDArray[Any]]) -> tup
     given["output"] = output
     needed = {role for m in layer.modules for role in m.buffers}
     buffers = {role: bench._buffer(content) for role, content in given.items() if role in needed}
-    seconds = sum(bench.compute(m.words, m.groups, [buffers[r] for r in m.buffers]) for m in layer.modules)
-    found = bench._read(buffers["output"], size, dtype)
-    return found.reshape(*shape[:-1], columns)[..., :shape[-1]], seconds
+
+    def launch() -> float:
+        return sum(bench.compute(m.words, m.groups, [buffers[r] for r in m.buffers]) for m in layer.modules)
+
+    def read() -> NDArray[Any]:
+        found: NDArray[Any] = bench._read(buffers["output"], size, dtype)
+        return found.reshape(*shape[:-1], columns)[..., :shape[-1]]
+
+    return launch, read

@@ -28,15 +28,16 @@ from npulab.gpu.compute.modules_numbers import (
     single,
 )
 from npulab.gpu.compute.modules_products import add
+from npulab.gpu.compute.modules_shapes import Shape
 from npulab.gpu.compute.modules_tiles import Finish, Tile, ending, roles_of, shapes_of
 from npulab.gpu.compute.problems import Convolution
 from npulab.gpu.spirv_builder import Shader, Type, Value, Variable
 
 
-def convolution(what: Convolution, weights: NDArray[Any], bias: NDArray[Any] | None = None, halves: bool = False
-                ) -> Layer:
+def convolution(what: Convolution, weights: NDArray[Any], bias: NDArray[Any] | None = None, halves: bool = False,
+                shape: Shape | None = None) -> Layer:
     """output = activation(convolution(input, weights) + bias + residual). `weights`: OHWI, `bias`: [filters] or None.
-    halves: as of `modules_products.product`.
+    halves, shape: as of `modules_products.product`.
 
     Raises: InvariantError for arrays of other shapes; UnsupportedError for int8 (`modules_integers`), for halves unless
     float16 and by fours of channels, and where 32 bits do not count all elements.
@@ -50,7 +51,8 @@ def convolution(what: Convolution, weights: NDArray[Any], bias: NDArray[Any] | N
     if bias is not None:
         constants["bias"] = padded(bias, np.float32)
     roles = {"input": read_as(what), "weights": STORED[what.number]}
-    made = module(what, roles_of(what, roles, bias is not None), ending(what), halves=halves)
+    made = module(what, roles_of(what, roles, bias is not None), ending(what), halves=halves,
+                  shape=shape)
     return Layer((made,), shapes_of(what), what.number, constants)
 
 
@@ -77,7 +79,8 @@ def packed(what: Convolution, weights: NDArray[Any], dtype: Any) -> NDArray[Any]
     return padded(np.pad(matrix, ((0, 0), (0, -matrix.shape[1] % 4 if by_fours else 0), (0, 0))), dtype)
 
 
-def module(what: Convolution, roles: dict[str, Type], finish: Finish, zero: int = 0, halves: bool = False) -> Module:
+def module(what: Convolution, roles: dict[str, Type], finish: Finish, zero: int = 0, halves: bool = False,
+           shape: Shape | None = None) -> Module:
     """zero: the image's zero point, of int8; what is beyond the image is that. With "corrections" among the roles,
     [taps, filters] of int32, sums over a tap begin with them; otherwise, unless each filter reads its own channels,
     nothing is done about it here: `finish` is to."""
@@ -85,7 +88,7 @@ def module(what: Convolution, roles: dict[str, Type], finish: Finish, zero: int 
     rows, group = what.batch * height * width, what.channels // what.groups
     counted(what.batch * what.height * what.width * (what.channels + 3), math.prod(what.kernel) * (group + 3)
             * (what.filters + 3))
-    t = Tile(rows, what.filters, 1, roles)
+    t = Tile(rows, what.filters, 1, roles, shape)
     s, number = t.s, what.number
     with s.when(t.there):
         window = _Window(s, what, t.mine())

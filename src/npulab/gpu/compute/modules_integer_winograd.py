@@ -17,13 +17,14 @@ from npulab.gpu.compute.integers import checked
 from npulab.gpu.compute.modules import Layer
 from npulab.gpu.compute.modules_integers import ending, rescale_of
 from npulab.gpu.compute.modules_numbers import STORED, WHOLE, counted, fours, padded
+from npulab.gpu.compute.modules_shapes import Shape
 from npulab.gpu.compute.modules_tiles import shapes_of
 from npulab.gpu.compute.problems import Convolution, Product
 
 
 def convolution(what: Convolution, weights: NDArray[Any], bias: NDArray[Any] | None, zero_in: int,
-                multipliers: Sequence[int], shifts: Sequence[int], zero_out: int, low: int = -128, high: int = 127
-                ) -> Layer:
+                multipliers: Sequence[int], shifts: Sequence[int], zero_out: int, low: int = -128, high: int = 127,
+                shape: Shape | None = None) -> Layer:
     """As `modules_integers.convolution`. Raises: InvariantError where `integer_winograd.suits` says no, too."""
     checked(what, weights, bias, zero_in, multipliers, shifts, zero_out, low, high)
     integer_winograd.checked(what, weights, int(zero_in))
@@ -33,7 +34,7 @@ def convolution(what: Convolution, weights: NDArray[Any], bias: NDArray[Any] | N
             what.batch * what.out[0] * what.out[1] * (what.filters + 3))
     middle = Product(POINTS, patches, what.channels, what.filters, batched=True)
     product = modules_products.module(middle, dict.fromkeys(("input", "weights", "output"), WHOLE),
-                                      lambda s, buffers, sums, *_: sums)
+                                      lambda s, buffers, sums, *_: sums, shape=shape)
     u = np.pad(integer_winograd.transformed(weights), ((0, 0), (0, -what.channels % 4), (0, 0)))
     constants = {"weights": padded(u, np.int32),
                  "rescale": rescale_of(np.zeros(what.filters) if bias is None else bias, multipliers, shifts)}

@@ -17,6 +17,7 @@ from npulab.gpu.compute import modules_convolution
 from npulab.gpu.compute.integers import checked, filters_of
 from npulab.gpu.compute.modules import Layer
 from npulab.gpu.compute.modules_numbers import STORED, WHOLE, padded
+from npulab.gpu.compute.modules_shapes import Shape
 from npulab.gpu.compute.modules_tiles import Finish, shapes_of
 from npulab.gpu.compute.problems import Convolution
 from npulab.gpu.spirv_builder import Shader, Value
@@ -24,20 +25,20 @@ from npulab.gpu.spirv_builder import Shader, Value
 
 def product(batch: int, rows: int, inner: int, columns: int, weights: NDArray[Any], bias: NDArray[Any] | None,
             zero_in: int, multipliers: Sequence[int], shifts: Sequence[int], zero_out: int, low: int = -128,
-            high: int = 127) -> Layer:
+            high: int = 127, shape: Shape | None = None) -> Layer:
     """"input" [batch, rows, inner] -> "output" [batch, rows, columns]; weights: [columns, inner]."""
     what = Convolution(batch, 1, rows, inner, columns, number="int8")
     found = convolution(what, filters_of(weights, inner, columns), bias, zero_in, multipliers, shifts, zero_out, low,
-                        high)
+                        high, shape)
     return replace(found, shapes={"input": (batch, rows, inner), "output": (batch, rows, columns)})
 
 
 def convolution(what: Convolution, weights: NDArray[Any], bias: NDArray[Any] | None, zero_in: int,
-                multipliers: Sequence[int], shifts: Sequence[int], zero_out: int, low: int = -128, high: int = 127
-                ) -> Layer:
+                multipliers: Sequence[int], shifts: Sequence[int], zero_out: int, low: int = -128, high: int = 127,
+                shape: Shape | None = None) -> Layer:
     """weights: int8 OHWI [filters, *kernel, channels // groups], zero point 0; bias: int32 [filters].
     multipliers (0 or 2**30..2**31 - 1), shifts (-31..30): of each filter. Activations are in low and high; they and the
-    zero points are bytes.
+    zero points are bytes. shape: as of `modules_products.product`.
 
     Raises: as `integers.checked`; UnsupportedError where 32 bits do not count all elements, too.
     """
@@ -54,7 +55,7 @@ def convolution(what: Convolution, weights: NDArray[Any], bias: NDArray[Any] | N
         start = start - taps.sum(0)
     constants["rescale"] = rescale_of(start, multipliers, shifts)
     roles |= {"rescale": WHOLE, "output": STORED["int8"]}
-    module = modules_convolution.module(what, roles, ending(zero_out, low, high), zero_in)
+    module = modules_convolution.module(what, roles, ending(zero_out, low, high), zero_in, shape=shape)
     return Layer((module,), shapes_of(what), "int8", constants)
 
 

@@ -21,16 +21,18 @@ from npulab.gpu.compute.modules_numbers import (
     multiply_add,
     padded,
 )
+from npulab.gpu.compute.modules_shapes import Shape
 from npulab.gpu.compute.modules_tiles import Finish, Tile, ending, roles_of
 from npulab.gpu.compute.problems import Product
 from npulab.gpu.spirv_builder import Type, Value, Variable
 
 
-def product(what: Product, b: NDArray[Any] | None = None, bias: NDArray[Any] | None = None, halves: bool = False
-            ) -> Layer:
+def product(what: Product, b: NDArray[Any] | None = None, bias: NDArray[Any] | None = None, halves: bool = False,
+            shape: Shape | None = None) -> Layer:
     """output = activation(input B * scale + bias + residual). `b`: what.inner x what.columns (or the other way round,
     if transposed), with a batch in front if batched; None: it is "input1". The residual is the last input.
     halves: of float16, four products at a time are added up as halves, before they are added as floats.
+    shape: how threads share the work.
 
     Raises: InvariantError for arrays of other shapes; UnsupportedError for int8, for halves of anything but float16,
     and where 32 bits do not count all elements.
@@ -49,7 +51,8 @@ def product(what: Product, b: NDArray[Any] | None = None, bias: NDArray[Any] | N
             raise InvariantError("the bias is of another shape", want=(what.columns,), got=bias.shape)
         constants["bias"] = padded(bias, np.float32)
     roles = {"input": STORED[what.number], "weights" if b is not None else "input1": STORED[what.number]}
-    made = module(what, roles_of(what, roles, bias is not None, residual), ending(what, residual, what.scale), halves)
+    made = module(what, roles_of(what, roles, bias is not None, residual), ending(what, residual, what.scale), halves,
+                  shape)
     return Layer((made,), shapes, what.number, constants)
 
 
@@ -68,13 +71,14 @@ def packed(what: Product, b: NDArray[Any]) -> NDArray[Any]:
     return padded(np.pad(matrix, ((0, 0), (0, -what.inner % 4), (0, 0))), DTYPES[what.number])
 
 
-def module(what: Product, roles: dict[str, Type], finish: Finish, halves: bool = False) -> Module:
+def module(what: Product, roles: dict[str, Type], finish: Finish, halves: bool = False, shape: Shape | None = None
+           ) -> Module:
     """B is in "weights", as `packed` has it, or in "input1" as it is. With buffers of `WHOLE` numbers float32 says how
     they lie, and sums are int32."""
     batch, rows = (what.batch, what.rows) if what.batched else (1, what.batch * what.rows)
     constant, inner = "weights" in roles, fours(what.inner)
     counted(batch * rows * 4 * inner, batch * (what.inner + 3) * (what.columns + 3))
-    t = Tile(rows, what.columns, batch, roles)
+    t = Tile(rows, what.columns, batch, roles, shape)
     s, number = t.s, what.number
     matrix, high = t.buffers["weights" if constant else "input1"], 4 * inner if constant else what.inner
 

@@ -1,5 +1,5 @@
-"""What products and convolutions share as shaders: a thread has up to TILE rows (matrix rows, or pixels one after the
-other) of four columns (filters), in registers, until they are stored.
+"""What products and convolutions share as shaders: a thread has a few rows (matrix rows, or pixels one after the other)
+of four columns (filters), in registers, until they are stored.
 """
 
 from __future__ import annotations
@@ -9,13 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from npulab.gpu.compute.modules import Module
 from npulab.gpu.compute.modules_endings import end
 from npulab.gpu.compute.modules_numbers import FOUR, STORED, computed, counted, fours, kept, load, store
+from npulab.gpu.compute.modules_shapes import Shape
 from npulab.gpu.compute.problems import Convolution, Product
 from npulab.gpu.compute.types import Number
 from npulab.gpu.spirv_builder import Shader, Type, Value, Variable
 
-TILE = 4
-GROUP = (8, 8)
-"""Threads: columns (in fours), rows (in tiles)."""
 Finish = Callable[[Shader, Mapping[str, int], Value, Value, Value], Value]
 """(shader, buffers by roles, four sums, column, place in the output): what is stored there. Columns and places count
 fours."""
@@ -28,12 +26,14 @@ class Tile:
     column    counts fours, of `width`.              tall          rows of a tile.
     """
 
-    def __init__(self, rows: int, columns: int, batch: int, roles: Mapping[str, Type]) -> None:
+    def __init__(self, rows: int, columns: int, batch: int, roles: Mapping[str, Type],
+                 shape: Shape | None = None) -> None:
         counted(rows, columns, batch, batch * rows * (columns + 3))
         self.roles, self.rows, self.columns, self.batches = roles, rows, columns, batch
-        self.s = Shader(GROUP, list(roles.values()), ())
+        self.shape = shape or Shape()
+        self.s = Shader(self.shape.group, list(roles.values()), ())
         self.buffers = {role: i for i, role in enumerate(roles)}
-        self.tall = next(n for n in (1, 2, TILE) if n >= min(rows, TILE))
+        self.tall = self.shape.tall(rows)
         self.width, self.down = fours(columns), -(-rows // self.tall)
         self.column, tile = self.s.global_id, self.s.global_y
         self.there = self.s.both(self.column < self.width, tile < self.down * batch)
@@ -57,8 +57,10 @@ class Tile:
                 store(s, number, self.buffers["output"], at, kept(s, value, self.column, self.columns))
 
     def module(self, operations: float, turns: int) -> Module:
-        groups = -(-self.width // GROUP[0]), -(-self.down * self.batches // GROUP[1])
-        return Module(self.s.assemble(), groups, tuple(self.roles), operations, turns, halves=self.s.has_halves)
+        across, down = self.shape.group
+        groups = -(-self.width // across), -(-self.down * self.batches // down)
+        return Module(self.s.assemble(), groups, tuple(self.roles), operations, turns, halves=self.s.has_halves,
+                      threads=self.shape.threads)
 
 
 def ending(what: Product | Convolution, residual: str = "input1", scale: float = 1.0) -> Finish:

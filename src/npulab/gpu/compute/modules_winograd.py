@@ -32,14 +32,19 @@ from npulab.gpu.compute.modules_numbers import (
     padded,
     store,
 )
-from npulab.gpu.compute.modules_tiles import GROUP, Finish, ending, roles_of, shapes_of
+from npulab.gpu.compute.modules_shapes import Shape
+from npulab.gpu.compute.modules_tiles import Finish, ending, roles_of, shapes_of
 from npulab.gpu.compute.problems import Convolution, Product
 from npulab.gpu.compute.winograd import matrices
 from npulab.gpu.spirv_builder import Shader, Type, Value
 
+GROUP = Shape().group
+"""Threads of what is before and after the products: channels or filters (in fours), patches."""
 
-def convolution(what: Convolution, weights: NDArray[Any], bias: NDArray[Any] | None = None, size: int = 2) -> Layer:
-    """As `modules_convolution.convolution`. size: outputs of a patch each way, 2 or 4.
+
+def convolution(what: Convolution, weights: NDArray[Any], bias: NDArray[Any] | None = None, size: int = 2,
+                shape: Shape | None = None) -> Layer:
+    """As `modules_convolution.convolution`. size: outputs of a patch each way, 2 or 4. shape: of the products' threads.
 
     Raises: UnsupportedError for int8, and unless taps are 3 x 3, strides and dilations 1 and groups 1.
     """
@@ -56,7 +61,8 @@ def convolution(what: Convolution, weights: NDArray[Any], bias: NDArray[Any] | N
     g = np.array(matrices(size)[1], np.float64)
     u = np.einsum("ay,bx,oyxi->abio", g, g, weights.astype(np.float64)).reshape(points, what.channels, what.filters)
     middle = Product(points, patches, what.channels, what.filters, batched=True)
-    product = modules_products.module(middle, {"input": FOUR, "weights": FOUR, "output": FOUR}, ending(middle))
+    product = modules_products.module(middle, {"input": FOUR, "weights": FOUR, "output": FOUR}, ending(middle),
+                                      shape=shape)
     constants = {"weights": modules_products.packed(middle, u)}
     if bias is not None:
         constants["bias"] = padded(bias, np.float32)

@@ -8,22 +8,23 @@ from typing import Any
 
 from npulab.gpu.compute.device import Device
 from npulab.gpu.compute.types import Traits
+from npulab.gpu.types import Identity
 
 _CPU_REGISTERS = {16: 32, 8: 16, 4: 16}
 """Vector registers by float32 lanes: AVX-512, AVX2, SSE (Intel SDM 1, 15.1 and 10.2). NEON has 32 of 4 (Arm ARM A1.4):
 taken for 16."""
-_GPU_REGISTERS = 32
+GPU_REGISTERS = 32
 """Of a work item, where a probe did not look: 65536 of a core for 2048 threads on many desktop GPUs, 64 on some."""
-_WARP = 32
-_CPU_CACHES = (32 << 10, 512 << 10)
-_GPU_CACHES = (16 << 10,)
+WARP = 32
+CPU_CACHES = (32 << 10, 512 << 10)
+GPU_CACHES = (16 << 10,)
 
 
 def traits_of(device: Device, result: Mapping[str, Any] | None = None) -> Traits:
     """`result`: what `npulab probe --json` wrote, as parsed; used where it is of this device and driver, else not at
     all. Refused quantities and such that cannot be are not used."""
     cl, d = device.cl, device.device
-    found = _quantities(device, result)
+    found = quantities(device.identity, result)
     sources: dict[str, str] = {"compute_units": "stated", "group_max": "stated", "cpu": "stated", "halves": "stated"}
     cpu = bool(d.type & cl.device_type.CPU)
     vector = max(1, int(d.native_vector_width_float)) if cpu else 1
@@ -38,16 +39,13 @@ def traits_of(device: Device, result: Mapping[str, Any] | None = None) -> Traits
         registers, warp = vector * _CPU_REGISTERS.get(vector, 16), 1
         sources |= {"registers": "assumed", "warp": "assumed"}
     else:
-        each = None
-        if "register file" in found and found.get("resident threads"):
-            each = max(8, int(found["register file"] / 4 / found["resident threads"]))
-        registers = choose("registers", each, _GPU_REGISTERS)
-        warp = int(choose("warp", found.get("warp width"), _WARP))
+        registers = choose("registers", registers_of(found), GPU_REGISTERS)
+        warp = int(choose("warp", found.get("warp width"), WARP))
     real = int(d.local_mem_type) == int(cl.device_local_mem_type.LOCAL)
     sources["local_bytes"] = "stated"
     sizes = [found[f"L{i}"] for i in range(1, 5) if f"L{i}" in found]
     stated = [int(d.global_mem_cache_size)] if int(d.global_mem_cache_size) else []
-    otherwise = (*_CPU_CACHES, *stated) if cpu else (*_GPU_CACHES, *stated)
+    otherwise = (*CPU_CACHES, *stated) if cpu else (*GPU_CACHES, *stated)
     caches = choose("caches", None if not sizes or "L1" not in found else tuple(int(s) for s in sizes),
                     tuple(sorted(otherwise)))
     operations = choose("operations", 2 * found["rate"] if "rate" in found else None, 0.0)
@@ -59,6 +57,13 @@ def traits_of(device: Device, result: Mapping[str, Any] | None = None) -> Traits
         bandwidth=float(bandwidth), halves="float16" in device.limits.elements, sources=sources)
 
 
+def registers_of(found: Mapping[str, float]) -> int | None:
+    """Of a GPU's work item, when all that fit are there; None: not measured."""
+    if "register file" in found and found.get("resident threads"):
+        return max(8, int(found["register file"] / 4 / found["resident threads"]))
+    return None
+
+
 _NAMES = {"warp width": "warp width", "register file": "register file", "resident threads": "resident threads",
           "fma float32 rate": "rate", "memory bandwidth": "bandwidth", "L1 size": "L1", "L2 size": "L2",
           "L3 size": "L3", "L4 size": "L4"}
@@ -66,12 +71,11 @@ _LARGEST = {"warp width": 1024, "register file": 1 << 30, "resident threads": 1 
             "bandwidth": 1e18}
 
 
-def _quantities(device: Device, result: Mapping[str, Any] | None) -> dict[str, float]:
+def quantities(own: Identity, result: Mapping[str, Any] | None) -> dict[str, float]:
     """Name -> value in SI units, of what was measured on this very device."""
     if not isinstance(result, Mapping):
         return {}
     identity = result.get("identity")
-    own = device.identity
     if not isinstance(identity, Mapping) or (identity.get("name"), identity.get("driver")) != (own.name, own.driver):
         return {}
     found = {}

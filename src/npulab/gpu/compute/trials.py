@@ -29,7 +29,7 @@ from npulab.gpu.compute import (
 )
 from npulab.gpu.compute.attention_gpu import Items
 from npulab.gpu.compute.checks import Array
-from npulab.gpu.compute.choices import Choice, Work
+from npulab.gpu.compute.choices import Kept, Work
 from npulab.gpu.compute.device import Device
 from npulab.gpu.compute.problems import Attention, Convolution, Product
 from npulab.gpu.compute.types import Lowered, Traits
@@ -51,8 +51,8 @@ class Problem(msgspec.Struct, frozen=True):
 class Asked(msgspec.Struct, frozen=True):
     """A candidate, and the best so far to run in turns with it."""
 
-    choice: Choice
-    rival: Choice | None = None
+    choice: Kept
+    rival: Kept | None = None
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -178,9 +178,9 @@ class Trials:
         self.device, self.trial = device, trial(what, traits)
         self.buffers = {role: device.upload(array) for role, array in self.trial.inputs.items()}
         self.buffers["output"] = device.allocate(math.prod(self.trial.shape) * np.dtype(self.trial.kind).itemsize)
-        self.kept: dict[Choice, tuple[Lowered, dict[str, Any]]] = {}
+        self.kept: dict[Kept, tuple[Lowered, dict[str, Any]]] = {}
 
-    def wrong(self, choice: Choice) -> str:
+    def wrong(self, choice: Kept) -> str:
         """What is wrong with the output of a run; "" if nothing is. Before it the output has what is wrong."""
         shape, kind, (want, bound) = self.trial.shape, self.trial.kind, self.trial.wanted(choice)
         bad = np.full(shape, np.nan) if kind is not np.int8 else np.where(want < 0, 127, -128)
@@ -194,7 +194,7 @@ class Trials:
         return (f"{int(beyond.sum())} of {found.size} numbers are wrong, the first at {at}: {found[at]:g}, not"
                 f" {want[at]:g}")
 
-    def run(self, choice: Choice) -> float:
+    def run(self, choice: Kept) -> float:
         """Seconds, of all launches."""
         lowered, buffers = self.kept[choice]
         return sum(self.device.run(lowered.launches, {**self.buffers, **buffers}))

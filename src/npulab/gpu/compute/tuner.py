@@ -21,18 +21,19 @@ from dataclasses import asdict
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
 from npulab.errors import InvariantError, NpulabError
 from npulab.gpu import opencl
 from npulab.gpu.compute import choices
-from npulab.gpu.compute.choices import Choice, Work
+from npulab.gpu.compute.choices import Choice, Kept, Work
 from npulab.gpu.compute.device import Device
 from npulab.gpu.compute.problems import Attention, Convolution, Product
 from npulab.gpu.compute.trials import Answer, Asked, Problem
 from npulab.gpu.compute.types import Traits
+from npulab.gpu.types import Identity
 from npulab.program.files import read_bounded, write_atomically
 
 WORKER = (sys.executable, "-m", "npulab.gpu.compute.trials")
@@ -58,7 +59,7 @@ class Tried(msgspec.Struct, frozen=True):
     """seconds, rival: medians of its own and of the best so far, run in turns. won: it is the best from here on.
     why: it is out."""
 
-    choice: Choice
+    choice: Kept
     seconds: float = 0.0
     rival: float = 0.0
     won: bool = False
@@ -70,7 +71,7 @@ class Tuned(msgspec.Struct, frozen=True):
 
     key: dict[str, Any]
     tried: tuple[Tried, ...] = ()
-    trying: Choice | None = None
+    trying: Kept | None = None
     attempts: int = 0
 
 
@@ -79,19 +80,23 @@ def tune(device: Device, traits: Traits, what: Work, store: Path, seconds: float
          ) -> Choice | None:
     """The best found by now; the model's first where nothing was; None where there is nothing to choose. halves: as of
     `choices.candidates`, kept on their own. Otherwise as `search`."""
-    path, key = _place(store, device, what, halves)
-    return search(path, key, choices.candidates(what, traits, halves), lambda: _problem(device, traits, what), seconds,
-                  tell, worker)
+    path, key = _of(store, device, what, halves)
+    return cast(Choice | None, search(path, key, choices.candidates(what, traits, halves),
+                                      lambda: _problem(device, traits, what), seconds, tell, worker))
 
 
 def best(store: Path, device: Device, traits: Traits, what: Work, halves: bool = False) -> Choice | None:
     """What tuning found; None where there was none, or the file is damaged."""
-    path, key = _place(store, device, what, halves)
-    return _best(_read(path, key, choices.candidates(what, traits, halves)).tried)
+    return cast(Choice | None, known(*_of(store, device, what, halves), choices.candidates(what, traits, halves)))
 
 
-def search(path: Path, key: dict[str, Any], ways: Sequence[Choice], problem: Callable[[], msgspec.Struct],
-           seconds: float, tell: Callable[[str], None] | None, worker: Sequence[str]) -> Choice | None:
+def known(path: Path, key: dict[str, Any], ways: Sequence[Kept]) -> Kept | None:
+    """The best of `ways` that a file with this key has."""
+    return _best(_read(path, key, ways).tried)
+
+
+def search(path: Path, key: dict[str, Any], ways: Sequence[Kept], problem: Callable[[], msgspec.Struct],
+           seconds: float, tell: Callable[[str], None] | None, worker: Sequence[str]) -> Kept | None:
     """The best of `ways` by now, of a file with this key; the first where nothing was found; None of none.
 
     Candidates are tried in order in a process of its own, to which the problem is sent first. It is ended when
@@ -156,7 +161,7 @@ def _asked(child: _Child, asked: Asked, end: float) -> Tried | None:
     return result
 
 
-def _judged(choice: Choice, rival: Choice | None, answer: Answer) -> Tried:
+def _judged(choice: Kept, rival: Kept | None, answer: Answer) -> Tried:
     """The candidate wins by a lower median and most of the turns: one of many that are as quick would win by luck."""
     if answer.why or not answer.seconds:
         return Tried(choice, why=answer.why or "no times")
@@ -168,13 +173,19 @@ def _judged(choice: Choice, rival: Choice | None, answer: Answer) -> Tried:
     return Tried(choice, own, against, own < against and sum(turns) >= MOST * len(turns))
 
 
-def _best(tried: Sequence[Tried]) -> Choice | None:
+def _best(tried: Sequence[Tried]) -> Kept | None:
     return next((t.choice for t in reversed(tried) if t.won), None)
 
 
-def _place(store: Path, device: Device, what: Work, halves: bool) -> tuple[Path, dict[str, Any]]:
-    key = {"device": asdict(device.identity), "npulab": _version(choices.makers(what)),
-           "problem": type(what).__name__, **asdict(what), "halves": halves}
+def _of(store: Path, device: Device, what: Work, halves: bool) -> tuple[Path, dict[str, Any]]:
+    return place(store, device.identity, choices.makers(what), what, halves)
+
+
+def place(store: Path, device: Identity, makers: tuple[str, ...], what: Work, halves: bool = False
+          ) -> tuple[Path, dict[str, Any]]:
+    """(file, key). makers: as of `choices.makers`."""
+    key = {"device": asdict(device), "npulab": _version(makers), "problem": type(what).__name__, **asdict(what),
+           "halves": halves}
     key = msgspec.json.decode(msgspec.json.encode(key))
     name = hashlib.sha256(msgspec.json.encode(key, order="sorted")).hexdigest()[:24]
     return store / f"{name}.json", key
@@ -191,7 +202,7 @@ def _version(makers: tuple[str, ...]) -> str:
         return made.hexdigest()[:12]
 
 
-def _read(path: Path, key: dict[str, Any], ways: Sequence[Choice]) -> Tuned:
+def _read(path: Path, key: dict[str, Any], ways: Sequence[Kept]) -> Tuned:
     """Of a file that is not there, damaged, or of something else, nothing; of one that is right, what is among `ways`
     and has times that can be."""
     try:
