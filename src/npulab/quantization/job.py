@@ -37,8 +37,11 @@ from npulab.quantization.session import Progress
 from npulab.quantization.trained import Kept
 from npulab.quantization.types import Array, Samples
 
-CHECKED = 8
-"""Samples that each stage is measured on."""
+CHECKED, CHECKED_MOST = 8, 32
+"""Samples that each stage is measured on: more than the least where there are eight times as many, and the network is
+small. One sample whose answer tips over outweighs the noise of seven others."""
+CHECKED_ELEMENTS = 1 << 24
+"""Of tensors of all those samples, beyond the least: EfficientNet-Lite0 has 13 million of one."""
 SPARE = 24
 """From so many samples on, those take no part in the calibration."""
 TRIED = 32
@@ -114,7 +117,8 @@ class Job:
         self.outputs = [net.name(v) for v in net.graph.outputs]
         self.every = samples
         count = len(samples)
-        at = [i * count // CHECKED for i in range(CHECKED)] if count >= SPARE else list(range(min(count, CHECKED)))
+        checked = _checked(net, count)
+        at = [i * count // checked for i in range(checked)] if count >= SPARE else list(range(min(count, checked)))
         self.check = held(taken(samples, at))
         left = sorted(set(range(count)) - set(at))
         self.samples = taken(samples, left) if count >= SPARE else samples
@@ -318,3 +322,9 @@ class Job:
         stages = [Measured(**s) for s in about["stages"]]
         self.best = max((s.decibels for s in stages if s.kept and s.decibels is not None), default=-np.inf)
         return stages
+
+
+def _checked(net: Network, count: int) -> int:
+    """How many of `count` samples each stage is measured on."""
+    made = sum(v.elements for v in net.graph.values if not v.is_constant)
+    return max(CHECKED, min(CHECKED_MOST, count // CHECKED, CHECKED_ELEMENTS // max(1, made)))
