@@ -147,13 +147,13 @@ def _launches(device: Device, launches: tuple[Launch, ...], buffers: dict[str, A
 def _ours_output(trials: Trials, choice: Choice) -> Any:
     """Checked against float64."""
     if choice not in trials.kept:
-        lowered = trials.lowered(choice)
+        lowered = trials.trial.lower(choice)
         buffers = {role: trials.device.upload(a) for role, a in lowered.constants.items()}
         trials.kept[choice] = lowered, buffers | {r: trials.device.allocate(n) for r, n in lowered.scratch.items()}
     trials.run(choice)
     if why := trials.wrong(choice):
         raise SystemExit(f"{choice}: {why}")
-    return trials.device.download(trials.buffers["output"], trials.outputs)
+    return trials.device.download(trials.buffers["output"], trials.trial.shape)
 
 
 def _medians(runs: dict[str, Run]) -> dict[str, float]:
@@ -252,14 +252,14 @@ def _clblast(lib: Any, device: Device, trials: Trials, what: Convolution | Produ
         return run
 
     if isinstance(what, Product):
-        b, c = device.upload(trials.weights), device.allocate(4 * what.rows * what.columns)
+        b, c = device.upload(trials.trial.weights), device.allocate(4 * what.rows * what.columns)
         run = timed(lambda: gemm(trials.buffers["input"], b, c, what.rows, what.columns, what.inner))
         run(1)
-        found = device.download(c, trials.outputs) + trials.bias
+        found = device.download(c, trials.trial.shape) + trials.trial.bias
         assert np.abs(found - want).max() < 1e-4 * np.abs(want).max()
         return run
-    image = device.upload(trials.inputs["input"].transpose(0, 3, 1, 2))
-    kernel = device.upload(trials.weights.transpose(0, 3, 1, 2))
+    image = device.upload(trials.trial.inputs["input"].transpose(0, 3, 1, 2))
+    kernel = device.upload(trials.trial.weights.transpose(0, 3, 1, 2))
     inner, points = what.channels * what.kernel[0] * what.kernel[1], what.out[0] * what.out[1]
     result, columns = device.allocate(4 * points * what.filters), device.allocate(4 * points * inner)
     shape = size(what.channels, what.height, what.width, *what.kernel, what.pads[0], what.pads[1], *what.strides, 1, 1)
@@ -278,7 +278,7 @@ def _clblast(lib: Any, device: Device, trials: Trials, what: Convolution | Produ
     for call in (convgemm, im2col):
         run = timed(call)
         run(1)
-        found = device.download(result, (1, what.filters, *what.out)).transpose(0, 2, 3, 1) + trials.bias
+        found = device.download(result, (1, what.filters, *what.out)).transpose(0, 2, 3, 1) + trials.trial.bias
         assert np.abs(found - want).max() < 1e-4 * np.abs(want).max(), call.__name__
         ways.append((statistics.median(run(1) for _ in range(5)), run))
     return min(ways, key=lambda w: w[0])[1]
@@ -289,17 +289,17 @@ def _onnxruntime(threads: int, trials: Trials, what: Convolution | Product, want
     import onnxruntime as ort
     from onnx import helper, numpy_helper
 
-    x = trials.inputs["input"]
+    x = trials.trial.inputs["input"]
     if isinstance(what, Product):
         node = helper.make_node("Gemm", ["x", "w", "b"], ["y"])
-        x, w = x[0], trials.weights
+        x, w = x[0], trials.trial.weights
     else:
         node = helper.make_node("Conv", ["x", "w", "b"], ["y"], pads=list(what.pads), strides=list(what.strides))
-        x, w = x.transpose(0, 3, 1, 2), trials.weights.transpose(0, 3, 1, 2)
+        x, w = x.transpose(0, 3, 1, 2), trials.trial.weights.transpose(0, 3, 1, 2)
     x = np.ascontiguousarray(x)
     graph = helper.make_graph(
         [node], "one", [helper.make_tensor_value_info("x", 1, x.shape)], [helper.make_tensor_value_info("y", 1, None)],
-        [numpy_helper.from_array(np.ascontiguousarray(w), "w"), numpy_helper.from_array(trials.bias, "b")])
+        [numpy_helper.from_array(np.ascontiguousarray(w), "w"), numpy_helper.from_array(trials.trial.bias, "b")])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)])
     model.ir_version = min(model.ir_version, 10)
     assert onnx is not None

@@ -66,13 +66,15 @@ class Answer(msgspec.Struct, frozen=True):
 @dataclass(frozen=True)
 class Trial:
     """inputs: by role. shape, kind: of the output. lower: a candidate's launches. wanted: what is right, and how far a
-    candidate may be from it."""
+    candidate may be from it. weights, bias: of products and convolutions of floats."""
 
     inputs: dict[str, Any]
     shape: tuple[int, ...]
     kind: type
     lower: Callable[[Any], Lowered]
     wanted: Callable[[Any], tuple[Array, Array]]
+    weights: Any = None
+    bias: Any = None
 
 
 def trial(what: Work, traits: Traits) -> Trial:
@@ -120,7 +122,7 @@ def _floats(what: Convolution | Product, traits: Traits) -> Trial:
             return checks.convolution(what, inputs["input"], weights, bias, residual, choice, choice.tile.halves)
         return checks.product(what, inputs["input"], weights, bias, residual, choice.tile.halves)
 
-    return Trial(inputs, outputs, kind, lower, wanted)
+    return Trial(inputs, outputs, kind, lower, wanted, weights, bias)
 
 
 def _integers(what: Convolution, traits: Traits) -> Trial:
