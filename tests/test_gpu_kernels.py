@@ -592,7 +592,7 @@ def test_a_damaged_store_is_as_good_as_none(device, kind, tmp_path, damage):
 def test_what_was_kept_before_there_were_other_kinds_is_still_found(device, tmp_path):
     """The name of a file and its key, of kernels of floats."""
     for what in (SMALL, Convolution(1, 6, 6, 4, 8, (3, 3))):
-        path, key = tuner._place(tmp_path, device, what, False)
+        path, key = tuner._of(tmp_path, device, what, False)
         here = Path(tuner.__file__).parent
         made = hashlib.sha256(b"".join((here / f"{n}.py").read_bytes() for n in (
             "activations", "blocks", "convolution", "matrices", "narrow", "vectors", "winograd")))
