@@ -48,12 +48,12 @@ def main() -> int:
         by = f"{ms['int8 direct'] / ms['int8 Winograd']:11.2f}" if "int8 Winograd" in ms else ""
         print(f"{layer[3]}x{layer[3]} {layer[0]}x{layer[0]} {layer[1]}-{layer[2]}".ljust(18)
               + f"{cells}{ms['float first'] / ms[chosen]:12.2f}{by}", flush=True)
-    print(f"\n{'rows':18}" + "".join(f"{kind + ' ' + n:>20}" for kind in ("softmax", "layer norm")
+    print(f"\n{'rows':18}" + "".join(f"{kind + ' ' + n:>22}" for kind in ("softmax", "layer norm")
                                      for n in ("float", "int8", "int8/float")))
     for rows, columns in ROWS:
         ms = timed(row_runs(device, rows, columns), turns)
         print(f"{rows} x {columns}".ljust(18) + "".join(
-            f"{ms[k, 'float']:20.3f}{ms[k, 'int8']:20.3f}{ms[k, 'int8'] / ms[k, 'float']:20.2f}"
+            f"{ms[k, 'float']:22.3f}{ms[k, 'int8']:22.3f}{ms[k, 'int8'] / ms[k, 'float']:22.2f}"
             for k in ("softmax", "layer norm")), flush=True)
     return 0
 
