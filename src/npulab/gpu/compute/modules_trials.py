@@ -12,7 +12,6 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from npulab.errors import NpulabError
 from npulab.gpu import vulkan
 from npulab.gpu.compute import checks, modules_convolution, modules_integers, modules_products, modules_winograd, tiles
 from npulab.gpu.compute.checks import Array
@@ -20,7 +19,7 @@ from npulab.gpu.compute.modules import Layer, prepared
 from npulab.gpu.compute.modules_numbers import DTYPES
 from npulab.gpu.compute.modules_shapes import Choice, Fewer
 from npulab.gpu.compute.problems import Convolution, Product
-from npulab.gpu.compute.trials import REPEATS, WARM, Answer
+from npulab.gpu.compute.trials import Answer, answered
 from npulab.gpu.vulkan import Vulkan
 
 EXPONENTIAL = 2e-6
@@ -77,27 +76,9 @@ class Trials:
                 f" {want[at]:g}")
 
     def answer(self, asked: Asked) -> Answer:
-        self.kept = {c: k for c, k in self.kept.items() if c == asked.rival}
-        for choice in (asked.rival, asked.choice):
-            if choice is None or choice in self.kept:
-                continue
-            try:
-                self.kept[choice] = prepared(self.bench, self.made(choice), self.inputs)
-                why = self.wrong(choice)
-            except NpulabError as e:
-                why = f"{e.message}: {e.facts.get('got', '')}"[:300]
-            if why:
-                self.kept.pop(choice, None)
-                if choice == asked.choice:
-                    return Answer(why)
-        times: dict[bool, list[float]] = {False: [], True: []}
-        for i in range(WARM + REPEATS):
-            for choice, is_rival in ((asked.rival, True), (asked.choice, False)):
-                if choice in self.kept:
-                    seconds = self.kept[choice][0]()
-                    if i >= WARM:
-                        times[is_rival].append(seconds)
-        return Answer("", tuple(times[False]), tuple(times[True]))
+        return answered(asked.choice, asked.rival, self.kept,
+                        lambda c: prepared(self.bench, self.made(c), self.inputs), self.wrong,
+                        lambda c: self.kept[c][0]())
 
 
 Trial = tuple[dict[str, NDArray[Any]], Callable[[Choice], Layer], Callable[[Choice], tuple[Array, Array]]]

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -34,6 +34,8 @@ from npulab.gpu.compute.device import Device
 from npulab.gpu.compute.problems import Attention, Convolution, Product
 from npulab.gpu.compute.types import Lowered, Traits
 
+C = TypeVar("C")
+T = TypeVar("T")
 REPEATS = 11
 WARM = 2
 
@@ -201,32 +203,42 @@ class Trials:
         lowered, buffers = self.kept[choice]
         return sum(self.device.run(lowered.launches, {**self.buffers, **buffers}))
 
+    def prepared(self, choice: Kept) -> tuple[Lowered, dict[str, Any]]:
+        lowered = self.trial.lower(choice)
+        buffers = {role: self.device.upload(a) for role, a in lowered.constants.items()}
+        return lowered, buffers | {role: self.device.allocate(size) for role, size in lowered.scratch.items()}
+
     def answer(self, asked: Asked) -> Answer:
-        if asked.rival is not None:
-            self.kept = {c: k for c, k in self.kept.items() if c == asked.rival}
-        for choice in (asked.rival, asked.choice):
-            if choice is None or choice in self.kept:
-                continue
-            try:
-                lowered = self.trial.lower(choice)
-                buffers = {role: self.device.upload(a) for role, a in lowered.constants.items()}
-                buffers |= {role: self.device.allocate(size) for role, size in lowered.scratch.items()}
-                self.kept[choice] = lowered, buffers
-                why = self.wrong(choice)
-            except NpulabError as e:
-                why = f"{e.message}: {e.facts.get('got', '')}"[:300]
-            if why:
-                self.kept.pop(choice, None)
-                if choice == asked.choice:
-                    return Answer(why)
-        times: dict[bool, list[float]] = {False: [], True: []}
-        for i in range(WARM + REPEATS):
-            for choice, is_rival in ((asked.rival, True), (asked.choice, False)):
-                if choice in self.kept:
-                    seconds = self.run(choice)
-                    if i >= WARM:
-                        times[is_rival].append(seconds)
-        return Answer("", tuple(times[False]), tuple(times[True]))
+        return answered(asked.choice, asked.rival, self.kept, self.prepared, self.wrong, self.run)
+
+
+def answered(choice: C, rival: C | None, kept: dict[C, T], prepared: Callable[[C], T], wrong: Callable[[C], str],
+             run: Callable[[C], float]) -> Answer:
+    """Both are made and compared, then run in turns. kept: what was made of candidates; the best so far stays in it.
+    wrong, run: of a candidate that is in it."""
+    if rival is not None:
+        for old in kept.keys() - {rival}:
+            del kept[old]
+    for one in (rival, choice):
+        if one is None or one in kept:
+            continue
+        try:
+            kept[one] = prepared(one)
+            why = wrong(one)
+        except NpulabError as e:
+            why = f"{e.message}: {e.facts.get('got', '')}"[:300]
+        if why:
+            kept.pop(one, None)
+            if one == choice:
+                return Answer(why)
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for i in range(WARM + REPEATS):
+        for one, is_rival in ((rival, True), (choice, False)):
+            if one is not None and one in kept:
+                seconds = run(one)
+                if i >= WARM:
+                    times[is_rival].append(seconds)
+    return Answer("", tuple(times[False]), tuple(times[True]))
 
 
 def main() -> None:
