@@ -10,7 +10,7 @@ import errno
 import math
 import mmap
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,15 +85,18 @@ def put_away(pieces: Iterable[Buffer], size: int) -> memoryview:
         return memoryview(mmap.mmap(scratch.file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-def arrays_away(arrays: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
-    """The same arrays, contiguous and aligned, read-only where they are large together: in one file then."""
+def arrays_away(arrays: Sequence[NDArray[Any]], now: Callable[[NDArray[Any], int], NDArray[Any]] | None = None
+                ) -> list[NDArray[Any]]:
+    """The same arrays, contiguous and aligned, read-only where they are large together: in one file then. `now` makes
+    others of the same shapes and types of them, each when it is its turn; called with the array and its number."""
+    now = now or (lambda array, _: array)
     size = sum(-(-a.nbytes // ALIGNED) * ALIGNED for a in arrays)
     if size < LARGE:
-        return [np.require(a, requirements=["C", "A"]) for a in arrays]
+        return [np.require(now(a, i), requirements=["C", "A"]) for i, a in enumerate(arrays)]
 
     def pieces() -> Iterator[Buffer]:
-        for a in arrays:
-            yield content_of(a)
+        for i, a in enumerate(arrays):
+            yield content_of(now(a, i))
             let_go(a)
             yield bytes(-a.nbytes % ALIGNED)
 

@@ -185,8 +185,13 @@ def by_input(layer: Layer, array: Array) -> Array:
 
 def scale_output(net: Network, layer: Layer, factors: Floats) -> None:
     """Multiply a layer's output channels, what batch normalization said of them too."""
+    layer.weight = layer.weight * layer.by_output(factors.astype(np.float32))
+    scale_results(net, layer, factors)
+
+
+def scale_results(net: Network, layer: Layer, factors: Floats) -> None:
+    """The same of all but the weights."""
     f = factors.astype(np.float32)
-    layer.weight = layer.weight * layer.by_output(f)
     if layer.bias is not None:
         layer.bias = layer.bias * f
     if layer.linear in net.moments:

@@ -14,13 +14,16 @@ reach 6: hardly).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from npulab.errors import UsageError
-from npulab.quantization.chains import Floats, Link, by_input, links, scale_input, scale_output, without_ceiling
+from npulab.program.pages import arrays_away, let_go
+from npulab.quantization.chains import Floats, Link, by_input, links, scale_results, without_ceiling
 from npulab.quantization.network import Layer, Network
+from npulab.quantization.types import F32
 
 Ceilings = Literal["keep", "skip", "drop"]
 SWEEPS = 100
@@ -62,15 +65,24 @@ def equalize(net: Network, heights: Mapping[int, Floats] | None = None, ceilings
         chosen.append(link)
     total = {link.first.node: np.ones(link.first.channels) for link in chosen}
     before = {layer.node: spread(layer) for layer in net.layers}
+    scaled = {layer.node: _Scaled(layer) for layer in net.layers}
     for _ in range(SWEEPS):
         moved = 0.0
         for link in chosen:
-            s = _factors(link, total[link.first.node], tops.get(link.first.node))
+            s = _factors(link, scaled, total[link.first.node], tops.get(link.first.node))
             moved = max(moved, float(np.abs(np.log(s)).max(initial=0.0)))
-            _apply(net, link, s)
             total[link.first.node] *= s
+            scaled[link.first.node].multiply(outputs=s)
+            for reader, channels in link.readers:
+                scaled[reader.node].multiply(inputs=1.0 / s[channels])
         if moved < SETTLED:
             break
+    changed = [layer for layer in net.layers if scaled[layer.node].is_scaled]
+    weights = arrays_away([layer.weight for layer in changed], lambda _, i: scaled[changed[i].node].weight())
+    for layer, weight in zip(changed, weights, strict=True):
+        if (outputs := scaled[layer.node].outputs) is not None:
+            scale_results(net, layer, outputs)
+        layer.weight = weight
     for link in chosen:
         layer, s = link.first, total[link.first.node]
         if np.abs(np.log(s)).max(initial=0.0) < SETTLED:
@@ -81,21 +93,62 @@ def equalize(net: Network, heights: Mapping[int, Floats] | None = None, ceilings
     return notes
 
 
+@dataclass(eq=False)
+class _Scaled:
+    """A layer, its weights as they are in a file, and what its channels are to be multiplied by; None: nothing."""
+
+    layer: Layer
+    outputs: Floats | None = None
+    inputs: Floats | None = None
+
+    @property
+    def is_scaled(self) -> bool:
+        return self.outputs is not None or self.inputs is not None
+
+    def multiply(self, outputs: Floats | None = None, inputs: Floats | None = None) -> None:
+        if outputs is not None:
+            self.outputs = outputs if self.outputs is None else self.outputs * outputs
+        if inputs is not None:
+            self.inputs = inputs if self.inputs is None else self.inputs * inputs
+
+    def weight(self, outputs: bool = True, inputs: bool = True) -> F32:
+        """With the factors of its output and input channels, or without."""
+        w = self.layer.weight
+        if inputs and self.inputs is not None:
+            w = w * self.layer.by_input(self.inputs.astype(np.float32))
+        if outputs and self.outputs is not None:
+            w = w * self.layer.by_output(self.outputs.astype(np.float32))
+        return w
+
+    def largest_made(self) -> Floats:
+        """|weights| of each output channel, the largest."""
+        found = np.abs(self.layer.rows(self.weight(outputs=False))).max(axis=1, initial=0.0).astype(np.float64)
+        let_go(self.layer.weight)
+        return found if self.outputs is None else found * self.outputs
+
+    def largest_read(self) -> Floats:
+        """The same of each input channel."""
+        found = np.abs(by_input(self.layer, self.weight(inputs=False))).max(axis=1, initial=0.0).astype(np.float64)
+        let_go(self.layer.weight)
+        return found if self.inputs is None else found * self.inputs
+
+
 def spread(layer: Layer) -> float:
     """How many times larger the largest |weight| is than an output channel's own, in the geometric mean: what one scale
     for all loses."""
     largest = np.abs(layer.rows()).max(axis=1, initial=0.0).astype(np.float64)
+    let_go(layer.weight)
     largest = largest[largest > 0]
     return float(np.exp(np.mean(np.log(largest.max() / largest)))) if largest.size else 1.0
 
 
-def _factors(link: Link, total: Floats, top: Floats | None) -> Floats:
+def _factors(link: Link, scaled: Mapping[int, _Scaled], total: Floats, top: Floats | None) -> Floats:
     """Of the first layer's output channels. `top`: the channels' largest values as they were at first."""
     layer = link.first
-    before = np.abs(layer.rows()).max(axis=1, initial=0.0).astype(np.float64)
+    before = scaled[layer.node].largest_made()
     behind = np.zeros(layer.channels)
     for reader, channels in link.readers:
-        own = np.abs(by_input(reader, reader.weight)).max(axis=1, initial=0.0).astype(np.float64)
+        own = scaled[reader.node].largest_read()
         np.maximum.at(behind, channels, own / max(float(own.max(initial=0.0)), 1e-30))
     largest = max(float(before.max(initial=0.0)), 1e-30)
     some = (before > 0) & (behind > 0)
@@ -110,9 +163,3 @@ def _factors(link: Link, total: Floats, top: Floats | None) -> Floats:
     if top is not None:
         s[MARGIN * top >= layer.clamp[1]] = 1.0
     return s
-
-
-def _apply(net: Network, link: Link, s: Floats) -> None:
-    scale_output(net, link.first, s)
-    for reader, channels in link.readers:
-        scale_input(reader, 1.0 / s[channels])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +14,7 @@ from npulab.ir import Graph, Node
 from npulab.quantization.chains import POOLS, SHAPES, Floats, by_input, channel_axis
 from npulab.quantization.emit import float_model
 from npulab.quantization.network import Layer, Network, clamp_of
-from npulab.quantization.parts import each
-from npulab.quantization.probes import Probed
+from npulab.quantization.parts import apart
 from npulab.quantization.session import Progress
 from npulab.quantization.types import Array, Samples
 
@@ -50,51 +49,52 @@ def seen(net: Network, axes: Mapping[int, int], samples: Samples, progress: Prog
 
     Raises: ModelError where a tensor is not finite; UsageError without samples.
     """
-    names = [net.name(v) for v in axes]
+    by_name = {net.name(v): axis for v, axis in axes.items()}
 
-    def work(arrays: Sequence[Array]) -> list[Floats]:
-        found = []
-        for a, axis in zip(arrays, axes.values(), strict=True):
-            others = tuple(i for i in range(a.ndim) if i != axis % a.ndim)
+    def work(_: int, arrays: Mapping[str, Array]) -> dict[str, Floats]:
+        found = {}
+        for name, a in arrays.items():
+            others = _but(by_name[name], a.ndim)
             low, high = a.min(axis=others), a.max(axis=others)
             wide = a if np.abs((low, high)).max(initial=0) < LARGE else a.astype(np.float64)
-            found.append(np.stack([low, high, a.mean(axis=others, dtype=np.float64),
-                                   np.square(wide).mean(axis=others, dtype=np.float64)]).astype(np.float64))
+            found[name] = np.stack([low, high, a.mean(axis=others, dtype=np.float64),
+                                    np.square(wide).mean(axis=others, dtype=np.float64)]).astype(np.float64)
         return found
 
-    totals: list[Floats] | None = None
-    for now in each(float_model(net), names, samples, work, progress):
-        for one, name in zip(now, names, strict=True):
+    totals: dict[str, Floats] = {}
+    for _, now in apart(float_model(net), list(by_name), samples, work, progress):
+        for name, one in now.items():
             if not np.isfinite(one).all():
                 raise ModelError(f"'{name}' is not finite", got=samples.origin,
                                  try_="look for NaN in the data, or for overflow in the network")
-        if totals is None:
-            totals = now
-            continue
-        for total, one in zip(totals, now, strict=True):
+            total = totals.setdefault(name, np.stack([one[0], one[1], *np.zeros_like(one[2:])]))
             total[0], total[1] = np.minimum(total[0], one[0]), np.maximum(total[1], one[1])
             total[2:] += one[2:]
-    assert totals is not None
     return {v: Seen(t[0], t[1], t[2] / len(samples), t[3] / len(samples))
-            for v, t in zip(axes, totals, strict=True)}
+            for v, t in ((v, totals[net.name(v)]) for v in axes)}
+
+
+def _but(axis: int, rank: int) -> tuple[int, ...]:
+    """The other axes."""
+    return tuple(i for i in range(rank) if i != axis % rank)
 
 
 def ceilings_met(net: Network, samples: Samples, progress: Progress | None = None) -> dict[int, Floats]:
     """How high each channel below an upper limit (ReLU6) goes, for layers that have one, by the value before the
-    clamp. Computed inside the runtime: the tensors would be many bytes."""
-    layers = [layer for layer in net.layers if np.isfinite(layer.clamp[1]) and layer.clamp[1] > 0]
+    clamp."""
+    layers = {net.name(layer.linear): layer for layer in net.layers
+              if np.isfinite(layer.clamp[1]) and layer.clamp[1] > 0}
     if not layers:
         return {}
-    probed = Probed(net)
-    names = []
-    for layer in layers:
-        rank = len(net.graph.values[layer.linear].shape)
-        axis = channel_axis(layer, rank) % rank
-        names.append(probed.reduce("ReduceMax", net.name(layer.linear), [i for i in range(rank) if i != axis]))
-    found: list[Floats] = [np.array(-np.inf)] * len(layers)
-    for now in each(probed.model(), names, samples, lambda arrays: [np.array(a, np.float64) for a in arrays], progress):
-        found = [np.maximum(high, one.reshape(-1)) for high, one in zip(found, now, strict=True)]
-    return {layer.linear: high for layer, high in zip(layers, found, strict=True)}
+
+    def work(_: int, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        return {name: a.max(axis=_but(channel_axis(layers[name], a.ndim), a.ndim)) for name, a in arrays.items()}
+
+    found: dict[str, Floats] = {}
+    for _, now in apart(float_model(net), list(layers), samples, work, progress):
+        for name, high in now.items():
+            found[name] = np.maximum(found.get(name, -np.inf), high.astype(np.float64))
+    return {layer.linear: found[name] for name, layer in layers.items()}
 
 
 def input_moments(net: Network) -> dict[int, Moments]:
