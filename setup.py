@@ -9,5 +9,6 @@ def extension(name: str, *arguments: str, depends: tuple[str, ...] = ()) -> Exte
 
 
 setup(ext_modules=[extension("_kernels", "-fno-math-errno", "-fno-trapping-math"), extension("_sums", "-fwrapv"),
+                   extension("_rounding", "-fno-math-errno", "-fno-trapping-math"),
                    extension("_floats", "-fno-math-errno", "-fno-trapping-math", depends=("_floats_lanes.h",))],
       options={"bdist_wheel": {"py_limited_api": "cp311"}})

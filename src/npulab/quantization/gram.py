@@ -253,13 +253,7 @@ def moments(net: Network, layers: Sequence[Layer], samples: Samples, aim: Refere
             x = floats.get(name := net.name(m.layer.data))
             if x is None:
                 continue
-            if not np.isfinite(x).all():
-                raise ModelError(f"'{name}' is not finite", got=f"sample {number + 1} of {samples.origin}",
-                                 try_="look for NaN in the data, or for overflow in the network")
-            if (largest := float(np.abs(x).max(initial=0))) > LARGEST:
-                raise UsageError(f"'{name}' has numbers too large for adaptive rounding", want=f"at most {LARGEST:.0e}",
-                                 got=f"{largest:.3g}, sample {number + 1} of {samples.origin}",
-                                 try_="smaller data, or a recipe without adaround")
+            checked(x, name, number, samples)
             places = take.places(number)
             patches = take.rows(x, places)
             out.append((m, m.share(patches, patches if integers is None else take.rows(integers[name], places))))
@@ -277,6 +271,18 @@ def moments(net: Network, layers: Sequence[Layer], samples: Samples, aim: Refere
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(Moments.flush, found))
     return found
+
+
+def checked(x: Array, name: str, number: int, samples: Samples) -> Array:
+    """A sample's tensor. Raises: ModelError, UsageError as `moments` does."""
+    if not np.isfinite(x).all():
+        raise ModelError(f"'{name}' is not finite", got=f"sample {number + 1} of {samples.origin}",
+                         try_="look for NaN in the data, or for overflow in the network")
+    if (largest := float(np.abs(x).max(initial=0))) > LARGEST:
+        raise UsageError(f"'{name}' has numbers too large for adaptive rounding", want=f"at most {LARGEST:.0e}",
+                         got=f"{largest:.3g}, sample {number + 1} of {samples.origin}",
+                         try_="smaller data, or a recipe without adaround")
+    return x
 
 
 def _both(model: Thin, other: Thin, names: Sequence[str], samples: Samples, work: Callable[..., T],

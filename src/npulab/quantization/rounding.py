@@ -28,6 +28,7 @@ from npulab.quantization.calibrate import roomy
 from npulab.quantization.gram import Moments, Reference, grouped, moments, moments_bytes, reference
 from npulab.quantization.network import Layer, Network
 from npulab.quantization.ranges import LEAST_SCALE, params_of_channels
+from npulab.quantization.rounding_brief import round_briefly
 from npulab.quantization.sampling import some
 from npulab.quantization.session import Progress
 from npulab.quantization.types import Array, Params, Samples, Scheme
@@ -84,7 +85,8 @@ def adaround(net: Network, samples: Samples, passes: int = 1, solver: Solver = "
         layer.codes = None
     notes: list[str] = []
     brief = passes == 1 and solver == "descent" and all(_is_quick(layer) for layer in layers)
-    samples = some(samples, QUICK_SAMPLES) if brief else samples
+    if brief:
+        return round_briefly(net, layers, some(samples, QUICK_SAMPLES), aim, scales, progress)
     for group in groups:
         for part in _within(group, BRIEF_STAGE_BYTES if brief else STAGE_BYTES, brief):
             found = moments(net, part, samples, aim, passes != 1, progress, brief)
