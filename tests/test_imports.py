@@ -12,7 +12,7 @@ FAMILIES = [p.name for p in (SRC / "targets").iterdir() if (p / "__init__.py").e
 MODULES = {".".join(p.relative_to(SRC).with_suffix("").parts).removesuffix(".__init__"): p for p in SRC.rglob("*.py")}
 
 ROWS = (
-    ("errors", "units", "bits", "_kernels", "_sums", "_floats"),
+    ("errors", "units", "bits", "_kernels", "_sums", "_floats", "_rounding"),
     ("ir", "plan.types", "program.types", "profiling.types", "runtime.device", "targets.target"),
     ("dialects", "formats", "importers", "exporters", "reference", "passes", "postprocess", "quantization", "plan",
      "program", "runtime", "profiling", "gpu"),

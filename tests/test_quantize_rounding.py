@@ -99,24 +99,6 @@ def test_the_error_of_second_moments_is_the_error_of_the_results(make):
         layer.weight, layer.bias = was, bias
 
 
-@pytest.mark.parametrize("make", [every_kind, small])
-def test_moments_in_brief_are_those_in_full_but_for_what_numbers_have_in_common(make):
-    """Where the inputs are rounded finely both agree; the diagonal and the means always do."""
-    net, data = ready(graph=make(), count=40)
-    aim = reference(net)
-    full, brief = (moments(net, net.layers, data, aim, brief=b) for b in (False, True))
-    for a, b in zip(full, brief, strict=True):
-        assert (a.count, b.cross.shape) == (b.count, b.sums.shape)
-        for centred in (False, True):
-            (second, cross, power), (second2, cross2, power2) = a.covariances(centred), b.covariances(centred)
-            scale = float(np.abs(second).max())
-            np.testing.assert_allclose(second2, second, atol=1e-5 * scale)
-            np.testing.assert_allclose(cross2, cross, atol=2e-2 * scale)
-            np.testing.assert_allclose(*(np.diagonal(c, axis1=1, axis2=2) for c in (cross2, cross)), atol=1e-5 * scale)
-            np.testing.assert_allclose(power2, power, rtol=0.05, atol=1e-3 * float(power.max()))
-        assert np.allclose(a.drift(grouped(a.layer)), b.drift(grouped(b.layer)), atol=1e-5)
-
-
 def _reading(model, name):
     """The model with its tensor `name` as an input."""
     import onnx

@@ -12,7 +12,7 @@ from npulab.quantization.emit import float_model
 from npulab.quantization.network import Layer, Network, Point, clamp_of
 from npulab.quantization.observe import Statistics, observe
 from npulab.quantization.ranges import NEEDS_HISTOGRAM, fixed, method, params_of, weight_params
-from npulab.quantization.session import Progress
+from npulab.quantization.session import Progress, give_back
 from npulab.quantization.types import Params, Samples, Scheme
 
 Known = dict[tuple[str, int, str, Scheme], Params]
@@ -91,6 +91,7 @@ def choose_weights(net: Network, clip: str = "min-max", known: Known | None = No
             known[key] = weight_params(layer.rows(), layer.scheme, layer.axis, clip)
             let_go(layer.weight)
         layer.params = roomy(net, layer, known[key])
+    give_back()  # what the search for ranges took
 
 
 def roomy(net: Network, layer: Layer, p: Params) -> Params:

@@ -107,10 +107,12 @@ def noises(reference: Buffer, other: Buffer, pairs: Mapping[str, str], samples: 
                 for name, x in arrays.items():
                     places[i, name] = scratch.size, x.dtype, x.shape
                     scratch.write(content_of(x))
+                del arrays, x  # before the next are made
             for i, arrays in apart(other, list(pairs.values()), some, _same):
                 for name, own in pairs.items():
                     if own in arrays:
                         total[name] += noise(scratch.array(*places[i, name]), arrays[own])
+                del arrays
     return total
 
 

@@ -124,13 +124,13 @@ class _Scaled:
         """|weights| of each output channel, the largest."""
         found = np.abs(self.layer.rows(self.weight(outputs=False))).max(axis=1, initial=0.0).astype(np.float64)
         let_go(self.layer.weight)
-        return found if self.outputs is None else found * self.outputs
+        return found if self.outputs is None else np.asarray(found * self.outputs)
 
     def largest_read(self) -> Floats:
         """The same of each input channel."""
         found = np.abs(by_input(self.layer, self.weight(inputs=False))).max(axis=1, initial=0.0).astype(np.float64)
         let_go(self.layer.weight)
-        return found if self.inputs is None else found * self.inputs
+        return found if self.inputs is None else np.asarray(found * self.inputs)
 
 
 def spread(layer: Layer) -> float:

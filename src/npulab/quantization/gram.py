@@ -24,6 +24,7 @@ from npulab.program.pages import Buffer
 from npulab.quantization.emit import float_model, integer_model
 from npulab.quantization.network import Layer, Network
 from npulab.quantization.parts import apart
+from npulab.quantization.sampling import drawn
 from npulab.quantization.session import Progress, give_back, in_order, runner
 from npulab.quantization.types import F32, Array, Feeds, Params, Samples
 
@@ -36,7 +37,7 @@ PATCHES_A_WEIGHT = 8
 BRIEF_ROWS = 4096
 BRIEF_ELEMENTS = 1 << 23
 BRIEF_PATCHES_A_WEIGHT = 4
-"""The same where rounding of the inputs is taken apart number by number: 8-bit weights are hardly better for more."""
+"""The same for `rounding_brief`: 8-bit weights are hardly better for more."""
 FLUSH = 2048
 FLUSH_BYTES = 1 << 21
 """Patches that are multiplied at once: so many, or so many bytes."""
@@ -89,15 +90,13 @@ def reference(net: Network) -> Reference:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Share:
-    """What one sample brings to the Moments of a layer: its sums, and its patches, for products that are made of many
-    samples at once. These are kept in the steps of a scale where they are integers: half of what floats take.
+    """What one sample brings to the Moments of a layer: its sums, and its patches (of q and x), for products that are
+    made of many samples at once. Those of q are kept in the steps of a scale where they are integers: half of floats.
     """
 
     sums: NDArray[np.float64]
     float_sums: NDArray[np.float64]
-    cross: NDArray[Any] | None
-    power: NDArray[Any] | None
-    patches: tuple[Array, ...]
+    patches: tuple[Array, Array]
 
 
 @dataclass(eq=False)
@@ -107,8 +106,6 @@ class Moments:
     second  sum of q q^T, (groups, K, K).      cross  sum of x q^T.      sums, float_sums  of q and x, (groups, K).
     power   sums of y^2 over y = W x, (channels,).                       count  patches.      weight  W.
     params  of what the integer layer reads; None: floats.
-    brief   x is taken as each q_k by a factor of its own, and noise that goes along with nothing else: then the sums
-            of x_k q_k are enough as `cross`, those of x_k x_k as `power`, (groups, K).
     """
 
     layer: Layer
@@ -119,9 +116,8 @@ class Moments:
     float_sums: NDArray[np.float64]
     power: NDArray[np.float64]
     params: Params | None = None
-    brief: bool = False
     count: int = 0
-    waiting: list[tuple[Array, ...]] = field(default_factory=list)
+    waiting: list[tuple[Array, Array]] = field(default_factory=list)
 
     def share(self, x: F32, rows: F32) -> Share:
         """Of one sample's patches (n, groups, K): x of the float network, `rows` of what the integer layer reads,
@@ -132,19 +128,13 @@ class Moments:
             steps = self.params.steps(rows)
             kept = steps.astype(np.int16) if self.params.scheme.bits <= SMALL_STEPS else steps
             q = steps * self.params.scales
-        sums = q.sum(axis=0, dtype=np.float64), x.sum(axis=0, dtype=np.float64)
-        if not self.brief:
-            return Share(*sums, None, None, (kept, x))
-        return Share(*sums, np.einsum("ngk,ngk->gk", x, q), np.einsum("ngk,ngk->gk", x, x), (kept,))
+        return Share(q.sum(axis=0, dtype=np.float64), x.sum(axis=0, dtype=np.float64), (kept, x))
 
     def add(self, one: Share) -> None:
         """One more sample, in the samples' order."""
         self.sums += one.sums
         self.float_sums += one.float_sums
         self.count += len(one.patches[0])
-        if one.cross is not None and one.power is not None:
-            self.cross += one.cross
-            self.power += one.power
         self.waiting.append(one.patches)
         numbers = sum(a[0].size for a in self.waiting)
         if sum(len(a[0]) for a in self.waiting) >= FLUSH or numbers * F32_BYTES >= FLUSH_BYTES:
@@ -153,16 +143,15 @@ class Moments:
     def flush(self) -> None:
         if not self.waiting:
             return
-        q, *floats = (np.ascontiguousarray(np.concatenate(a).transpose(1, 0, 2), np.float32)
+        q, x = (np.ascontiguousarray(np.concatenate(a).transpose(1, 0, 2), np.float32)
                       for a in zip(*self.waiting, strict=True))
         self.waiting.clear()
         if self.params is not None:
             q *= self.params.scales
         self.second += q.transpose(0, 2, 1) @ q
-        for x in floats:
-            self.cross += x.transpose(0, 2, 1) @ q
-            y = (x @ grouped(self.layer, self.weight).transpose(0, 2, 1)).astype(np.float64)
-            self.power += (y * y).sum(axis=1).ravel()
+        self.cross += x.transpose(0, 2, 1) @ q
+        y = (x @ grouped(self.layer, self.weight).transpose(0, 2, 1)).astype(np.float64)
+        self.power += (y * y).sum(axis=1).ravel()
 
     def covariances(self, centred: bool) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.float64]]:
         """(of q, between x and q, powers of y): about their means if `centred`, a bias taking care of these."""
@@ -171,25 +160,9 @@ class Moments:
         q, x = self.sums / n, self.float_sums / n
         if centred:
             _less(second, q, q)
-        if self.brief:
-            cross, power = self._follows(second, cross - x * q * centred, power - x * x * centred)
-        elif centred:
             _less(cross, x, q)
             power -= self._means() ** 2
         return second, cross, np.maximum(power, 0.0)
-
-    def _follows(self, second: NDArray[Any], cross: NDArray[Any], own: NDArray[Any]
-                 ) -> tuple[NDArray[Any], NDArray[np.float64]]:
-        """(covariances between x and q, powers of y) of x_k = b_k q_k + what nothing else goes along with. `cross` and
-        `own`: covariances of x_k with q_k and with itself, (groups, K)."""
-        lanes = np.arange(second.shape[1])
-        power = second[:, lanes, lanes]
-        share = np.where(power > 0, cross / np.where(power > 0, power, 1), 0).astype(second.dtype)
-        between = share[:, :, None] * second
-        floats = between * share[:, None, :]
-        floats[:, lanes, lanes] = own
-        weight = grouped(self.layer, self.weight).astype(second.dtype)
-        return between, np.einsum("grk,grk->gr", weight @ floats, weight, dtype=np.float64).ravel()
 
     def blur(self) -> NDArray[np.float64]:
         """What rounding of products in float32 may have done to a variance, (groups,)."""
@@ -228,13 +201,12 @@ def grouped(layer: Layer, array: Array | None = None) -> Array:
 
 
 def moments(net: Network, layers: Sequence[Layer], samples: Samples, aim: Reference, rounded: bool = False,
-            progress: Progress | None = None, brief: bool = False) -> list[Moments]:
+            progress: Progress | None = None) -> list[Moments]:
     """Sums over the samples for some layers.
 
     rounded  False: the integer network reads the float network's tensors, each as its integers show it.
              True: it reads what it computes itself: integers between all layers, rounded weights in those that have
              codes, float ones in the others.
-    brief    see Moments; a half to a quarter of the time. Not with `rounded`.
 
     Raises: UsageError without samples or ONNX Runtime, and for numbers beyond LARGEST; ModelError for tensors that are
     not finite.
@@ -242,8 +214,8 @@ def moments(net: Network, layers: Sequence[Layer], samples: Samples, aim: Refere
     if not len(samples):
         raise UsageError("there are no samples to round with", got=samples.origin)
     names = list(dict.fromkeys(net.name(layer.data) for layer in layers))
-    takes = [Patches(net, layer, len(samples), brief) for layer in layers]
-    found = [_empty(layer, net.of[layer.data].params if layer.data in net.of else None, brief) for layer in layers]
+    takes = [Patches(net, layer, len(samples)) for layer in layers]
+    found = [_empty(layer, net.of[layer.data].params if layer.data in net.of else None) for layer in layers]
 
     def shares(number: int, floats: Mapping[str, Array], integers: Mapping[str, Array] | None = None
                ) -> list[tuple[Moments, Share]]:
@@ -275,10 +247,11 @@ def moments(net: Network, layers: Sequence[Layer], samples: Samples, aim: Refere
 
 def checked(x: Array, name: str, number: int, samples: Samples) -> Array:
     """A sample's tensor. Raises: ModelError, UsageError as `moments` does."""
-    if not np.isfinite(x).all():
+    largest = max(float(x.max(initial=0)), -float(x.min(initial=0)))  # NaN stays; no second tensor is made
+    if not np.isfinite(largest):
         raise ModelError(f"'{name}' is not finite", got=f"sample {number + 1} of {samples.origin}",
                          try_="look for NaN in the data, or for overflow in the network")
-    if (largest := float(np.abs(x).max(initial=0))) > LARGEST:
+    if largest > LARGEST:
         raise UsageError(f"'{name}' has numbers too large for adaptive rounding", want=f"at most {LARGEST:.0e}",
                          got=f"{largest:.3g}, sample {number + 1} of {samples.origin}",
                          try_="smaller data, or a recipe without adaround")
@@ -302,17 +275,17 @@ def _both(model: Thin, other: Thin, names: Sequence[str], samples: Samples, work
             yield found
 
 
-def _empty(layer: Layer, params: Params | None, brief: bool) -> Moments:
+def _empty(layer: Layer, params: Params | None) -> Moments:
     g, r, k = grouped(layer).shape
     dtype = np.float32 if k >= WIDE else np.float64
-    return Moments(layer, layer.weight, np.zeros((g, k, k), dtype), np.zeros((g, k) if brief else (g, k, k), dtype),
-                   np.zeros((g, k)), np.zeros((g, k)), np.zeros((g, k) if brief else g * r), params, brief)
+    return Moments(layer, layer.weight, np.zeros((g, k, k), dtype), np.zeros((g, k, k), dtype), np.zeros((g, k)),
+                   np.zeros((g, k)), np.zeros(g * r), params)
 
 
-def moments_bytes(layer: Layer, brief: bool = False) -> int:
+def moments_bytes(layer: Layer) -> int:
     """What `Moments` of a layer hold."""
     g, _, k = grouped(layer).shape
-    return int((1 if brief else 2) * g * k * k * (4 if k >= WIDE else 8))
+    return int(2 * g * k * k * (4 if k >= WIDE else 8))
 
 
 def _partly_rounded(net: Network) -> Buffer:
@@ -374,8 +347,7 @@ class Patches:
         total = int(np.prod(self.out))
         if total <= self.wanted:
             return np.arange(total)
-        chosen = np.random.default_rng((self.layer.node, number)).choice(total, self.wanted, replace=False)
-        return np.sort(chosen)
+        return drawn(self.wanted, total, self.layer.node, number)
 
     def rows(self, x: Array, places: NDArray[np.int64]) -> F32:
         """(places, groups, K)."""

@@ -72,8 +72,10 @@ class _Pool:
                 self.free.append(buffer)
 
     def enter(self) -> None:
+        """One more network. Its tensors may have other sizes than those before."""
         with self.lock:
             self.users += 1
+            self.free = []
 
     def leave(self) -> None:
         with self.lock:

@@ -7,9 +7,10 @@ that the same samples give the same numbers on every run. Samples that are too m
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -30,6 +31,9 @@ PART = 4 << 20
 """Bytes of a part's weights and of the tensors that leave it, from which on it ends where it can."""
 STEP = 16 << 20
 """Bytes that nodes of a step make of a sample, from which on it ends where it can."""
+HEAVY = 12 << 20
+"""Bytes that nodes of a step make of a sample, from which on one sample at a time goes through it: others go through
+lighter steps meanwhile."""
 DISK = 128 << 20
 """Bytes of all samples' tensors between two parts."""
 FEW = 4
@@ -47,12 +51,13 @@ Work = Callable[[int, Mapping[str, Array]], T]
 
 @dataclass(eq=False)
 class Part:
-    """Some of the nodes, with their constants. Of what they make, `asked` is wanted; parts behind read what is `kept`,
-    of what they make or read."""
+    """Some of the nodes, with their constants. Of what they make, `made` bytes a sample, `asked` is wanted; parts
+    behind read what is `kept`, of what they make or read."""
 
     model: Thin
     asked: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
+    made: int = 0
 
 
 def each(model: Buffer, names: Sequence[str], samples: Samples, work: Callable[[Sequence[Array]], T],
@@ -92,6 +97,7 @@ def _run(parts: Sequence[Sequence[Part]], samples: Samples, work: Work[T], progr
                 for i, (found, kept) in enumerate(_through(steps, enumerate(feeds, first), work, count)):
                     for one in found:
                         yield first + i, one
+                        del one  # before the next is made
                     if kept:
                         between.put(kept)
                     if progress:
@@ -104,6 +110,7 @@ def _through(steps: Sequence[Part], samples: Iterable[tuple[int, Feeds]], work: 
     """Each numbered sample's results, and what parts behind read, `count` samples side by side. The latter is there
     once the results have been taken: of one sample at a time, each step runs when its result is asked for."""
     ready = []
+    alone = threading.Lock()
     for step in steps:
         names = list(dict.fromkeys([*step.asked, *step.kept]))
         ready.append((names, step, runner(step.model, names)))
@@ -111,12 +118,17 @@ def _through(steps: Sequence[Part], samples: Iterable[tuple[int, Feeds]], work: 
     def through(sample: tuple[int, Feeds], left: dict[str, Array]) -> Iterator[T]:
         number, feeds = sample
         for names, step, run in ready:
-            found = dict(zip(names, run(feeds), strict=True))
-            feeds = {name: found[name] for name in step.kept}
-            asked = {name: found[name] for name in step.asked}
-            del found
-            if step.asked or not step.kept:
-                yield work(number, asked)
+            results: list[T] = []
+            with alone if step.made >= HEAVY else nullcontext():
+                found = dict(zip(names, run(feeds), strict=True))
+                feeds = {name: found[name] for name in step.kept}
+                asked = {name: found[name] for name in step.asked}
+                del found
+                if step.asked or not step.kept:
+                    results.append(work(number, asked))
+                del asked
+            while results:
+                yield results.pop()
         left.update(feeds)
 
     def job(sample: tuple[int, Feeds]) -> tuple[list[T], Feeds]:
@@ -246,7 +258,7 @@ def _parts(model: Thin, names: Sequence[str], count: int, together: bool = False
         here = range(first, behind)
         asked = [name for name in names if (behind == end if together else max(0, walk.born.get(name, 0)) in here)]
         piece = _part(model, walk, first, behind, {*asked, *kept}, types)
-        parts[-1].append(Part(piece, asked, kept if behind < end else []))
+        parts[-1].append(Part(piece, asked, kept if behind < end else [], sum(made[first:behind])))
     return parts
 
 

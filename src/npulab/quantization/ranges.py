@@ -53,8 +53,8 @@ def entropy(s: Statistics, scheme: Scheme) -> Range:
     magnitudes[0] = magnitudes[1]  # zero is a level of its own: the peak that ReLU puts there says nothing about ranges
     last = int(np.flatnonzero(magnitudes)[-1]) + 1 if magnitudes.any() else 1
     first = min(last, max(levels, last // 16))
-    ends = np.unique(np.linspace(first, last, 64).astype(int))
-    divergence = [_divergence(magnitudes, int(end), levels) for end in ends]
+    ends = sorted({int(end) for end in np.linspace(first, last, 64)})  # np.unique would load masked arrays, 2 MiB
+    divergence = [_divergence(magnitudes, end, levels) for end in ends]
     limit = float(ends[int(np.argmin(divergence))]) * s.width
     return max(s.low, -limit), min(s.high, limit)
 

@@ -27,37 +27,27 @@ from npulab.errors import UsageError
 from npulab.quantization.calibrate import roomy
 from npulab.quantization.gram import Moments, Reference, grouped, moments, moments_bytes, reference
 from npulab.quantization.network import Layer, Network
-from npulab.quantization.ranges import LEAST_SCALE, params_of_channels
-from npulab.quantization.rounding_brief import round_briefly
-from npulab.quantization.sampling import some
+from npulab.quantization.ranges import LEAST_SCALE
+from npulab.quantization.rounding_brief import BITS, DAMPING, FEWER, ranges_tried, round_briefly
+from npulab.quantization.rounding_brief import SHARES as BRIEF_SHARES
 from npulab.quantization.session import Progress
 from npulab.quantization.types import Array, Params, Samples, Scheme
 
 Floats = NDArray[Any]
 Solver = Literal["descent", "relaxed"]
-DAMPING = 0.01
-"""Of the mean variance of what a channel reads, added to all: keeps weights near that the samples say nothing about."""
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.4)
-"""Of the weights' range, that scales are tried for. Power-of-two scales: FEWER."""
-FEWER = (1.0, 0.5, 0.25)
+"""Of the weights' range, that scales are tried for."""
 SWEEPS = 50
 REFITS = 4
 CANDIDATES = 24
 PAIR_ROUNDS = 100
 BLOCK = 64
 STAGE_BYTES = 1 << 28
-BRIEF_STAGE_BYTES = 1 << 25
-"""Second moments that are held at once; in brief they are quick to go through the samples for again."""
+"""Second moments that are held at once."""
 GRIDS_BYTES = 1 << 22
 """Weights in all grids that are rounded in one go; larger layers a grid at a time."""
 WORKERS = 2
 """Layers that are rounded side by side."""
-QUICK = 8
-"""Bits from which on sequential rounding is enough, from second moments in brief (`gram.Moments`). Descent, pairs and
-scales fitted again bring 4 bits some tenths of a decibel each; EfficientNet-Lite0 in 8 bits comes out as well without
-(18.9 dB of 18.9, in a quarter of the time)."""
-QUICK_SHARES = (1.0, 0.85, 0.7)
-QUICK_SAMPLES = 64
 ITERATIONS = 1000
 """Of the relaxed solver."""
 
@@ -80,16 +70,14 @@ def adaround(net: Network, samples: Samples, passes: int = 1, solver: Solver = "
     layers = [layer for layer in net.layers if layer.scheme is not None and layer.params is not None]
     from threadpoolctl import threadpool_limits
 
-    groups = [layers] if passes == 1 else staged(net, layers, passes)
     for layer in layers:
         layer.codes = None
+    if layers and passes == 1 and solver == "descent" and all(_is_brief(layer) for layer in layers):
+        return round_briefly(net, layers, samples, aim, scales, progress)
     notes: list[str] = []
-    brief = passes == 1 and solver == "descent" and all(_is_quick(layer) for layer in layers)
-    if brief:
-        return round_briefly(net, layers, some(samples, QUICK_SAMPLES), aim, scales, progress)
-    for group in groups:
-        for part in _within(group, BRIEF_STAGE_BYTES if brief else STAGE_BYTES, brief):
-            found = moments(net, part, samples, aim, passes != 1, progress, brief)
+    for group in [layers] if passes == 1 else staged(net, layers, passes):
+        for part in _within(group):
+            found = moments(net, part, samples, aim, passes != 1, progress)
             biases = [aim.biases[net.layers.index(m.layer)] for m in found]
             with threadpool_limits(1, "blas"), ThreadPoolExecutor(WORKERS) as pool:  # sums in one order
                 notes += pool.map(lambda m, b: round_layer(net, m, b, solver, scales), found, biases)
@@ -117,17 +105,17 @@ def staged(net: Network, layers: Sequence[Layer], passes: int) -> list[list[Laye
     return found
 
 
-def _is_quick(layer: Layer) -> bool:
-    return layer.scheme is not None and layer.scheme.bits >= QUICK
+def _is_brief(layer: Layer) -> bool:
+    return layer.scheme is not None and layer.scheme.bits >= BITS
 
 
-def _within(layers: Sequence[Layer], limit: int, brief: bool) -> list[list[Layer]]:
-    """The layers in order, in parts whose moments hold at most `limit` bytes (or one layer)."""
+def _within(layers: Sequence[Layer]) -> list[list[Layer]]:
+    """The layers in order, in parts whose moments hold at most STAGE_BYTES (or one layer)."""
     parts: list[list[Layer]] = [[]]
     held = 0
     for layer in layers:
-        size = moments_bytes(layer, brief)
-        if parts[-1] and held + size > limit:
+        size = moments_bytes(layer)
+        if parts[-1] and held + size > STAGE_BYTES:
             parts.append([])
             held = 0
         parts[-1].append(layer)
@@ -248,16 +236,8 @@ def _solve(net: Network, layer: Layer, problem: Problem, weight: Floats, solver:
            ) -> tuple[Floats, Grid]:
     assert layer.params is not None
     assert layer.scheme is not None
-    grids = [_grid(layer, layer.params)]
-    if scales:
-        rows = weight.reshape(layer.channels, -1)
-        lows, highs = rows.min(axis=1), rows.max(axis=1)
-        if layer.params.axis is None:
-            lows, highs = lows.min(keepdims=True), highs.max(keepdims=True)
-        shares = FEWER if layer.scheme.power_of_two else QUICK_SHARES if _is_quick(layer) else SHARES
-        for share in shares:
-            p = params_of_channels(lows * share, highs * share, layer.scheme, layer.params.axis)
-            grids.append(_grid(layer, roomy(net, layer, p)))
+    shares = () if not scales else FEWER if layer.scheme.power_of_two else BRIEF_SHARES if _is_brief(layer) else SHARES
+    grids = [_grid(layer, p) for p in ranges_tried(net, layer, weight, shares)]
     together = weight.nbytes * len(grids) <= GRIDS_BYTES
     codes = sequential(problem, grids) if together else np.concatenate([sequential(problem, [g]) for g in grids])
     costs = np.stack([problem.cost(_seen(c, g) - problem.target) for c, g in zip(codes, grids, strict=True)])
@@ -268,7 +248,7 @@ def _solve(net: Network, layer: Layer, problem: Problem, weight: Floats, solver:
     pick = best[None, :, :, None]
     grid = _merged(layer, grids, best)
     start = np.take_along_axis(codes, pick, axis=0)[0]
-    if solver == "descent" and _is_quick(layer):
+    if solver == "descent" and _is_brief(layer):
         return start, grid
     chosen = relaxed(problem, grid) if solver == "relaxed" else best_of(problem, grid, start)
     if scales and not layer.scheme.power_of_two and layer.scheme.symmetric:

@@ -21,14 +21,16 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from npulab.errors import InvariantError
-from npulab.program.pages import Scratch, content_of, let_go
+from npulab.errors import InvariantError, UsageError
+from npulab.importers.onnx_parts import Thin
+from npulab.program.pages import Scratch, arrays_away, content_of, let_go
 from npulab.quantization.calibrate import roomy
 from npulab.quantization.gram import Patches, Reference, checked, grouped, upto
 from npulab.quantization.network import Layer, Network
 from npulab.quantization.parts import apart
 from npulab.quantization.ranges import params_of_channels
 from npulab.quantization.rounding_loops import factor, lengths, sequential, solve
+from npulab.quantization.sampling import some
 from npulab.quantization.session import Progress, give_back
 from npulab.quantization.types import F32, Array, Params, Samples
 
@@ -46,18 +48,19 @@ BLUR = 1e-6
 """The same at least for each weight of a channel: what single precision may do to a variance."""
 DISK = 1 << 28
 """Bytes of what layers read that lie in the file at once; more layers take another pass."""
-AT_ONCE = 1 << 21
+AT_ONCE = 1 << 20
 """Bytes of patches that are multiplied at once."""
 PANEL = 256
 """Rows of second moments that are computed at once, up to the diagonal."""
-ROWS_BYTES = 1 << 19
-"""Of rows of weights that one thread has at once."""
+ROWS, ROWS_BYTES = 64, 1 << 18
+"""Of weights that one thread has at once: so many rows, or so many bytes if these are more rows."""
 WORKERS = 2
 
 
 @dataclass(eq=False)
 class Reading:
-    """What a layer reads over the samples. Sums over patches, (groups, K): of q, of x, of their squares and products.
+    """What a layer reads over the samples: where q lies in the file, and sums over patches, (groups, K), of d = x - q,
+    of d q and of d d. These differences are small: single precision is enough, which x q and x x would need twice.
 
     params  of q; None: floats, and q is x.     pieces  where q lies in the file, and how many patches.
     """
@@ -65,11 +68,9 @@ class Reading:
     layer: Layer
     take: Patches
     params: Params | None
-    q: Sums
-    x: Sums
-    qq: Sums
-    xq: Sums
-    xx: Sums
+    d: F32
+    dq: F32
+    dd: F32
     count: int = 0
     pieces: list[tuple[int, int]] = field(default_factory=list)
 
@@ -77,7 +78,8 @@ class Reading:
     def of(cls, net: Network, layer: Layer, samples: int) -> Reading:
         groups, _, k = grouped(layer).shape
         params = net.of[layer.data].params if layer.data in net.of else None
-        return cls(layer, Patches(net, layer, samples, True), params, *(np.zeros((groups, k)) for _ in range(5)))
+        d, dq, dd = np.zeros((3, groups, k), np.float32)
+        return cls(layer, Patches(net, layer, samples, True), params, d, dq, dd)
 
     @property
     def dtype(self) -> np.dtype[np.generic]:
@@ -86,32 +88,32 @@ class Reading:
 
     def bytes(self, samples: int) -> int:
         """That it takes in the file, at most."""
-        return samples * self.take.wanted * self.q.size * self.dtype.itemsize
+        return int(samples * self.take.wanted * self.d.size * self.dtype.itemsize)
 
-    def share(self, number: int, data: Array) -> tuple[Array, list[Sums]]:
+    def share(self, number: int, data: Array) -> tuple[Array, list[F32]]:
         """Of one sample: patches as they are written, and sums."""
         x = self.take.rows(data, self.take.places(number))
-        kept, q, scale = x, x, 1.0
-        if self.params is not None:  # sums of steps are exact
-            q, scale = self.params.steps(x), float(self.params.scales[0])
-            kept = (q + self.params.zeros).astype(self.dtype)
-        sums = [q.sum(axis=0, dtype=np.float64) * scale, x.sum(axis=0, dtype=np.float64)]
-        return kept, sums + [np.einsum("ngk,ngk->gk", a, b).astype(np.float64) * by
-                             for a, b, by in ((q, q, scale * scale), (x, q, scale), (x, x, 1.0))]
+        if self.params is None:
+            return x, []
+        q = self.params.steps(x)
+        kept = (q + self.params.zeros).astype(self.dtype)
+        q *= self.params.scales
+        x -= q
+        return kept, [x.sum(axis=0), *(np.einsum("ngk,ngk->gk", x, other) for other in (q, x))]
 
-    def add(self, kept: Array, sums: Sequence[Sums], file: Scratch) -> None:
+    def add(self, kept: Array, sums: Sequence[F32], file: Scratch) -> None:
         """One more sample, in the samples' order."""
         self.pieces.append((file.size, len(kept)))
         self.count += len(kept)
         file.write(content_of(kept))
-        for total, one in zip((self.q, self.x, self.qq, self.xq, self.xx), sums, strict=True):
+        for total, one in zip((self.d, self.dq, self.dd), sums, strict=False):
             total += one
 
     def patches(self, file: Scratch) -> Iterator[F32]:
         """q (n, groups, K), some patches at a time."""
         waiting: list[Array] = []
         for i, (at, count) in enumerate(self.pieces, 1):
-            waiting.append(file.array(at, self.dtype, (count, *self.q.shape)))
+            waiting.append(file.array(at, self.dtype, (count, *self.d.shape)))
             if i == len(self.pieces) or sum(a.size for a in waiting) * 4 >= AT_ONCE:
                 found = np.concatenate(waiting, dtype=np.float32)
                 waiting.clear()
@@ -127,14 +129,21 @@ def round_briefly(net: Network, layers: Sequence[Layer], samples: Samples, aim: 
     `rounding.adaround`."""
     from threadpoolctl import threadpool_limits
 
+    if not len(samples):
+        raise UsageError("there are no samples to round with", got=samples.origin)
     model, number = aim.model(), {layer.node: i for i, layer in enumerate(net.layers)}
-    biases, notes = aim.biases, list[str]()
+    biases, notes, samples = aim.biases, list[str](), some(samples, SAMPLES)
     for readings in _within([Reading.of(net, layer, len(samples)) for layer in layers], len(samples)):
         with Scratch() as file, threadpool_limits(1, "blas"):  # one thread: the same sums to the last bit
             _read(net, readings, upto(model, [net.name(r.layer.data) for r in readings]), samples, file, progress)
             give_back()
             with ThreadPoolExecutor(WORKERS) as pool:
-                notes += [_Rounding(net, r, file).run(biases[number[r.layer.node]], scales, pool) for r in readings]
+                for r in readings:
+                    notes.append(_Rounding(net, r, file).run(biases[number[r.layer.node]], scales, pool))
+                    give_back()
+    for layer, codes in zip(layers, arrays_away([layer.codes for layer in layers if layer.codes is not None]),
+                            strict=True):
+        layer.codes = codes
     return notes
 
 
@@ -149,18 +158,18 @@ def _within(readings: Sequence[Reading], samples: int) -> Iterator[list[Reading]
     yield part
 
 
-def _read(net: Network, readings: Sequence[Reading], model: object, samples: Samples, file: Scratch,
+def _read(net: Network, readings: Sequence[Reading], model: Thin, samples: Samples, file: Scratch,
           progress: Progress | None) -> None:
     """What the samples bring."""
     by_name: dict[str, list[Reading]] = {}
     for r in readings:
         by_name.setdefault(net.name(r.layer.data), []).append(r)
 
-    def shares(number: int, arrays: Mapping[str, Array]) -> list[tuple[Reading, tuple[Array, list[Sums]]]]:
+    def shares(number: int, arrays: Mapping[str, Array]) -> list[tuple[Reading, tuple[Array, list[F32]]]]:
         return [(r, r.share(number, checked(x, name, number, samples))) for name, x in arrays.items()
                 for r in by_name[name]]
 
-    for _, made in apart(model, list(by_name), samples, shares, progress):  # type: ignore[arg-type]
+    for _, made in apart(model, list(by_name), samples, shares, progress):
         for reading, one in made:
             reading.add(*one, file)
 
@@ -183,14 +192,21 @@ class _Rounding:
     def __init__(self, net: Network, reading: Reading, file: Scratch) -> None:
         self.net, self.layer, self.file = net, reading.layer, file
         self.weight = grouped(reading.layer)
+        let_go(reading.layer.weight)
         n = max(1, reading.count)
-        self.mean_q, self.mean_x = reading.q / n, reading.x / n
+        q = np.zeros(self.weight.shape[::2])
+        square = np.zeros_like(q)
+        for patches in reading.patches(file):
+            q += patches.sum(axis=0, dtype=np.float64)
+            square += np.einsum("ngk,ngk->gk", patches, patches)
+        self.mean_q, mean_d = q / n, reading.d / n
+        self.mean_x = self.mean_q + mean_d
         self.centred = reading.layer.bias is not None or reading.layer.kind != "matmul"  # a bias takes means away
-        variance = np.maximum(reading.qq / n - self.mean_q**2 * self.centred, 0)
+        variance = np.maximum(square / n - self.mean_q**2 * self.centred, 0)
         self.order = np.argsort(variance, axis=1, kind="stable")
-        both = reading.xq / n - self.mean_x * self.mean_q * self.centred
-        own = reading.xx / n - self.mean_x**2 * self.centred
-        factors = np.divide(both, variance, out=np.zeros_like(both), where=variance > 0)
+        between = reading.dq / n - mean_d * self.mean_q * self.centred
+        own = variance + 2 * between + reading.dd / n - mean_d**2 * self.centred
+        factors = 1 + np.divide(between, variance, out=np.zeros_like(between), where=variance > 0)
         self.left = self._sorted(own - factors**2 * variance)
         self.factors = self._sorted(factors).astype(np.float32)
         self.lower, self.damping = self._factor(reading)
@@ -230,7 +246,7 @@ class _Rounding:
         shares = () if not scales else FEWER if layer.scheme.power_of_two else SHARES
         tried = ranges_tried(self.net, layer, self.weight, shares)
         groups, rows, k = self.weight.shape
-        each = max(1, ROWS_BYTES // (4 * groups * k))
+        each = max(ROWS, ROWS_BYTES // (4 * groups * k) // ROWS * ROWS)
         parts = [slice(i, min(i + each, rows)) for i in range(0, rows, each)]
         codes = np.empty((len(tried), groups, rows, k), layer.scheme.holder)
         costs = np.empty((len(tried), groups, rows))
@@ -266,7 +282,6 @@ class _Rounding:
             np.put_along_axis(chosen[:, at], np.broadcast_to(self.order[:, None], picked.shape), picked, axis=2)
 
         list(pool.map(settled, parts))
-        let_go(layer.weight)
         layer.params, layer.codes = params, layer.from_rows(chosen.reshape(layer.channels, -1))
         if self.centred:
             start = np.zeros(layer.channels) if bias is None else bias.astype(np.float64)
@@ -281,7 +296,9 @@ class _Rounding:
 
     def _weights(self, at: slice) -> F32:
         """Some rows, sorted."""
-        return np.ascontiguousarray(np.take_along_axis(self.weight[:, at], self.order[:, None], axis=2), np.float32)
+        found = np.take_along_axis(self.weight[:, at], self.order[:, None], axis=2)
+        let_go(self.weight[:, at])
+        return np.ascontiguousarray(found, np.float32)
 
     def _rows(self, at: slice) -> tuple[F32, F32]:
         """The same, and what they are rounded to come near to."""
@@ -299,7 +316,7 @@ class _Rounding:
 
     def _nearest(self, w: F32, p: Params, at: slice) -> F32:
         scale, zero = self._grid(p, at)
-        return np.clip(np.rint(w / scale[..., None]) + zero[..., None], p.scheme.low, p.scheme.high)
+        return np.asarray(np.clip(np.rint(w / scale[..., None]) + zero[..., None], p.scheme.low, p.scheme.high))
 
     def _shown(self, codes: Array, p: Params, at: slice) -> F32:
         scale, zero = self._grid(p, at)
@@ -308,7 +325,7 @@ class _Rounding:
     def _error(self, off: F32, w: F32) -> Sums:
         """Mean squared error of rows whose weights are `off` beside W b."""
         square = np.square(off).sum(axis=2, dtype=np.float64)
-        return lengths(self.lower, off) - self.damping * square + _dot(np.square(w), self.left)
+        return np.asarray(lengths(self.lower, off) - self.damping * square + _dot(np.square(w), self.left))
 
 
 def _dot(rows: Array, by: Sums) -> Sums:

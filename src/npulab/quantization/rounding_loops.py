@@ -30,7 +30,7 @@ def factor(h: F32) -> bool:
         h[...] = np.linalg.cholesky(h)
     except np.linalg.LinAlgError:
         return False
-    return True
+    return bool(np.isfinite(h).all())
 
 
 def solve(lower: F32, rows: F32) -> None:

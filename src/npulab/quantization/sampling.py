@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from npulab.program.pages import arrays_away, let_go
 from npulab.quantization.types import Feeds, ListedSamples, Samples
@@ -23,6 +24,23 @@ def some(samples: Samples, count: int) -> Samples:
     """At most `count` samples, evenly spread: neighbours are often of one class."""
     total = len(samples)
     return samples if total <= count else taken(samples, [i * total // count for i in range(count)])
+
+
+def drawn(wanted: int, total: int, *seed: int) -> NDArray[np.int64]:
+    """So many of `total` places, ascending, each as likely as any other: those that SplitMix64 (Steele et al. 2014,
+    doi:10.1145/2714064.2660195) gives the least numbers. The same for ever; NumPy's generators would take 4 MiB."""
+    start: NDArray[np.uint64] = np.zeros(1, np.uint64)
+    for number in seed:
+        start = _mixed(np.add(start, number, dtype=np.uint64))
+    return np.sort(np.argpartition(_mixed(start + np.arange(total, dtype=np.uint64)), wanted - 1)[:wanted])
+
+
+def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    x = (x + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x ^= x >> np.uint64(shift)
+        x *= np.uint64(factor)
+    return x ^ (x >> np.uint64(31))
 
 
 class _Away(ListedSamples):
