@@ -102,11 +102,8 @@ def simplest(found: Mapping[K, Distance]) -> K:
     for k in others:
         if found[k].less_than(found[best])[0] > 0:
             best = k
-    return next(k for k in found if k == best or _alike(*found[best].less_than(found[k])))
-
-
-def _alike(gain: float, error: float) -> bool:
-    return gain <= error
+    lead = {k: found[best].less_than(found[k]) for k in found}
+    return next(k for k, (gain, error) in lead.items() if gain <= error)  # the best itself: 0 and 0
 
 
 def heard(reference: Buffer, ends: Sequence[End], samples: Samples) -> list[list[Array]]:
@@ -120,5 +117,6 @@ def distance(net: Network, ends: Sequence[End], wanted: Iterable[Sequence[Array]
     outputs = {net.name(v) for v in net.graph.outputs}
     names = [e.name if e.name in outputs else shown.get(e.name, e.name) for e in ends]
     made = each(model, names, samples, list)
+    del model
     return Distance([[e.heard(np.asarray(x), np.asarray(y)) for e, x, y in zip(ends, xs, ys, strict=True)]
                      for xs, ys in zip(wanted, made, strict=True)])

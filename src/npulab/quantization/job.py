@@ -83,8 +83,9 @@ class Options:
 
 @dataclass(frozen=True)
 class Measured:
-    """A stage, what it said, how long it took, and the outputs' signal-to-noise ratio (dB) with it; None before there
-    are integers. `kept`: whether it made things better, in a search."""
+    """A stage, what it said, how long it took, and the signal-to-noise ratio (dB) of the outputs with it, as
+    quantization.distance hears them; None before there are integers. `kept`: whether it made things better, in a
+    search."""
 
     name: str
     title: str
@@ -212,13 +213,13 @@ class Job:
             gain, error = now.less_than(best)
         lines += said
         seconds = time.perf_counter() - start
+        brought = f"a sample {gain:+.1f} dB on average, standard error {error:.1f}"
         if gain < max(step.gain, error):
             self.net.restore(before)
             self.recipe, self.aim = recipe, aim
-            return left([f"left out: {now.decibels:.1f} dB with it; a sample {gain:+.1f} dB on average, standard error "
-                         f"{error:.1f}", *lines], seconds, now.decibels)
+            return left([f"left out: {now.decibels:.1f} dB with it; {brought}", *lines], seconds, now.decibels)
         self.best = now
-        return Measured(name, step.title, step.paper, lines, seconds, now.decibels)
+        return Measured(name, step.title, step.paper, [*lines, brought], seconds, now.decibels)
 
     def _apply(self, step: Step) -> list[str]:
         samples = some(self.samples, step.samples)
