@@ -1,12 +1,17 @@
 """How far outputs are from the float network's: what is heard of a sample, and what is more than chance."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from npulab.exporters.onnx import to_view
 from npulab.importers.onnx import read_onnx
+from npulab.quantization.calibrate import calibrate, statistics
 from npulab.quantization.compare import Noise
-from npulab.quantization.distance import Distance, End, ends_of, simplest
+from npulab.quantization.distance import Distance, End, distance, ends_of, heard, simplest
 from npulab.quantization.network import network
+from npulab.quantization.types import ListedSamples
 from npulab.targets.facts.quantization import rules_of
 
 onnx = pytest.importorskip("onnx", reason="pip install 'npulab[onnx]'")
@@ -105,6 +110,21 @@ def test_rows_of_classes_are_those_of_the_softmax(axis, opset, end):
         order = sorted(range(len(p)), key=lambda i: -p[i])[:33]
         wanted += sum(((p[order[0]] - p[i]) - (q[order[0]] - q[i])) ** 2 for i in order[1:])
     assert end.heard(x, y).noise == pytest.approx(wanted, rel=1e-4)
+
+
+def test_classes_are_heard_as_their_own_integers_show_them():
+    net = graph_of(1, 13)
+    data = ListedSamples([{"x": RNG.normal(size=(2, 3, 4, 5)).astype(np.float32)} for _ in range(3)])
+    calibrate(net, statistics(net, data))
+    ends, floats = ends_of(net), to_view(net.graph, shapes=False)
+    wanted = heard(floats, ends, data)
+    whole = distance(net, ends, wanted, data)
+    point = next(p for p in net.points if net.name(p.value) == "z")
+    point.params = replace(point.params, scales=point.params.scales / 4)
+    clipped = distance(net, ends, wanted, data)
+    assert whole.decibels > 30 > 20 > clipped.decibels
+    gain, error = whole.less_than(clipped)
+    assert gain > 10 > error
 
 
 def test_behind_other_operators_the_outputs_are_heard():
