@@ -9,9 +9,9 @@ import numpy as np
 from npulab.ir.ops import OnnxOp
 from npulab.program.pages import let_go
 from npulab.quantization.emit import float_model
-from npulab.quantization.network import Layer, Network, Point, clamp_of
+from npulab.quantization.network import Layer, Network, Point, clamp_of, softmax_of
 from npulab.quantization.observe import Statistics, observe
-from npulab.quantization.ranges import NEEDS_HISTOGRAM, fixed, method, params_of, weight_params
+from npulab.quantization.ranges import NEEDS_HISTOGRAM, fixed, method, min_max, params_of, weight_params
 from npulab.quantization.session import Progress, give_back
 from npulab.quantization.types import Params, Samples, Scheme
 
@@ -40,15 +40,18 @@ def calibrate(net: Network, seen: Mapping[int, Statistics], how: str = "min-max"
 
 def choose_activations(net: Network, seen: Mapping[int, Statistics], how: str = "min-max", known: Known | None = None
                        ) -> None:
-    """Params of the points: what the format prescribes, else by the method from the statistics. `known`: what was
-    chosen from these before; it is added to."""
+    """Params of the points: what the format prescribes, else by the method from the statistics; extremes where answers
+    come out of a Softmax, for clipped ones would be alike. `known`: what was chosen from these before; it is added to.
+    """
     choose, known = method(how), {} if known is None else known
+    answers = {s.outputs[0] for v in net.graph.outputs if (s := softmax_of(net.graph, v)) is not None}
     for p in net.quantized_points():
         assert p.scheme is not None
         p.params, key = _prescribed(net, p), ("tensor", p.value, how, p.scheme)
         if p.params is None:
             if key not in known:
-                known[key] = params_of(choose(seen[p.value], p.scheme), p.scheme)
+                own = min_max if p.value in answers else choose
+                known[key] = params_of(own(seen[p.value], p.scheme), p.scheme)
             p.params = known[key]
     _share_with_concat(net)
 

@@ -1,16 +1,18 @@
 """The stages of one run: what a recipe says in its order, or a search that keeps what helps.
 
-A search begins with the ranges: every way to choose them is tried on the same statistics. Then one repair after
-another is tried, the quick ones first, and kept if the outputs of a few samples that took no part in the calibration
-come nearer to the float network's. With a time to keep, it stops before the repair that would not fit; what a repair
-costs is estimated from what the statistics cost.
+A search begins with the ranges: every way to choose them is tried on the same statistics, with the weights in floats,
+whose rounding would drown it where they have few bits. Then one repair after another is tried, the quick ones first,
+and kept if samples that took no part in the calibration come nearer to the float network (quantization.distance), by
+more than their number leaves to chance. With a time to keep, it stops before the repair that would not fit; what a
+repair costs is estimated from what the statistics cost.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,13 +25,11 @@ from npulab.program.files import write_atomically
 from npulab.program.pages import Buffer, passing
 from npulab.quantization import datafree, precision, state
 from npulab.quantization.calibrate import Known, choose_activations, choose_weights, statistics
-from npulab.quantization.compare import SILENCE, noise
-from npulab.quantization.emit import integer_model
+from npulab.quantization.distance import Distance, End, distance, ends_of, heard, simplest
 from npulab.quantization.gram import Reference, reference
-from npulab.quantization.joints import part_mixed, parted
+from npulab.quantization.joints import part_mixed
 from npulab.quantization.network import Network
 from npulab.quantization.observe import Statistics
-from npulab.quantization.parts import each
 from npulab.quantization.ranges import METHODS, NEEDS_HISTOGRAM
 from npulab.quantization.recipes import AUTO, STEPS, Context, Recipe, Step
 from npulab.quantization.sampling import held, some, taken
@@ -37,9 +37,9 @@ from npulab.quantization.session import Progress
 from npulab.quantization.trained import Kept
 from npulab.quantization.types import Array, Samples
 
-CHECKED, CHECKED_MOST = 8, 32
-"""Samples that each stage is measured on: more than the least where there are eight times as many, and the network is
-small. One sample whose answer tips over outweighs the noise of seven others."""
+CHECKED, CHECKED_MOST, CHECKED_SHARE = 8, 64, 4
+"""Samples that each stage is measured on: more than the least where the network is small, one of four at most. What is
+left to chance is as the root of their number."""
 CHECKED_ELEMENTS = 1 << 24
 """Of tensors of all those samples, beyond the least: EfficientNet-Lite0 has 13 million of one."""
 SPARE = 24
@@ -83,8 +83,9 @@ class Options:
 
 @dataclass(frozen=True)
 class Measured:
-    """A stage, what it said, how long it took, and the outputs' signal-to-noise ratio (dB) with it; None before there
-    are integers. `kept`: whether it made things better, in a search."""
+    """A stage, what it said, how long it took, and the signal-to-noise ratio (dB) of the outputs with it, as
+    quantization.distance hears them; None before there are integers. `kept`: whether it made things better, in a
+    search."""
 
     name: str
     title: str
@@ -114,7 +115,6 @@ class Job:
         self.recipe = replace(recipe, steps=()) if recipe.name == AUTO.name else recipe
         self.begin = time.monotonic()
         self.reference: Callable[[], Buffer] = partial(to_view, net.graph, shapes=False)
-        self.outputs = [net.name(v) for v in net.graph.outputs]
         self.every = samples
         count = len(samples)
         checked = _checked(net, count)
@@ -123,8 +123,9 @@ class Job:
         left = sorted(set(range(count)) - set(at))
         self.samples = taken(samples, left) if count >= SPARE else samples
         self.budget = budget
-        self.wanted: list[list[Array]] = []  # the float network's outputs for `check`
-        self.best = -np.inf
+        self.ends: list[End] = []
+        self.wanted: list[list[Array]] = []  # the float network's ends for `check`
+        self.best: Distance | None = None  # of what is kept, once there are integers; None too behind an interruption
         self.aim: Reference | None = None  # from the ranges on
 
     @property
@@ -177,42 +178,48 @@ class Job:
             step = STEPS[name]
             title, paper, lines = step.title, step.paper, self._apply(step)
         ready = any(p.params for p in self.net.points)
-        return Measured(name, title, paper, lines, time.perf_counter() - start, self.decibels() if ready else None)
+        return Measured(name, title, paper, lines, time.perf_counter() - start,
+                        self.distance().decibels if ready else None)
 
     def _trial(self, name: str) -> Measured:
         """Kept if it helps."""
         start = time.perf_counter()
         if name == "ranges":
-            lines = self._best_ranges()
-            return Measured(name, "ranges", "", lines, time.perf_counter() - start, self.best)
+            lines, self.best = self._best_ranges()
+            return Measured(name, "ranges", "", lines, time.perf_counter() - start, self.best.decibels)
+        best = self.best = self.best or self.distance()
         step, before, recipe, aim = STEPS[name], self.net.snapshot(), self.recipe, self.aim
+
+        def left(lines: list[str], seconds: float = 0.0, decibels: float = best.decibels) -> Measured:
+            return Measured(name, step.title, step.paper, lines, seconds, decibels, False)
+
         spared = [s for s in recipe.steps if s in step.spared_by]
         if spared and not self.options.seconds:
-            return Measured(name, step.title, step.paper, [f"left out: {STEPS[spared[0]].title} sees to that"], 0.0,
-                            self.best, False)
+            return left([f"left out: {STEPS[spared[0]].title} sees to that"])
         try:
             lines = self._apply(step)
         except UsageError as e:  # too few samples for it, or a package that is not installed
             self.net.restore(before)
-            return Measured(name, step.title, step.paper, [f"left out: {e.message}"], 0.0, self.best, False)
+            return left([f"left out: {e.message}"])
         if not lines:
-            seconds = time.perf_counter() - start
-            return Measured(name, step.title, step.paper, ["nothing to do"], seconds, self.best, False)
+            return left(["nothing to do"], time.perf_counter() - start)
         self.recipe = replace(self.recipe, steps=(*self.recipe.steps, name))
         said = self._ranges(some(self.samples, TRIED)) if step.stage == "before" else []
-        now = self.decibels()
-        if step.stage == "before" and now >= self.best + step.gain and len(self.samples) > TRIED:
+        now = self.distance()
+        gain, error = now.less_than(best)
+        if step.stage == "before" and gain >= max(step.gain, error) and len(self.samples) > TRIED:
             said = self._ranges()
-            now = self.decibels()
+            now = self.distance()
+            gain, error = now.less_than(best)
         lines += said
         seconds = time.perf_counter() - start
-        if now < self.best + step.gain:
+        brought = f"a sample {gain:+.1f} dB on average, standard error {error:.1f}"
+        if gain < max(step.gain, error):
             self.net.restore(before)
             self.recipe, self.aim = recipe, aim
-            lines = [f"left out: {now:.1f} dB with it", *lines]
-            return Measured(name, step.title, step.paper, lines, seconds, now, False)
+            return left([f"left out: {now.decibels:.1f} dB with it; {brought}", *lines], seconds, now.decibels)
         self.best = now
-        return Measured(name, step.title, step.paper, lines, seconds, now)
+        return Measured(name, step.title, step.paper, [*lines, brought], seconds, now.decibels)
 
     def _apply(self, step: Step) -> list[str]:
         samples = some(self.samples, step.samples)
@@ -220,20 +227,12 @@ class Job:
         stop = None if end is None else lambda: time.monotonic() > end
         return step.run(self.net, Context(samples, self.options.seed, self.aim, self._progress(step.title), stop))
 
-    def decibels(self) -> float:
-        """The outputs' mean signal-to-noise ratio on a few samples, against the network as it came; of detectors whose
-        heads were parted that of the parts."""
-        ends = [self.net.name(v) for v in parted(self.net)]
-        if ends and ends != self.outputs:
-            self.outputs, self.wanted = ends, []
-        if not self.wanted:
-            self.wanted = list(each(self.reference(), self.outputs, self.check, list))
-        total = dict.fromkeys(self.outputs, SILENCE)
-        made = each(integer_model(self.net), self.outputs, self.check, list)
-        for want, got in zip(self.wanted, made, strict=True):
-            for name, x, y in zip(self.outputs, want, got, strict=True):
-                total[name] += noise(x, y)
-        return float(np.mean([n.decibels for n in total.values()]))
+    def distance(self) -> Distance:
+        """From the network as it came, on the samples to check."""
+        ends = ends_of(self.net)
+        if ends != self.ends:
+            self.ends, self.wanted = ends, heard(self.reference(), ends, self.check)
+        return distance(self.net, ends, self.wanted, self.check)
 
     def _ranges(self, samples: Samples | None = None) -> list[str]:
         """Statistics, of some samples or all, and ranges as the recipe has them."""
@@ -245,22 +244,27 @@ class Job:
         return [f"activations by {self.recipe.activations}, weights by {self.recipe.weights}, from {len(samples)} "
                 "samples", *lines]
 
-    def _best_ranges(self) -> list[str]:
-        """Statistics once, and of all ways to choose ranges the best."""
+    def _best_ranges(self) -> tuple[list[str], Distance]:
+        """Statistics once, and of all ways to choose ranges the simplest that none is better than; how far it is."""
         seen, lines = self._seen(next(iter(NEEDS_HISTOGRAM)), self.samples)
-        found: dict[tuple[str, str], float] = {}
         known: Known = {}
+        ways: dict[str, Distance] = {}
+        for how in METHODS:
+            self._choose(seen, how, CLIPS[0], known)
+            with _float_weights(self.net):
+                ways[how] = self.distance()
+        how = simplest(ways)
+        clips: dict[str, Distance] = {}
         for clip in CLIPS:
-            for how in METHODS if clip == CLIPS[0] else [max(found, key=lambda k: found[k])[0]]:
-                self._choose(seen, how, clip, known)
-                found[how, clip] = self.decibels()
-        how, clip = max(found, key=lambda k: found[k])
+            self._choose(seen, how, clip, known)
+            clips[clip] = self.distance()
+        clip = simplest(clips)
         self.recipe = replace(self.recipe, activations=how, weights=clip)
         lines += self._choose(seen, how, clip, None if self.budget else known)
-        self.best = self.decibels() if self.budget else found[how, clip]
-        tried = ", ".join(f"{a} {db:.1f}" for (a, c), db in found.items() if c == CLIPS[0])
-        return [f"activations by {how}, weights by {clip}, from {len(self.samples)} samples", f"dB tried: {tried}",
-                *lines]
+        tried = ", ".join(f"{a} {d.decibels:.1f}" for a, d in ways.items())
+        said = [f"activations by {how}, weights by {clip}, from {len(self.samples)} samples",
+                f"dB tried, weights in floats: {tried}", *lines]
+        return said, self.distance() if self.budget else clips[clip]
 
     def _choose(self, seen: Mapping[int, Statistics], how: str, clip: str,
                 known: Known | None = None) -> list[str]:
@@ -320,11 +324,23 @@ class Job:
         r = about["recipe"]
         self.recipe = Recipe(r["name"], r["activations"], r["weights"], tuple(r["steps"]))
         stages = [Measured(**s) for s in about["stages"]]
-        self.best = max((s.decibels for s in stages if s.kept and s.decibels is not None), default=-np.inf)
         return stages
 
 
 def _checked(net: Network, count: int) -> int:
     """How many of `count` samples each stage is measured on."""
     made = sum(v.elements for v in net.graph.values if not v.is_constant)
-    return max(CHECKED, min(CHECKED_MOST, count // CHECKED, CHECKED_ELEMENTS // max(1, made)))
+    return max(CHECKED, min(CHECKED_MOST, count // CHECKED_SHARE, CHECKED_ELEMENTS // max(1, made)))
+
+
+@contextmanager
+def _float_weights(net: Network) -> Iterator[None]:
+    """The layers' weights in floats for a while, tensors as they are."""
+    params = [layer.params for layer in net.layers]
+    for layer in net.layers:
+        layer.params = None
+    try:
+        yield
+    finally:
+        for layer, p in zip(net.layers, params, strict=True):
+            layer.params = p

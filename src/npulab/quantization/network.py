@@ -216,6 +216,14 @@ def network(graph: Graph, rules: Rules) -> Network:
     return net
 
 
+def softmax_of(graph: Graph, output: int) -> Node | None:
+    """The Softmax that makes an output, but for moves behind it."""
+    made = graph.producer.get(output)
+    while made is not None and made.op.name in MOVES:
+        made = graph.producer.get(made.inputs[0])
+    return made if made is not None and made.op.name in ("Softmax", "LogSoftmax") else None
+
+
 def _moments(graph: Graph) -> dict[tuple[str, str], tuple[F32, F32]]:
     """Means and deviations that batch normalization gives its results, by names before and behind it: beta, |gamma|."""
     found = {}

@@ -24,7 +24,7 @@ from npulab.errors import UsageError
 from npulab.quantization.calibrate import choose_activations, roomy
 from npulab.quantization.compare import SILENCE, Noise, noise
 from npulab.quantization.cuts import Cuts
-from npulab.quantization.network import MOVES, Layer, Network, Point
+from npulab.quantization.network import MOVES, Layer, Network, Point, softmax_of
 from npulab.quantization.observe import Statistics
 from npulab.quantization.ranges import weight_params
 from npulab.quantization.session import Progress, in_order
@@ -91,14 +91,8 @@ def relative(found: Iterable[Noise]) -> float:
 def ends(net: Network) -> list[int]:
     """Values whose noise counts: the outputs; in front of a Softmax that makes one, because probabilities near 0 and 1
     hide noise, or show nothing else."""
-    found: dict[int, None] = {}
-    for v in net.graph.outputs:
-        at = v
-        while (made := net.graph.producer.get(at)) is not None and made.op.name in MOVES:
-            at = made.inputs[0]
-        soft = made is not None and made.op.name in ("Softmax", "LogSoftmax")
-        found[made.inputs[0] if soft and made is not None else v] = None
-    return list(found)
+    soft = [softmax_of(net.graph, v) for v in net.graph.outputs]
+    return list(dict.fromkeys(v if s is None else s.inputs[0] for v, s in zip(net.graph.outputs, soft, strict=True)))
 
 
 def weight_schemes(net: Network, layer: Layer) -> dict[int, Scheme]:

@@ -19,7 +19,7 @@ from npulab.program.pages import arrays_away, let_go
 from npulab.quantization.network import Network, network
 from npulab.quantization.types import F32, Array, Params, Rules, Scheme
 
-VERSION = 1
+VERSION = 2
 DAMAGED = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error, msgspec.DecodeError)
 """What reading a file raises that is not whole."""
 
