@@ -335,7 +335,7 @@ def in_another_unit(divisor: float) -> Any:
         return Quantity(name, 1 / took.value / divisor, "GB/s", (1 / took.high / divisor, 1 / took.low / divisor),
                         "measured", why)
 
-    return patch.object(rates, "_per_second", per_second)
+    return patch.object(rates, "per_second", per_second)
 
 
 def jumping() -> Callable[[str, tuple[Any, ...], Timing], Timing]:

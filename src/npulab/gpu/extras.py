@@ -30,6 +30,8 @@ SMALL = 16
 counted, and PoCL has a hundred instructions for a texel."""
 READ = 4
 """Texels, words or stores of a turn of each kernel."""
+SAME = kernels.IN_TURN << 10
+"""Bytes that turns of all strides up to 64 words go through whole."""
 PAGE, LINE = 4096, 64
 """Bytes of a processor's smallest page and of a load of PRIME: no processor's lines are shorter."""
 SAMPLED, A_PAGE = 1024, 4
@@ -120,6 +122,8 @@ def stream_parts(bench: OpenCL, footprint: int, width: int, way: Way, parts: int
     spaced = stride > 1 or width not in WIDE
     row = kernels.IN_TURN * stride // parts
     size = footprint // width // parts // row * row  # vectors of a part
+    if spaced and footprint >= 1 << 20 and SAME % (row * width) == 0:  # filled once for all strides
+        size = (footprint & -SAME) // width
     if parts > 1 and size > row and size // row % 2 == 0:
         size -= row  # parts that are powers of two apart share sets of caches
     if own and way != "write":
