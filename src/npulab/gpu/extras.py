@@ -16,13 +16,12 @@ from npulab.errors import UnsupportedError
 from npulab.gpu import counting, kernels
 from npulab.gpu.counting import Asked
 from npulab.gpu.filled import Sums
+from npulab.gpu.shaders import TILE
 from npulab.gpu.types import Order, Timing, Way
 
 if TYPE_CHECKING:
     from npulab.gpu.opencl import OpenCL
 
-TILE = 4
-"""Texels of a side of what neighbours read in order "tiles"."""
 NARROW, WIDE = (4, 8), (16, 32, 64)
 """Bytes of a load of `stream_parts`."""
 SMALL = 16
