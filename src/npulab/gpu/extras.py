@@ -119,7 +119,7 @@ __kernel void prime(__global const uint16 *data, __global uint *out, uint first,
 def stream_parts(bench: OpenCL, footprint: int, width: int, way: Way, parts: int, own: bool = False, stride: int = 1
                  ) -> Timing:
     spaced = stride > 1 or width not in WIDE
-    row = kernels.IN_TURN * stride // parts
+    row, lanes = kernels.IN_TURN * stride // parts, width // 4
     size = footprint // width // parts // row * row  # vectors of a part
     if spaced and footprint >= 1 << 20 and SAME % (row * width) == 0:  # filled once for all strides
         size = (footprint & -SAME) // width
@@ -133,7 +133,7 @@ def stream_parts(bench: OpenCL, footprint: int, width: int, way: Way, parts: int
     # one for a core where each has its own: of several, one after the other, each would first fetch what is its
     groups = bench.limits.compute_units if own else bench.full_groups
     apart = parts * size if own else 0
-    buffer, sums = bench.filled(bench, way, parts * groups if own else parts, size, width // 4)
+    buffer, sums = bench.filled(bench, way, parts * groups if own else parts, size, lanes)
     out = bench._buffer(np.zeros(groups, np.uint32))
     kernel = bench._kernel(kernels.spaced(width, stride) if spaced else kernels.parts(width, parts), way)
     offset = max(row, size // groups // row * row)
@@ -142,7 +142,12 @@ def stream_parts(bench: OpenCL, footprint: int, width: int, way: Way, parts: int
     def run(turns: int) -> tuple[float, str]:
         seconds = bench._time(kernel, (groups,), (1,), buffer, out, np.uint32(size), np.uint32(offset),
                               np.uint32(turns), np.uint32(apart))
-        return seconds, bench._checked(way, out, sums, spots, 1, offset, stride, stride, turns, row // stride)
+        wrong = bench._checked(way, out, sums, spots, 1, offset, stride, stride, turns, row // stride)
+        if spaced and way == "write" and not wrong:  # where the loop ends says nothing of what lies between its stores
+            vectors = bench._read(buffer, row * lanes).reshape(-1, stride * lanes) == kernels.stored(stride)
+            if not vectors[:, :lanes].all() or vectors[:, lanes:].any():
+                wrong = f"the memory does not hold what was stored, {stride * width} bytes apart"
+        return seconds, wrong
 
     asked = Asked("bytes", {f"{what} bytes": kernels.IN_TURN * width for what in ("load", "store")
                             if way in ("copy", {"load": "read", "store": "write"}[what])}, each=width * spaced)

@@ -172,17 +172,23 @@ def parts(width: int, number: int) -> str:
 
 def spaced(width: int, stride: int) -> str:
     """As `parts`, with loads and stores of `width` bytes, neighbours `stride` such vectors apart. size, offset:
-    multiples of IN_TURN * stride. They are volatile: compilers put four of four bytes side by side in one of 16."""
+    multiples of IN_TURN * stride. They are volatile: compilers put four of four bytes side by side in one of 16. What
+    is stored says the stride."""
     p = "__global volatile T *p = data + at;"
     read = "\n        ".join((f"const {p}", *(f"x{k % 4} += p[{k * stride}];" for k in range(IN_TURN))))
     write = "\n        ".join((p, *(f"p[{k * stride}] = x;" for k in range(IN_TURN))))
     copy = "\n        ".join((p, "__global volatile T *q = p + size;",
                               *(f"q[{k * stride}] = p[{k * stride}];" for k in range(IN_TURN))))
-    return _of_one_thread(width, IN_TURN * stride, "T x0 = (T)(0)", read, write, copy)
+    return _of_one_thread(width, IN_TURN * stride, "T x0 = (T)(0)", read, write, copy, stored(stride))
 
 
-def _of_one_thread(width: int, row: int, start: str, read: str, write: str, copy: str) -> str:
-    """Kernels for groups of one thread, by their turns; a turn goes `row` vectors further."""
+def stored(stride: int) -> int:
+    """The number that `spaced` stores."""
+    return 6 + stride
+
+
+def _of_one_thread(width: int, row: int, start: str, read: str, write: str, copy: str, number: int = 7) -> str:
+    """Kernels for groups of one thread, by their turns; a turn goes `row` vectors further. number: that is stored."""
     def kernel(way: str, const: str, start: str, turn: str, out: str) -> str:
         return f"""
 __kernel void {way}(__global {const}T *data, __global uint *out, uint size, uint offset, uint turns, uint apart) {{
@@ -200,7 +206,7 @@ __kernel void {way}(__global {const}T *data, __global uint *out, uint size, uint
     return f"typedef {vector(width)} T;" + "".join((
         kernel("read", "const ", f"{start}, x1 = x0, x2 = x0, x3 = x0;", read,
                f"x0 += x1 + x2 + x3; out[get_global_id(0)] = {added('x0', width)}"),
-        kernel("write", "", "T x = (T)(7);", write, "out[get_global_id(0)] = at"),
+        kernel("write", "", f"T x = (T)({number});", write, "out[get_global_id(0)] = at"),
         kernel("copy", "", "", copy, "out[get_global_id(0)] = at")))
 
 

@@ -420,9 +420,11 @@ def random_hidden(seed: int) -> Hidden:
         four = eight * float(r.uniform(0.4, 1))
         levels[i] = replace(c, narrow=(four, eight) if i == 0 or r.random() < 0.3 else None,
                             sector=pick(0, 32) if c.line > 32 else 0)
+    most = max(1.0, 64 / warp)  # no core hands out more than 256 bytes a cycle
     return replace(made, caches=tuple(levels), image_texels=(pick(0.25, 0.5, 1.0), pick(0.5, 1.0)),
                    image_orders=(float(r.uniform(0.1, 1)), float(r.uniform(0.5, 1))),
-                   local_wide=(pick(1.0, 2.0), pick(1.0, 2.0, 4.0)), constant_wide=(pick(1.0, 2.0), pick(1.0, 4.0)))
+                   local_wide=(pick(1.0, 2.0), pick(1.0, 2.0, 4.0)),
+                   constant_wide=(min(pick(1.0, 2.0), most), min(pick(1.0, 4.0), most)))
 
 
 def truth(h: Hidden) -> dict[str, float]:

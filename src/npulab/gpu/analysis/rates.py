@@ -234,7 +234,9 @@ def memory_bandwidth(meter: Meter, found: Hierarchy | None, way: Way, width: int
 def _memory_bandwidth(meter: Meter, found: Hierarchy | None, way: Way, width: int, stride: int, name: str,
                       largest: int) -> Quantity:
     known = found is not None and not found.fault
-    need = 4 * found.levels[-1].size if found and known else min(largest, 1 << (27 if meter.quick else 28))
+    need = min(largest, 1 << (27 if meter.quick else 28))
+    if found and known:  # of the lines that a wide stride leaves out the caches keep nothing
+        need = 4 * found.levels[-1].size * max(1, stride * width // found.levels[-1].line)
     if need > largest:
         raise Refused(f"buffers of at most {largest} bytes are not large enough to miss the caches")
     footprint = min(largest, max(int(2.6 * need), 1 << 26)) if known else need
