@@ -27,6 +27,8 @@ NARROW, WIDE = (4, 8), (16, 32, 64)
 SMALL = 16
 """Threads of a group that reads images on a processor, or multiplies bytes: the code of all of them is followed to be
 counted, and PoCL has a hundred instructions for a texel."""
+TURNS_MAX = 1 << 20
+"""Of a loop, unless memory takes more."""
 READ = 4
 """Texels, words or stores of a turn of each kernel."""
 SAME = kernels.IN_TURN << 10
@@ -152,7 +154,7 @@ def stream_parts(bench: OpenCL, footprint: int, width: int, way: Way, parts: int
     asked = Asked("bytes", {f"{what} bytes": kernels.IN_TURN * width for what in ("load", "store")
                             if way in ("copy", {"load": "read", "store": "write"}[what])}, each=width * spaced)
     whole = -(-size // row) if own else -(-size // (groups * row))
-    return bench._measured(run, asked, whole=whole)
+    return bench._measured(run, asked, max(TURNS_MAX, whole), whole)
 
 
 def image(bench: OpenCL, footprint: int, texel: int, order: Order) -> Timing:

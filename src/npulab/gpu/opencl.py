@@ -28,7 +28,7 @@ WAITED = 0.1
 """Seconds by the host's clock, of which the device's own must have seen a hundredth: events of Mesa 22.3's rusticl took
 a nanosecond, whatever they did."""
 REPEATS = 7
-TURNS_MAX = 1 << 20
+TURNS_MAX = extras.TURNS_MAX
 TURNS_TRIED = 1 << 17
 """Of a loop that shows whether the driver ends loops early: llvmpipe does after 65535 turns of all loops of a thread
 (Mesa, LP_MAX_TGSI_LOOP_ITERATIONS), over Vulkan and OpenCL."""
