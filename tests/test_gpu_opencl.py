@@ -126,7 +126,7 @@ SABOTAGED = {
                            "data[at] = x;\n        data[at] = x;", lambda b: b.stream(1 << 18, 1, 4, "write")),
     "diverge, one way": ("DIVERGE", "(lid / period) & 1", "0", lambda b: b.diverge(1)),
     "diverge, fewer steps": ("DIVERGE", "x = x * b + a; x = x * b + a; }", "x = x * b + a; }", lambda b: b.diverge(4)),
-    "local, from registers": ("LOCAL", "x += cells[at & (WORDS - 1)];", "x += at;", lambda b: b.local(1)),
+    "local, from registers": ("LOCAL", "x += cells[at & (CELLS - 1)];", "x += at;", lambda b: b.local(1)),
     "local, another stride": ("LOCAL", "lid * stride", "lid", lambda b: b.local(4)),
 }
 

@@ -14,7 +14,7 @@ from npulab.gpu import bounds, extras, kernels, opencl
 from npulab.gpu.analysis import conclude, rates, widths
 from npulab.gpu.analysis.caches import Hierarchy, Level
 from npulab.gpu.analysis.cliffs import Cliff
-from npulab.gpu.analysis.meter import Meter, Refused
+from npulab.gpu.analysis.meter import Meter
 from npulab.gpu.analysis.statistics import Estimate
 from npulab.gpu.ceilings import read_result
 from npulab.gpu.simulated import Cache, Simulated, random_hidden, streamed, truth
@@ -25,7 +25,7 @@ SHAPES = [(4, 1), (8, 1), (4, 2), (4, 4), (4, 8), (4, 16)]
 
 def quiet(*caches, **more):
     return replace(random_hidden(3), caches=caches, clock=1e9, jitter=0.0, outliers=0.0, throttle_after=float("inf"),
-                   throttle_to=1.0, tick=1e-9, translation=None, **more)
+                   throttle_to=1.0, tick=1e-9, translation=None, memory_latency=300e-9, memory_bandwidth=30e9, **more)
 
 
 HIDDEN = quiet(Cache(32 << 10, 64, 30, 512, narrow=(0.3, 0.7), sector=32),
@@ -41,12 +41,11 @@ def hierarchy(hidden):
     return Hierarchy(tuple(level(c.size, c.line) for c in hidden.caches), None)
 
 
-def asked(bench, found, index, way, *shapes, known=()):
+def asked(bench, found, index, way, *shapes):
     """What is found of one level, in shapes, after its fastest."""
     meter = Meter(bench, quick=True)
     best = rates.level_bandwidth(meter, found, index, way)
-    of = {name: task for name, _, task in widths.tasks(meter, [found], len(found.levels), {best.name: best}.get)}
-    return [of[best.name + rates.shaped_as(way, *shape)]()[0] for shape in shapes]
+    return widths.of_level(meter, found, index, way, {best.name: best}.get, shapes)
 
 
 # what simulated GPUs hide
@@ -93,11 +92,11 @@ def test_a_stride_that_leaves_lines_out_is_not_of_the_level():
     h = quiet(Cache(32 << 10, 32, 30, 512), Cache(80 << 10, 64, 90, 40))
     footprint = int(0.65 * h.caches[1].size)
     assert streamed(h, footprint, 16, 4, "read")[0] < streamed(h, footprint, 8, 4, "read")[0]
-    *fine, = asked(Simulated(h), hierarchy(h), 1, "read", (4, 4), (4, 8))
+    *fine, refused = asked(Simulated(h), hierarchy(h), 1, "read", (4, 4), (4, 8), (4, 16))
     assert [q.value for q in fine] == pytest.approx([truth(h)[q.name] for q in fine], rel=0.01)
-    with pytest.raises(Refused, match="loads 64 bytes apart leave out lines of 32 bytes"):
-        asked(Simulated(h), hierarchy(h), 1, "read", (4, 16))
-    assert "L2 bandwidth, 4 bytes a load, stride 16" not in truth(h)
+    assert (refused.status, refused.name) == ("refused", "L2 bandwidth, 4 bytes a load, stride 16")
+    assert "loads 64 bytes apart leave out lines of 32 bytes" in refused.why
+    assert refused.name not in truth(h)
 
 
 def test_memory_by_stride_is_not_of_the_lines_that_caches_keep():
@@ -112,9 +111,30 @@ def test_without_the_fastest_shape_there_is_no_other():
     meter = Meter(Simulated(HIDDEN), quick=True)
     refused = Quantity("L2 bandwidth", None, "GB/s", None, "refused", "no plateau")
     for named in ({}.get, {refused.name: refused}.get):
-        tasks = {name: task for name, _, task in widths.tasks(meter, [hierarchy(HIDDEN)], 2, named)}
-        with pytest.raises(Refused, match="needs the L2 bandwidth, which was refused"):
-            tasks["L2 bandwidth, 4 bytes a load"]()
+        found = widths.of_level(meter, hierarchy(HIDDEN), 1, "read", named)
+        assert {(q.value, q.why) for q in found} == {(None, "needs the L2 bandwidth, which was refused")}
+        assert len(found) == len(SHAPES)
+
+
+def test_one_shape_that_is_refused_does_not_touch_the_others(monkeypatch):
+    """What becomes slow for a while is asked again."""
+    bench = Simulated(HIDDEN)
+
+    def stream(footprint, stride, width, way, real=bench.stream):
+        t = real(footprint, stride, width, way)
+        if stride == 2:
+            return replace(t, wrong="thread 3 did not read what is there")
+        return replace(t, seconds=tuple(s * (next(slow) if width == 8 else 1) for s in t.seconds[:1]) * 9)
+
+    found = hierarchy(HIDDEN)
+    meter = Meter(bench, quick=True)
+    best = rates.level_bandwidth(meter, found, 0)
+    monkeypatch.setattr(bench, "stream", stream)
+    monkeypatch.setattr(meter, "_look", lambda kind: 1.0)
+    slow = iter([3, 1, 1, 1])
+    four, eight, two = widths.of_level(meter, found, 0, "read", {best.name: best}.get, ((4, 1), (8, 1), (4, 2)))
+    assert two.why == "thread 3 did not read what is there"
+    assert [q.value for q in (four, eight)] == pytest.approx([truth(HIDDEN)[q.name] for q in (four, eight)], rel=0.01)
 
 
 LIMITS = Limits(4, 256, 32768, 1 << 30, frozenset(("float32",)), 1e9)
@@ -169,9 +189,8 @@ def test_a_level_is_asked_where_its_fastest_shape_was(index, way, want):
     best = rates.level_bandwidth(meter, found, index, way)
     footprint, own = meter.plateaus[index, way]
     assert f"{footprint * (2 if own and index else 1)} bytes again and again" in best.why
-    tasks = {name: task for name, _, task in widths.tasks(meter, [found], 2, {best.name: best}.get)}
     bench.calls.clear()
-    tasks[best.name + rates.shaped_as(way, 4, 2)]()
+    widths.of_level(meter, found, index, way, {best.name: best}.get, ((4, 2),))
     streams = {c for c in bench.calls if c != (meter._streamed, 1, 16, "read")}
     assert streams == {(footprint, *want[1:])}
     assert footprint in (want[0], 22 << 10, 768 << 10, 384 << 10, 870 << 10, 435 << 10, 665 << 10)

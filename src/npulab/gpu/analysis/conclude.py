@@ -106,7 +106,8 @@ def conclude(bench: Bench, progress: Progress | None = None, quick: bool = False
         do(name, unit, task, i / total)
     ways: tuple[Way, ...] = ("read",) if quick else ("read", "write")
     of_levels = [(rates.name_of(i, way), i, way) for i in range(_levels(found)) for way in ways]
-    if not hierarchy and not done.issuperset(name for name, *_ in of_levels):
+    shapes = [] if quick else widths.of_levels(_levels(found))
+    if not hierarchy and not done.issuperset(name for name, *_ in (*of_levels, *shapes)):
         again = tried(meter, "L1 size", "bytes", levels)[0].why  # what was known of it is not all that follows needs
     for name, index, way in of_levels:
         do(name, "GB/s", lambda index=index, way=way: bandwidth(index, way), len(first) / total)  # type: ignore[misc]

@@ -163,7 +163,7 @@ def level_bandwidth(meter: Meter, found: Hierarchy, index: int, way: Way = "read
     even = EVEN_GRADUAL if index and gradual else EVEN
     times = _agreed([lambda spread, f=f: _shaped(meter, f, shape, way, own=own, spread=spread)  # type: ignore[misc]
                      for f in asked], EVEN, _at_least)
-    if index and _apart(times) > even:
+    if index and apart(times) > even:
         rates = ", ".join(f"{1e-9 / t.value:.4g}" for t in times)
         raise Refused(f"no plateau: footprints of {', '.join(map(str, footprints))} bytes reach {rates} GB/s")
     took = min(times, key=lambda t: t.spread)
@@ -250,7 +250,7 @@ def _memory_bandwidth(meter: Meter, found: Hierarchy | None, way: Way, width: in
         took, half = _agreed(ask, EVEN_MEMORY)
         more = f"; half as many reach {1e-9 / half.value:.4g}"
         slower = half.value > took.value
-        if _apart([took, half]) <= EVEN_MEMORY:
+        if apart([took, half]) <= EVEN_MEMORY:
             took = replace(took, low=min(took.low, half.low), high=max(took.high, half.high))
             break
         if known or slower or 2 * footprint > largest:
@@ -345,7 +345,7 @@ def _agreed(asks: Sequence[Callable[[float], Estimate]], even: float,
     adds to it."""
     times = [ask(PRECISE) for ask in asks]
     for _ in range(AGAIN):
-        if _apart(seen(times)) <= even:
+        if apart(seen(times)) <= even:
             break
         times = [min(t, ask(0.0), key=_value) for t, ask in zip(times, asks, strict=True)]
     return seen(times)
@@ -361,7 +361,7 @@ def _value(of: Estimate) -> float:
     return of.value
 
 
-def _apart(times: Sequence[Estimate]) -> float:
+def apart(times: Sequence[Estimate]) -> float:
     """Of the least, how much more the most is."""
     values = [t.value for t in times]
     return max(values) / min(values) - 1

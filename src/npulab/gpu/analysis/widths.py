@@ -7,11 +7,13 @@ whole lines would be of a smaller footprint, which the level before may hold, an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from npulab.errors import NpulabError
 from npulab.gpu.analysis import local, rates
 from npulab.gpu.analysis.caches import Hierarchy
-from npulab.gpu.analysis.meter import Meter, Refused
+from npulab.gpu.analysis.meter import Meter, Refused, reason
+from npulab.gpu.analysis.statistics import Estimate
 from npulab.gpu.types import Order, Quantity, Way
 
 SHAPES = (*((width, 1) for width in rates.WIDTHS), *((4, stride) for stride in rates.STRIDES))
@@ -22,7 +24,9 @@ CONSTANTS = (8, 16)
 """Bytes a load beside 4."""
 IMAGES: tuple[tuple[int, Order], ...] = ((4, "rows"), (8, "rows"), (16, "columns"), (16, "tiles"))
 """Bytes a texel and order of neighbours beside 16 and rows."""
-CALLS, SPREAD = 2, 0.01
+ALWAYS, TURNS = 2, 4
+"""That each shape of a level is asked for, and those that differ."""
+Shape = tuple[int, int]
 Task = tuple[str, str, Callable[[], list[Quantity]]]
 Named = Callable[[str], Quantity | None]
 
@@ -44,28 +48,57 @@ def tasks(meter: Meter, hierarchy: list[Hierarchy], levels: int, named: Named) -
             for w in CONSTANTS]
     out += [(rates.image_name(*shape), "GB/s", lambda s=shape: [rates.image_bandwidth(meter, one(), *s)])
             for shape in IMAGES]
-    for index in range(levels):
-        for way in ways:
-            out += [(rates.name_of(index, way) + rates.shaped_as(way, *shape), "GB/s",
-                     lambda i=index, w=way, s=shape: [_of_level(meter, one(), i, w, *s, named)]) for shape in SHAPES]
+    out += [(name, "GB/s", lambda i=index, w=way: of_level(meter, one(), i, w, named))
+            for name, index, way in of_levels(levels)]
     return out
 
 
-def _of_level(meter: Meter, found: Hierarchy | None, index: int, way: Way, width: int, stride: int, named: Named
-              ) -> Quantity:
-    """With a footprint at which the fastest shape has shown that the level answers."""
+def of_levels(levels: int) -> list[tuple[str, int, Way]]:
+    """(name of the first shape, index of the level, way) of so many caches."""
+    ways: tuple[Way, ...] = ("read", "write")
+    return [(rates.name_of(index, way) + rates.shaped_as(way, *SHAPES[0]), index, way)
+            for index in range(levels) for way in ways]
+
+
+def of_level(meter: Meter, found: Hierarchy | None, index: int, way: Way, named: Named,
+             shapes: Sequence[Shape] = SHAPES) -> list[Quantity]:
+    """With a footprint at which the fastest shape has shown that the level answers; what one shape is refused for does
+    not touch the others. All are asked for in turns, and those that differ from turn to turn again: of these the
+    quickest counts, as others may take from a device for a while, and nothing adds to it."""
     name = rates.name_of(index, way)
     best = named(name)
-    if found is None or best is None or best.value is None:
-        raise Refused(f"needs the {name}, which was refused")
-    footprint, own = meter.plateaus.get((index, way)) or rates.plateau(meter, found, index, way)
-    before = found.levels[index - 1] if index else None
-    if before and stride * width > before.line:
-        raise Refused(f"loads {stride * width} bytes apart leave out lines of {before.line} bytes: what is left of a "
-                      f"footprint that misses L{index} may be there")
-    took = meter.seconds(lambda: meter.extra.stream_parts(footprint, width, way, 1, True, stride) if own else
-                         meter.bench.stream(footprint, stride, width, way), "bytes", "core", CALLS, SPREAD)
-    why = f"{way}, {width} bytes a {rates.UNIT[way]}, {footprint} bytes again and again, as {name}"
-    why += f", neighbours {stride * width} bytes apart" if stride > 1 else ""
-    return rates.per_second(name + rates.shaped_as(way, width, stride), took,
-                            why + (", each thread in memory of its own" if own else ""))
+    times: dict[Shape, list[Estimate]] = {shape: [] for shape in shapes}
+    refused: dict[Shape, str] = {}
+    if best is None or best.value is None:
+        refused = dict.fromkeys(shapes, f"needs the {name}, which was refused")
+    elif found is None:
+        refused = dict.fromkeys(shapes, "needs the caches, whose levels were not found again")
+    else:
+        footprint, own = meter.plateaus.get((index, way)) or rates.plateau(meter, found, index, way)
+        for turn in range(TURNS):
+            for width, stride in shapes:
+                shape = width, stride
+                if shape in refused or (turn >= ALWAYS and rates.apart(times[shape]) <= rates.EVEN):
+                    continue
+                try:
+                    if index and width * stride > (line := found.levels[index - 1].line):
+                        raise Refused(f"loads {width * stride} bytes apart leave out lines of {line} bytes: what is "
+                                      f"left of a footprint that misses L{index} may be there")
+                    times[shape].append(meter.seconds(
+                        lambda w=width, s=stride: meter.extra.stream_parts(footprint, w, way, 1, True, s) if own else
+                        meter.bench.stream(footprint, s, w, way), "bytes"))
+                except (Refused, NpulabError) as e:
+                    refused[shape] = reason(e)
+    out = []
+    for shape in shapes:
+        called = name + rates.shaped_as(way, *shape)
+        if shape in refused:
+            out.append(Quantity(called, None, "GB/s", None, "refused", refused[shape]))
+            continue
+        even = rates.apart(times[shape]) <= rates.EVEN
+        took = min(times[shape], key=lambda t: t.spread if even else t.value)
+        why = f"{way}, {shape[0]} bytes a {rates.UNIT[way]}, {footprint} bytes again and again, as {name}"
+        why += f", neighbours {shape[0] * shape[1]} bytes apart" if shape[1] > 1 else ""
+        why += ", each thread in memory of its own" if own else ""
+        out.append(rates.per_second(called, took, why))
+    return out
