@@ -460,7 +460,7 @@ def honest(bench: Any) -> Iterator[tuple[str, Callable[[], Timing]]]:
         for width, parts in ((16, 1), (64, 8)):
             yield (f"{way} {width} in {parts} parts", lambda w=way, n=width, p=parts:
                    bench.stream_parts(100_352, n, w, p))
-    for way in ("read", "write", "copy"):
+    for way in ("read", "write", "copy") if bench.kernels is kernels else ():
         for width, stride in ((4, 1), (8, 1), (4, 2), (4, 16)):
             yield (f"{way} of a processor, {width} bytes, {stride} apart",
                    lambda a=(way, width, stride): spaced(*a)(bench))
@@ -485,7 +485,7 @@ def honest(bench: Any) -> Iterator[tuple[str, Callable[[], Timing]]]:
     yield "chase in pieces", lambda: bench.chase_pieces(1 << 18, 64, 1 << 12)
     for texel, order in ((16, "rows"), (4, "rows"), (16, "columns"), (4, "tiles"), (16, "tiles")):
         yield f"image, {texel} bytes a texel, {order}", lambda t=texel, o=order: bench.image(10_000, t, o)
-    for width in (4, 8, 16):
+    for width in (4, 8, 16) if bench.kernels is kernels else (4, 16):
         yield f"constant, {width} bytes", lambda w=width: bench.constant(False, w)
         yield f"local, {width} bytes", lambda w=width: bench.local(1, w)
         yield f"local write, {width} bytes", lambda w=width: bench.local_write(1, w)

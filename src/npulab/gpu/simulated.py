@@ -469,7 +469,7 @@ def truth(h: Hidden) -> dict[str, float]:
         return f", {width} bytes a {unit}" + (f", stride {stride}" if stride > 1 else "")
 
     for width, stride in shapes:
-        for way, named, unit in (*ways, *((("copy", " copy", "load"),) if stride == 1 else ())):  # type: ignore[assignment]
+        for way, named, unit in (*ways, *((("copy", " copy", "load"),) if stride == 1 else ())):
             known[f"memory{named} bandwidth{shaped(unit, width, stride)}"] = 1e-9 / max(
                 streamed(h, 1 << 30, stride, width, way))
             for i, c in enumerate(h.caches if way != "copy" else (), 1):

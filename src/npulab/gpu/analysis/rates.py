@@ -217,6 +217,10 @@ def image_name(texel: int = 16, order: Order = "rows") -> str:
         f", {ORDERS[order]}" if order != "rows" else "")
 
 
+def constant_name(width: int = 4) -> str:
+    return "constant bandwidth" + (shaped_as("read", width) if width != 4 else "")
+
+
 def memory_bandwidth(meter: Meter, found: Hierarchy | None, way: Way, width: int = 16, stride: int = 1) -> Quantity:
     """By all threads, `width` bytes a load, neighbours `stride` loads apart. A device that has no buffers of the size
     that it states is asked for half of it, and so on."""
@@ -300,8 +304,7 @@ def constant_bandwidth(meter: Meter, spread: bool, width: int = 4) -> Quantity:
     each = "words" if width == 4 else f"{width} bytes a load"
     if spread:
         return per_second("constant bandwidth, spread", took, f"{each}, each thread of a group another one")
-    name = "constant bandwidth" + (shaped_as("read", width) if width != 4 else "")
-    return per_second(name, took, f"{each}, all threads of a group the same one")
+    return per_second(constant_name(width), took, f"{each}, all threads of a group the same one")
 
 
 def mapped(meter: Meter) -> Quantity:

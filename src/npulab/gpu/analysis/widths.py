@@ -8,6 +8,7 @@ whole lines would be of a smaller footprint, which the level before may hold, an
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from npulab.errors import NpulabError
 from npulab.gpu.analysis import local, rates
@@ -26,9 +27,11 @@ IMAGES: tuple[tuple[int, Order], ...] = ((4, "rows"), (8, "rows"), (16, "columns
 """Bytes a texel and order of neighbours beside 16 and rows."""
 ALWAYS, TURNS = 2, 4
 """That each shape of a level is asked for, and those that differ."""
+WAYS: tuple[Way, ...] = ("read", "write")
 Shape = tuple[int, int]
 Task = tuple[str, str, Callable[[], list[Quantity]]]
 Named = Callable[[str], Quantity | None]
+Found = Callable[[], Hierarchy | None]
 
 
 def tasks(meter: Meter, hierarchy: list[Hierarchy], levels: int, named: Named) -> list[Task]:
@@ -36,28 +39,42 @@ def tasks(meter: Meter, hierarchy: list[Hierarchy], levels: int, named: Named) -
     def one() -> Hierarchy | None:
         return hierarchy[0] if hierarchy else None
 
-    ways: tuple[Way, ...] = ("read", "write")
+    def added(name: str, conclude: Callable[[], Quantity]) -> None:
+        out.append((name, "GB/s", lambda: [conclude()]))
+
     out: list[Task] = []
-    for way, shapes in (("write", SHAPES), ("copy", COPIES)):
-        out += [(rates.memory_name(way, *shape), "GB/s",  # type: ignore[arg-type]
-                 lambda w=way, s=shape: [rates.memory_bandwidth(meter, one(), w, *s)]) for shape in shapes]
-    for way in ways:
-        out += [(local.name(way, *shape), "GB/s", lambda w=way, s=shape: [local.bandwidth(meter, w, *s)])
-                for shape in LOCAL]
-    out += [(f"constant bandwidth, {w} bytes a load", "GB/s", lambda w=w: [rates.constant_bandwidth(meter, False, w)])
-            for w in CONSTANTS]
-    out += [(rates.image_name(*shape), "GB/s", lambda s=shape: [rates.image_bandwidth(meter, one(), *s)])
-            for shape in IMAGES]
-    out += [(name, "GB/s", lambda i=index, w=way: of_level(meter, one(), i, w, named))
-            for name, index, way in of_levels(levels)]
+    of_memory: tuple[tuple[Way, tuple[Shape, ...]], ...] = (("write", SHAPES), ("copy", COPIES))
+    for way, shapes in of_memory:
+        for shape in shapes:
+            added(rates.memory_name(way, *shape), partial(_of_memory, meter, one, way, *shape))
+    for way in WAYS:
+        for shape in LOCAL:
+            added(local.name(way, *shape), partial(local.bandwidth, meter, way, *shape))
+    for width in CONSTANTS:
+        added(rates.constant_name(width), partial(rates.constant_bandwidth, meter, False, width))
+    for texel, order in IMAGES:
+        added(rates.image_name(texel, order), partial(_of_images, meter, one, texel, order))
+    for name, index, way in of_levels(levels):
+        out.append((name, "GB/s", partial(_of_level, meter, one, index, way, named)))
     return out
+
+
+def _of_memory(meter: Meter, found: Found, way: Way, width: int, stride: int) -> Quantity:
+    return rates.memory_bandwidth(meter, found(), way, width, stride)
+
+
+def _of_images(meter: Meter, found: Found, texel: int, order: Order) -> Quantity:
+    return rates.image_bandwidth(meter, found(), texel, order)
+
+
+def _of_level(meter: Meter, found: Found, index: int, way: Way, named: Named) -> list[Quantity]:
+    return of_level(meter, found(), index, way, named)
 
 
 def of_levels(levels: int) -> list[tuple[str, int, Way]]:
     """(name of the first shape, index of the level, way) of so many caches."""
-    ways: tuple[Way, ...] = ("read", "write")
     return [(rates.name_of(index, way) + rates.shaped_as(way, *SHAPES[0]), index, way)
-            for index in range(levels) for way in ways]
+            for index in range(levels) for way in WAYS]
 
 
 def of_level(meter: Meter, found: Hierarchy | None, index: int, way: Way, named: Named,
@@ -84,9 +101,9 @@ def of_level(meter: Meter, found: Hierarchy | None, index: int, way: Way, named:
                     if index and width * stride > (line := found.levels[index - 1].line):
                         raise Refused(f"loads {width * stride} bytes apart leave out lines of {line} bytes: what is "
                                       f"left of a footprint that misses L{index} may be there")
-                    times[shape].append(meter.seconds(
-                        lambda w=width, s=stride: meter.extra.stream_parts(footprint, w, way, 1, True, s) if own else
-                        meter.bench.stream(footprint, s, w, way), "bytes"))
+                    ask = partial(meter.extra.stream_parts, footprint, width, way, 1, True, stride) if own else \
+                        partial(meter.bench.stream, footprint, stride, width, way)
+                    times[shape].append(meter.seconds(ask, "bytes"))
                 except (Refused, NpulabError) as e:
                     refused[shape] = reason(e)
     out = []
