@@ -131,7 +131,7 @@ def test_one_shape_that_is_refused_does_not_touch_the_others(monkeypatch):
     best = rates.level_bandwidth(meter, found, 0)
     monkeypatch.setattr(bench, "stream", stream)
     monkeypatch.setattr(meter, "_look", lambda kind: 1.0)
-    slow = iter([3, 1, 1, 1])
+    slow = iter([3, 3, 1, 1, 1])
     four, eight, two = widths.of_level(meter, found, 0, "read", {best.name: best}.get, ((4, 1), (8, 1), (4, 2)))
     assert two.why == "thread 3 did not read what is there"
     assert [q.value for q in (four, eight)] == pytest.approx([truth(HIDDEN)[q.name] for q in (four, eight)], rel=0.01)

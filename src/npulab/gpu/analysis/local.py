@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from npulab.gpu.analysis.meter import Meter, Refused
-from npulab.gpu.analysis.rates import shaped_as
+from npulab.gpu.analysis.rates import PRECISE, SHAPED, shaped_as
 from npulab.gpu.types import Quantity, Way
 
 STRIDES = tuple(1 << i for i in range(9))
@@ -21,7 +21,8 @@ def name(way: Way, width: int = 4, stride: int = 1) -> str:
 def bandwidth(meter: Meter, way: Way = "read", width: int = 4, stride: int = 1) -> Quantity:
     """work is counted in words, whatever a load has."""
     took = meter.seconds(lambda: meter.bench.local(stride, width) if way == "read" else
-                         meter.extra.local_write(stride, width), "loads" if way == "read" else "stores", spread=0.005)
+                         meter.extra.local_write(stride, width), "loads" if way == "read" else "stores", calls=2,
+                         spread=PRECISE if (width, stride) == (4, 1) else SHAPED)
     each = "words" if width == 4 else f"{width} bytes"
     return Quantity(name(way, width, stride), 4 / took.value / 1e9, "GB/s",
                     (4 / took.high / 1e9, 4 / took.low / 1e9), "measured",

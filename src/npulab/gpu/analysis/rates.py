@@ -31,6 +31,7 @@ reaches its caches' bandwidth with its widest loads, and memory's with several w
 reached 0.73, 4 0.90, 8 and 16 1.0 times clpeak's bandwidth of a server processor)."""
 ATTEMPTS = 2  # more at a comparison that something disturbed
 PRECISE = 0.005  # half of an interval, relative
+SHAPED = 0.02  # the same of what is measured beside the fastest shape: there are many
 AGAIN = 5  # at most that footprints of one level, or of memory, are asked again
 EVEN, EVEN_GRADUAL, EVEN_MEMORY = 0.04, 0.1, 0.05
 """How far apart they may be; of a level that is shared, and of memory, the interval says how far they are."""
@@ -244,9 +245,11 @@ def _memory_bandwidth(meter: Meter, found: Hierarchy | None, way: Way, width: in
     if need > largest:
         raise Refused(f"buffers of at most {largest} bytes are not large enough to miss the caches")
     footprint = min(largest, max(int(2.6 * need), 1 << 26)) if known else need
+    fastest = (width, stride) == (16, 1)
     while True:
-        shape = _shape(meter, footprint, way, True) if (width, stride) == (16, 1) else (width, 0)
-        ask = [lambda spread, size=size, shape=shape: _shaped(meter, size, shape, way, True, stride, spread=spread)
+        shape = _shape(meter, footprint, way, True) if fastest else (width, 0)
+        ask = [lambda spread, size=size, shape=shape: _shaped(
+            meter, size, shape, way, True, stride, spread=spread if fastest or not spread else SHAPED)
                for size in (footprint, footprint // 2)]
         if known and footprint // 2 <= 1.25 * need:
             took, more = ask[0](PRECISE), ""
@@ -294,13 +297,15 @@ def _either(meter: Meter, found: Hierarchy | None, footprint: int, width: int, s
 def image_bandwidth(meter: Meter, found: Hierarchy | None, texel: int = 16, order: Order = "rows") -> Quantity:
     """Of an image that half of the first cache holds."""
     footprint = max(1024, found.levels[0].size // 2 if found else 1 << 13)
-    took = meter.seconds(lambda: meter.extra.image(footprint, texel, order), "bytes", "core", 2, 0.005)
+    spread = PRECISE if (texel, order) == (16, "rows") else SHAPED
+    took = meter.seconds(lambda: meter.extra.image(footprint, texel, order), "bytes", "core", 2, spread)
     why = f"texels of {texel} bytes, {footprint} bytes again and again"
     return per_second(image_name(texel, order), took, why + (f", neighbours in {ORDERS[order]}" * (order != "rows")))
 
 
 def constant_bandwidth(meter: Meter, spread: bool, width: int = 4) -> Quantity:
-    took = meter.seconds(lambda: meter.extra.constant(spread, width), "bytes", "core", 2, 0.005)
+    precise = PRECISE if width == 4 else SHAPED
+    took = meter.seconds(lambda: meter.extra.constant(spread, width), "bytes", "core", 2, precise)
     each = "words" if width == 4 else f"{width} bytes a load"
     if spread:
         return per_second("constant bandwidth, spread", took, f"{each}, each thread of a group another one")

@@ -27,6 +27,8 @@ IMAGES: tuple[tuple[int, Order], ...] = ((4, "rows"), (8, "rows"), (16, "columns
 """Bytes a texel and order of neighbours beside 16 and rows."""
 ALWAYS, TURNS = 2, 4
 """That each shape of a level is asked for, and those that differ."""
+CALLS = 2
+"""Of the first turn, which counts where the next says the same."""
 WAYS: tuple[Way, ...] = ("read", "write")
 Shape = tuple[int, int]
 Task = tuple[str, str, Callable[[], list[Quantity]]]
@@ -103,7 +105,8 @@ def of_level(meter: Meter, found: Hierarchy | None, index: int, way: Way, named:
                                       f"left of a footprint that misses L{index} may be there")
                     ask = partial(meter.extra.stream_parts, footprint, width, way, 1, True, stride) if own else \
                         partial(meter.bench.stream, footprint, stride, width, way)
-                    times[shape].append(meter.seconds(ask, "bytes"))
+                    times[shape].append(meter.seconds(ask, "bytes", calls=1 if turn else CALLS,
+                                                      spread=0.0 if turn else rates.SHAPED))
                 except (Refused, NpulabError) as e:
                     refused[shape] = reason(e)
     out = []
@@ -113,7 +116,7 @@ def of_level(meter: Meter, found: Hierarchy | None, index: int, way: Way, named:
             out.append(Quantity(called, None, "GB/s", None, "refused", refused[shape]))
             continue
         even = rates.apart(times[shape]) <= rates.EVEN
-        took = min(times[shape], key=lambda t: t.spread if even else t.value)
+        took = times[shape][0] if even else min(times[shape], key=lambda t: t.value)
         why = f"{way}, {shape[0]} bytes a {rates.UNIT[way]}, {footprint} bytes again and again, as {name}"
         why += f", neighbours {shape[0] * shape[1]} bytes apart" if shape[1] > 1 else ""
         why += ", each thread in memory of its own" if own else ""
