@@ -419,7 +419,7 @@ def random_hidden(seed: int) -> Hidden:
         eight = float(r.uniform(0.4, 1))
         four = eight * float(r.uniform(0.4, 1))
         levels[i] = replace(c, narrow=(four, eight) if i == 0 or r.random() < 0.3 else None,
-                            sector=pick(0, 32) if c.line > 32 else 0)
+                            sector=pick(0, 32) if c.line > 32 and i + 1 < len(levels) else 0)
     most = max(1.0, 64 / warp)  # no core hands out more than 256 bytes a cycle
     return replace(made, caches=tuple(levels), image_texels=(pick(0.25, 0.5, 1.0), pick(0.5, 1.0)),
                    image_orders=(float(r.uniform(0.1, 1)), float(r.uniform(0.5, 1))),
