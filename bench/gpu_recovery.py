@@ -64,11 +64,13 @@ def compare(hidden: Hidden, seed: int, quick: bool = False) -> Iterator[Row]:
 
 
 def kind(name: str) -> str:
-    """Names of the same kind together: all rates, all latencies of operations."""
+    """Names of the same kind together: all rates, all latencies of operations, all shapes of a bandwidth."""
     for end in ("rate", "latency"):
         if name.endswith(end) and name[0] != "L" and not name.startswith("memory"):
             return f"operation {end}"
-    return name.replace(" to device", "").replace(" from device", "")
+    base, _, shape = name.partition(", ")
+    return f"{base}, shapes" if "bytes a" in shape or "stride" in shape else name.replace(
+        " to device", "").replace(" from device", "")
 
 
 def _machine(seed: int) -> list[Row]:
@@ -85,13 +87,13 @@ def main() -> int:
                 rows[kind(row.name)].append(row)
             if done % 20 == 0:
                 print(f"{done} of {machines}", file=sys.stderr)
-    print(f"{'quantity':26} {'there':>6} {'right':>6} {'refused':>8} {'wrong':>6} {'worst':>12} {'in interval':>12}")
+    print(f"{'quantity':36} {'there':>6} {'right':>6} {'refused':>8} {'wrong':>6} {'worst':>12} {'in interval':>12}")
     for name, of in rows.items():
         got = [r for r in of if r.got is not None]
         worst = max((r.error for r in got), default=0.0)
         covered = [r.covered for r in got if r.covered is not None]
         error = f"{worst:.2f} lines" if name.endswith(" size") else f"{worst:.2%}"
-        print(f"{name:26} {len(of):6} {sum(r.right for r in of):6} {len(of) - len(got):8} "
+        print(f"{name:36} {len(of):6} {sum(r.right for r in of):6} {len(of) - len(got):8} "
               f"{sum(not r.right for r in got):6} {error:>12} "
               + (f"{sum(covered) / len(covered):12.0%}" if covered else ""))
     missed = [r for of in rows.values() for r in of if not r.right]

@@ -105,6 +105,14 @@ def stream(way: str, width: int = 4, footprint: int = 1 << 16) -> Callable[[Any]
     return lambda b: b.stream(footprint, 1, width, way)
 
 
+def spaced(way: str, width: int = 4, stride: int = 1) -> Callable[[Any], Timing]:
+    """As a processor's cores are asked, whatever others do."""
+    return lambda b: extras.stream_parts(b, 1 << 16, width, way, 1, False, stride)  # type: ignore[arg-type]
+
+
+SIDE_BY_SIDE = [(f"p[{2 * k}]", f"p[{k}]") for k in range(kernels.IN_TURN)]
+"""Of loads and stores that should be two words apart."""
+TOGETHER = "the compiler put several together"
 measured = opencl.OpenCL._measured
 
 
@@ -211,10 +219,10 @@ KERNELS = [
            patch.object(opencl, "chained", one_of_four)),
     kernel("hoisted texel: read once, added again and again", HOISTED, "IMAGE",
            [("x = (uint4)(0);", "x = (uint4)(0), h = TEXEL(at);"), ("x += TEXEL(at)", "x += h")],
-           lambda b: b.image(extras.TEXEL)),
+           lambda b: b.image(16)),
     kernel("shared texels: one of four is read", "16 load bytes a turn, not 64", "IMAGE",
            [("uint i = 0; i < turns; i++) {", "uint i = 0; i < turns; i++) { uint4 h = TEXEL(at);"),
-            ("x += TEXEL(at)", "x += h")], lambda b: b.image(extras.TEXEL)),
+            ("x += TEXEL(at)", "x += h")], lambda b: b.image(16)),
     kernel("another operation: a sum for a multiply-add", "0 fma float32 a turn, not 16", "chain",
            [("fma(x0, (V)(a), (V)(b))", "x0 + b")], chain("fma", "float32")),
     kernel("multiply-adds in two operations", "0 fma float32 a turn, not 16", "chain",
@@ -245,6 +253,34 @@ KERNELS = [
     kernel("copy without a load", HOISTED, "STREAM", [("= data[at];", "= (T)(i);")], stream("copy")),
     kernel("copy without a store", "loads were taken out|stores were left out", "STREAM",
            [("data[at + size] = data[at];", "at += (uint)data[at].s0 & 0u;")], stream("copy", 16)),
+    kernel("narrow loads put together: four of 4 bytes in one of 16", TOGETHER, "spaced", [(" volatile", "")],
+           spaced("read")),
+    kernel("narrow loads put together: two of 8 bytes in one of 16", TOGETHER, "spaced",
+           [("x0 += p[0];", "uint4 h = *(const __global volatile uint4 *)p; x0 += h.s01;"),
+            ("x1 += p[1];", "x1 += h.s23;")], spaced("read", 8)),
+    kernel("narrow stores put together", TOGETHER, "spaced", [(" volatile", "")], spaced("write")),
+    kernel("narrow copies put together", TOGETHER, "spaced",
+           [("q[0] = p[0];", "*(__global volatile ulong *)q = *(__global volatile ulong *)p;"), ("q[1] = p[1];", "")],
+           spaced("copy")),
+    kernel("loads apart: the stride is left out", "did not read what is there", "spaced", SIDE_BY_SIDE,
+           spaced("read", 4, 2)),
+    kernel("stores apart: the stride is left out", "the memory does not hold what was stored, 8 bytes apart", "spaced",
+           SIDE_BY_SIDE, spaced("write", 4, 2)),
+    kernel("loads apart: half of the turn", "did not read what is there", "spaced",
+           [(f"x{k % 4} += p[{2 * k}];", "") for k in range(8)], spaced("read", 4, 2)),
+    kernel("stores apart: half of the turn", DEAD + "|does not hold", "spaced",
+           [(f"p[{2 * k}] = x;", "") for k in range(8, 16)], spaced("write", 4, 2)),
+    kernel("wide loads of local memory: one word of four", r"thread \d+ read", "LOCAL",
+           [("x += cells[at & (CELLS - 1)];", "x += (T)(words[at & (CELLS - 1)]);")], lambda b: b.local(1, 16)),
+    kernel("wide loads of constant memory: one word of four", r"thread \d+ read", "CONSTANT",
+           [("x += cells[at & {last}];", "x += (T)(cells[at & {last}].s0);")], lambda b: b.constant(False, 16)),
+    kernel("texels of a column, read along a row", "did not read what is there", "image_source",
+           [("(int2)((int)((at) / width), (int)((at) & (width - 1)))",
+             "(int2)((int)((at) & (width - 1)), (int)((at) / width))")], lambda b: b.image(1 << 14, 16, "columns")),
+    kernel("texels of a tile, read along a row", "did not read what is there", "image_source",
+           [("/ 16 & (width - 1)) * 4 + ((at) & 3)", "& (width * 4 - 1))"), ("/ 16 / width * 4 + ((at) / 4 & 3)",
+                                                                             "/ (width * 4)")],
+           lambda b: b.image(1 << 14, 16, "tiles")),
     kernel("chase, seven of eight", "ended at another place", "CHASE",
            [("p = next[p]; p = next[p]; p = next[p]; p = next[p];\n    }",
              "p = next[p]; p = next[p]; p = next[p];\n    }")], lambda b: b.chase(1 << 16, 64)),
@@ -253,7 +289,7 @@ KERNELS = [
     kernel("divergence, one way", "ended with", "DIVERGE", [("(lid / period) & 1", "0")], lambda b: b.diverge(1)),
     kernel("divergence, fewer steps", "ended with", "DIVERGE",
            [("x = x * b + a; x = x * b + a; }", "x = x * b + a; }")], lambda b: b.diverge(4)),
-    kernel("local memory, from registers", "thread 255 read", "LOCAL", [("x += cells[at & (WORDS - 1)];", "x += at;")],
+    kernel("local memory, from registers", "thread 255 read", "LOCAL", [("x += cells[at & (CELLS - 1)];", "x += at;")],
            lambda b: b.local(1)),
     kernel("local memory, another stride", "thread 255 read", "LOCAL", [("lid * stride", "lid")], lambda b: b.local(4)),
     kernel("barrier: every second left out", APART, "BARRIER", [(f"one[other] + 1;{MEET}", "one[other] + 1;")], meet),
@@ -335,7 +371,7 @@ def in_another_unit(divisor: float) -> Any:
         return Quantity(name, 1 / took.value / divisor, "GB/s", (1 / took.high / divisor, 1 / took.low / divisor),
                         "measured", why)
 
-    return patch.object(rates, "_per_second", per_second)
+    return patch.object(rates, "per_second", per_second)
 
 
 def jumping() -> Callable[[str, tuple[Any, ...], Timing], Timing]:
@@ -424,6 +460,10 @@ def honest(bench: Any) -> Iterator[tuple[str, Callable[[], Timing]]]:
         for width, parts in ((16, 1), (64, 8)):
             yield (f"{way} {width} in {parts} parts", lambda w=way, n=width, p=parts:
                    bench.stream_parts(100_352, n, w, p))
+    for way in ("read", "write", "copy") if bench.kernels is kernels else ():
+        for width, stride in ((4, 1), (8, 1), (4, 2), (4, 16)):
+            yield (f"{way} of a processor, {width} bytes, {stride} apart",
+                   lambda a=(way, width, stride): spaced(*a)(bench))
     yield "read, far apart", lambda: bench.stream(1 << 20, 16, 4, "read")
     yield "read, an odd size", lambda: bench.stream(100_000, 3, 8, "read")
     yield "read, one place", lambda: bench.stream(ONE_PLACE, 1, 4, "read")
@@ -443,8 +483,12 @@ def honest(bench: Any) -> Iterator[tuple[str, Callable[[], Timing]]]:
     for stride in (1, 2, 32):
         yield f"local {stride}", lambda s=stride: bench.local(s)
     yield "chase in pieces", lambda: bench.chase_pieces(1 << 18, 64, 1 << 12)
-    yield "image", lambda: bench.image(10_000)
-    yield "constant", lambda: bench.constant(False)
+    for texel, order in ((16, "rows"), (4, "rows"), (16, "columns"), (4, "tiles"), (16, "tiles")):
+        yield f"image, {texel} bytes a texel, {order}", lambda t=texel, o=order: bench.image(10_000, t, o)
+    for width in (4, 8, 16) if bench.kernels is kernels else (4, 16):
+        yield f"constant, {width} bytes", lambda w=width: bench.constant(False, w)
+        yield f"local, {width} bytes", lambda w=width: bench.local(1, w)
+        yield f"local write, {width} bytes", lambda w=width: bench.local_write(1, w)
     yield "constant, spread", lambda: bench.constant(True)
     yield "local write", lambda: bench.local_write(3)
     yield "map", lambda: bench.map(1 << 16)

@@ -100,6 +100,9 @@ OF_LANES = {
     "vinserti64x4 zmm2, zmm0, ymm3, 1": "62f3fd483ad301", "vinserti128 ymm2, ymm0, xmm3, 1": "c4e37d38d301",
     "vpshufd zmm2, zmm1, 0x93": "62f17d4870d193", "vpcmpeqd ymm2, ymm0, ymm1": "c5fd76d1",
     "vpcmpgtd ymm2, ymm0, ymm1": "c5fd66d1", "vpcmpeqd xmm2, xmm2, xmm2": "c5e976d2",
+    **{f"vmovdqa64 zmm2, zmm0; vpternlogd zmm2, zmm1, zmm3, {table:#x}": f"62f1fd486fd062f3754825d3{table:02x}"
+       for table in (0xec, 0xca, 0x96, 0)},
+    "vpternlogq zmm2 {k1}, zmm1, zmm3, 0xd8": "62f3f54925d3d8",
     "vpternlogd zmm2, zmm2, zmm2, 255": "62f36d4825d2ff", "vpaddd zmm2 {k1}, zmm0, zmm1": "62f17d49fed1",
     "vpaddd zmm2 {k1} {z}, zmm1, zmm1": "62f175c9fed1",
     "vpaddq zmm3 {k1}, zmm0, zmm1; vmovdqa64 zmm2, zmm3": "62f1fd49d4d962f1fd486fd3",
@@ -226,7 +229,7 @@ def test_what_describes_an_image_is_no_work():
     follower = machine(code)
     for described, loads in (([range(0)], 8), ([range(0x8000, 0x8038)], 4)):
         follower = type(follower)(follower.elf, {a: 1 for a in range(0x8000, 0x9000)}, described)
-        assert follower.follow(0x1000, 0x8000, 0x8800) == {"load bytes": loads}
+        assert follower.follow(0x1000, 0x8000, 0x8800) == {"load bytes": loads, "loads": loads // 4}
 
 
 @pytest.mark.parametrize(("code", "mix"), [
@@ -234,10 +237,11 @@ def test_what_describes_an_image_is_no_work():
     ("c4e2f9a8c2", {"fma float64": 2}), ("c5f858c1", {"add float32": 4}), ("c5fd59c1", {"mul float64": 4}),
     ("c5fa5ec1", {"div float32": 1}), ("c5f851c1", {"sqrt float32": 4}), ("c4e27940c1", {"mul int32": 4}),
     ("c5fdfec1", {"add int32": 8}), ("0fafc6", {"mul int32": 1}), ("8d0437", {"add int32": 1}),
-    ("8b0487", {"load bytes": 4}), ("c5fc1007", {"load bytes": 32}), ("c5fc1107", {"store bytes": 32}),
-    ("c5fdfe07", {"add int32": 8, "load bytes": 32}), ("0107", {"add int32": 1, "load bytes": 4, "store bytes": 4}),
-    ("3907", {"load bytes": 4}), ("c5f8100424", {"spill bytes": 16}), ("c5f8100500000000", {}),
-    ("8b048c", {"load bytes": 4}), ("89d8", {}), ("c4e27958c0", {}), ("62f27d4850c1", {"fma int8": 64}),
+    ("8b0487", {"load bytes": 4, "loads": 1}), ("c5fc1007", {"load bytes": 32, "loads": 1}),
+    ("c5fc1107", {"store bytes": 32, "stores": 1}), ("c5fdfe07", {"add int32": 8, "load bytes": 32, "loads": 1}),
+    ("0107", {"add int32": 1, "load bytes": 4, "loads": 1, "store bytes": 4, "stores": 1}),
+    ("3907", {"load bytes": 4, "loads": 1}), ("c5f8100424", {"spill bytes": 16}), ("c5f8100500000000", {}),
+    ("8b048c", {"load bytes": 4, "loads": 1}), ("89d8", {}), ("c4e27958c0", {}), ("62f27d4850c1", {"fma int8": 64}),
     ("62f1744958c2", {"add float32": 16, "masked": 1})])
 def test_instructions_are_counted_as_the_manual_has_them(code, mix):
     pytest.importorskip("capstone")
@@ -251,17 +255,20 @@ OF_EAX = "c5f892c8"
 
 
 @pytest.mark.parametrize(("code", "mix"), [
-    (GATHER, {"load bytes": 64, "masked": 1}), ("62f17d0874c8" + GATHER, {"load bytes": 64}),  # vpcmpeqb k1, xmm0, xmm0
-    ("c5f446c9" + GATHER, {"load bytes": 64}),  # kxnorw
-    ("c5f446c9" + 2 * GATHER, {"load bytes": 64}),  # which clears its mask
-    ("62f17d4a76c8" + GATHER, {"load bytes": 64, "masked": 1}),  # vpcmpeqd k1 {k2}; then of xmm0 and xmm1
-    ("62f17d4876c9" + GATHER, {"load bytes": 64, "masked": 1}),
-    ("c5f546c9" + GATHER, {"load bytes": 32}), ("c5fd46c862f2fd49920cd7", {"load bytes": 64}),  # kxnorb; vgatherdpd
-    ("b8ffff0000c5f892d0" + SCATTER, {"store bytes": 64}), ("b8ff7f0000c5f892d0" + SCATTER, {"store bytes": 60}),
-    ("c5f446c962f37d481ec901" + GATHER, {"load bytes": 64, "masked": 1}),  # vpcmpltud k1
-    ("c5f446c9c5f447c9" + GATHER, {"load bytes": 0}),  # kxorw
+    (GATHER, {"load bytes": 64, "loads": 16, "masked": 1}),
+    ("62f17d0874c8" + GATHER, {"load bytes": 64, "loads": 16}),  # vpcmpeqb k1, xmm0, xmm0
+    ("c5f446c9" + GATHER, {"load bytes": 64, "loads": 16}),  # kxnorw
+    ("c5f446c9" + 2 * GATHER, {"load bytes": 64, "loads": 16}),  # which clears its mask
+    ("62f17d4a76c8" + GATHER, {"load bytes": 64, "loads": 16, "masked": 1}),  # vpcmpeqd k1 {k2}; then of xmm0 and xmm1
+    ("62f17d4876c9" + GATHER, {"load bytes": 64, "loads": 16, "masked": 1}),
+    ("c5f546c9" + GATHER, {"load bytes": 32, "loads": 8}),  # kxnorb
+    ("c5fd46c862f2fd49920cd7", {"load bytes": 64, "loads": 8}),  # vgatherdpd
+    ("b8ffff0000c5f892d0" + SCATTER, {"store bytes": 64, "stores": 16}),
+    ("b8ff7f0000c5f892d0" + SCATTER, {"store bytes": 60, "stores": 15}),
+    ("c5f446c962f37d481ec901" + GATHER, {"load bytes": 64, "loads": 16, "masked": 1}),  # vpcmpltud k1
+    ("c5f446c9c5f447c9" + GATHER, {"load bytes": 0, "loads": 0}),  # kxorw
     ("b805000000" + OF_EAX + "62f1744958c2", {"add float32": 2}),  # vaddps zmm0 {k1}, zmm1, zmm2
-    ("b805000000" + OF_EAX + "62f17e497f07", {"store bytes": 2 * 4}),
+    ("b805000000" + OF_EAX + "62f17e497f07", {"store bytes": 2 * 4, "stores": 1}),
     ("62f1744958c2", {"add float32": 16, "masked": 1})])
 def test_what_is_done_under_a_mask_is_counted_in_its_lanes(code, mix):
     """Where the mask is known; else it is said."""
@@ -275,7 +282,8 @@ def test_what_is_stored_on_the_stack_by_an_index_is_no_work():
     """Work items that meet at a barrier keep their numbers there: mov eax, [rsp + rcx * 4 - 64]; mov [...], eax."""
     pytest.importorskip("capstone")
     follower = machine(bytes.fromhex("8b448cc089448cc08b0487890487") + RET + bytes(32))
-    assert follower.follow(0x1000, 0x8000, 0, 0, 2) == {"spill bytes": 8, "load bytes": 4, "store bytes": 4}
+    assert follower.follow(0x1000, 0x8000, 0, 0, 2) == {"spill bytes": 8, "load bytes": 4, "store bytes": 4, "loads": 1,
+                                                        "stores": 1}
 
 
 @pytest.mark.parametrize(("code", "known"), [
@@ -365,7 +373,8 @@ def test_oclgrind_counts_the_same(bench):
         both = "Intel" in bench.identity.vendor  # ways for all items of a vector
         assert mix["mul int32"] == (1 + both) * seen["mul"][0] == (1 + both) * 4
         seen = witnessed(kernels.stream(16), "copy")
-        mix = counted(bench, lambda: bench.stream(1 << 16, 2, 16, "copy"))  # side by side a processor has another
+        patch.setattr(bench, "one_by_one", False)  # a processor has others
+        mix = counted(bench, lambda: bench.stream(1 << 16, 2, 16, "copy"))
         assert mix["load bytes"] == seen["load global"][1] == 32
         assert mix["store bytes"] == seen["store global"][1] == 32
         seen = witnessed(kernels.CHASE, "chase", 1)
@@ -484,7 +493,7 @@ def test_constants_are_not_loaded_from_memory():
     pytest.importorskip("capstone")
     code = bytes.fromhex("8b4f0848b800000000000000008b108b07ffc975eec3")
     c = intel.count(relocated(relocations=((5, 2, ABS64, 4),), code=code), "chain", (1,), (1,), (None, bytes(4)), 1)
-    assert c.mix == {"add int32": 1, "load bytes": 4}
+    assert c.mix == {"add int32": 1, "load bytes": 4, "loads": 1}
 
 
 def test_arguments_are_packed_as_c_does():
@@ -685,9 +694,10 @@ def test_ptx_is_followed():
     assert ptx.is_ptx(LOOP.encode())
     c = ptx.count(LOOP.encode() + b"\0", "chain", (64,), (32,), (None, bytes(4), bytes(4)), 1)
     assert c == Counted({"add int32": 2.0, "fma float16": 2.0, "fma float32": 1.0, "fma int32": 2.0, "fma int8": 4.0,
-                         "load bytes": 32.0, "mul int32": 1.0, "products of integers": 6.0, SUMS: 1.0,
+                         "texel bytes": 16.0, "texels": 1.0, "load bytes": 16.0, "loads": 1.0, "mul int32": 1.0,
+                         "products of integers": 6.0, SUMS: 1.0,
                          "rsqrt float32": 1.0, "special float32": 1.0,
-                         "spill bytes": 4.0, "store bytes": 4.0}, "PTX")
+                         "spill bytes": 4.0, "store bytes": 4.0, "stores": 1.0}, "PTX")
     assert "no entry nothing" in ptx.count(LOOP.encode(), "nothing", (64,), (32,), (None, bytes(4), bytes(4)), 1).why
     data = LOOP.replace("%p2, %r1, 0", "%p2, %r4, 0")
     assert "hangs on data" in ptx.count(data.encode(), "chain", (64,), (32,), (None, bytes(4), bytes(4)), 1).why
@@ -804,8 +814,8 @@ def test_a_shader_is_followed(shader):
     c = spirv.count(shader, (512,), (64,), bytes(12), 4)
     assert c.why == ""
     assert {k: n for k, n in c.mix.items() if "int" not in k} == {
-        "add float32": 1, "fma float32": 4, "load bytes": 16 + 4, "mul float32": 3, "rsqrt float32": 3,
-        "special float32": 3, "store bytes": 8}
+        "add float32": 1, "fma float32": 4, "load bytes": 16 + 4, "loads": 2, "mul float32": 3, "rsqrt float32": 3,
+        "special float32": 3, "store bytes": 8, "stores": 0.5}
     other = spirv.count(shader, (512,), (64,), bytes(12), 0)  # not what the loop turns by
     assert other.mix == {}
 
@@ -860,6 +870,30 @@ def test_a_turn_is_what_more_turns_do_more():
         raise NotRead("no way")
 
     assert of_a_turn(lost, 1, "x") == Counted(None, "x", why="no way")
+
+
+def test_loads_that_were_put_together_are_not_narrow_ones():
+    """Four of four bytes side by side in one of 16 are as many bytes."""
+    asked = Asked("bytes", {"load bytes": 64}, each=4)
+    assert objection(Counted({"load bytes": 64.0, "loads": 16.0}, "x"), asked) == ""
+    assert "moves 64 bytes in 4 loads a turn, not 4 in each: the compiler put several together" in objection(
+        Counted({"load bytes": 64.0, "loads": 4.0}, "x"), asked)
+    assert "64 bytes in 32 loads a turn, not 4 in each: the compiler made several of one" in objection(
+        Counted({"load bytes": 64.0, "loads": 32.0}, "x"), asked)
+    both = Asked("bytes", {"load bytes": 64, "store bytes": 64}, each=4)
+    assert "64 bytes in 0 stores" in objection(Counted({"load bytes": 64.0, "loads": 16.0, "store bytes": 64.0}, "x"),
+                                               both)
+    assert objection(Counted({"load bytes": 64.0, "loads": 4.0}, "x"), Asked("bytes", {"load bytes": 64})) == ""
+
+
+def test_a_texel_has_the_bytes_that_are_stored_of_it():
+    """A read of one gives four numbers."""
+    read, narrow = Counted({"texel bytes": 64.0, "texels": 4.0}, "x"), Asked("bytes", {"load bytes": 16}, texel=4)
+    assert (objection(read, narrow), work(read, narrow)) == ("", 16)
+    assert "8 load bytes a turn, not 16" in objection(Counted({"texel bytes": 32.0, "texels": 2.0}, "x"), narrow)
+    assert work(read, Asked("bytes", {"load bytes": 64})) == 64  # whose texels are not said to be narrower
+    machine_code = Counted({"load bytes": 16.0, "loads": 4.0}, MACHINE)
+    assert (objection(machine_code, narrow), work(machine_code, narrow)) == ("", 16)
 
 
 def test_work_is_what_was_counted():

@@ -126,7 +126,7 @@ SABOTAGED = {
                            "data[at] = x;\n        data[at] = x;", lambda b: b.stream(1 << 18, 1, 4, "write")),
     "diverge, one way": ("DIVERGE", "(lid / period) & 1", "0", lambda b: b.diverge(1)),
     "diverge, fewer steps": ("DIVERGE", "x = x * b + a; x = x * b + a; }", "x = x * b + a; }", lambda b: b.diverge(4)),
-    "local, from registers": ("LOCAL", "x += cells[at & (WORDS - 1)];", "x += at;", lambda b: b.local(1)),
+    "local, from registers": ("LOCAL", "x += cells[at & (CELLS - 1)];", "x += at;", lambda b: b.local(1)),
     "local, another stride": ("LOCAL", "lid * stride", "lid", lambda b: b.local(4)),
 }
 
@@ -137,6 +137,7 @@ def test_sabotaged_kernels_are_not_believed(bench, unhurried, monkeypatch, name)
     source = getattr(kernels, what)
     assert source.count(old) >= 1
     monkeypatch.setattr(kernels, what, source.replace(old, new))
+    monkeypatch.setattr(bench, "one_by_one", False)  # a processor has streams of its own
     assert run(bench).wrong != ""
 
 
@@ -149,10 +150,10 @@ def test_a_chain_with_steps_missing_is_not_believed(bench, unhurried, monkeypatc
 
 @pytest.mark.parametrize(("what", "old", "new", "run"), [
     ("IMAGE", "x += TEXEL(at)", "x += TEXEL(0)", lambda b: b.image(1 << 16)),
-    ("CONSTANT", "cells[at & 1023]", "cells[0]", lambda b: b.constant(True)),
+    ("CONSTANT", "cells[at & {last}]", "cells[0]", lambda b: b.constant(True)),
     ("CONSTANT", "* spread", "* 0", lambda b: b.constant(True)),
     ("LOCAL_WRITE", "at += 4;", "", lambda b: b.local_write(1)),
-    ("LOCAL_WRITE", "cells[w] = w * 2654435761u;", "", lambda b: b.local_write(1))])
+    ("LOCAL_WRITE", "cells[w] = (T)(w * 2654435761u);", "", lambda b: b.local_write(1))])
 def test_sabotage_of_the_extras_is_not_believed(bench, unhurried, monkeypatch, what, old, new, run):
     source = getattr(extras, what)
     assert old in source
@@ -249,11 +250,13 @@ def test_streams_take_as_many_turns_as_memory_needs(bench, unhurried, monkeypatc
 def test_memory_that_takes_more_turns_than_others_is_gone_through(bench, unhurried, monkeypatch):
     """By loads of 4 bytes of few threads; only a driver that ends loops early is asked for fewer."""
     asked = []
-    monkeypatch.setattr(bench, "_time", lambda kernel, size, group, *a: asked.append(int(a[-1])) or 1.0)
+    monkeypatch.setattr(bench, "_time", lambda kernel, size, group, *a: asked.append(
+        int(a[-2 if bench.one_by_one else -1])) or 1.0)
     monkeypatch.setattr(bench, "_checked", lambda *_: "")
     monkeypatch.setattr(bench, "_count", lambda: (counting.Counted({"load bytes": 16.0}), 1))
     monkeypatch.setattr(bench, "filled", lambda *_: (None, None))
-    each = 4 * kernels.STREAMED["read"] * bench.full_groups * (1 if bench.one_by_one else bench.group)
+    each = 4 * bench.full_groups * (2 * kernels.IN_TURN if bench.one_by_one else
+                                    kernels.STREAMED["read"] * bench.group)
     assert "cached" not in bench.stream(5 * opencl.TURNS_MAX // 4 * each, 2, 4, "read").wrong
     assert max(asked) == 5 * opencl.TURNS_MAX // 4
     monkeypatch.setattr(bench, "turns_max", 1 << 15)

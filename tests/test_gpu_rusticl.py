@@ -165,19 +165,19 @@ def of_a_turn(module, arguments=LAUNCHED):
     ("%x = OpFunctionCall %float %own %f1 %i\n%y = OpFunctionCall %float %own %x %i", {"mul float32": 2}),
     # memory
     ("%to = OpLoad %g_float %held\n%p = OpInBoundsPtrAccessChain %g_float %to %l1\n%x = OpLoad %float %p\n"
-     "OpStore %p %x\nOpStore %p %x", {"load bytes": 4, "store bytes": 8}),
-    ("%to = OpBitcast %g_float4 %out\n%x = OpLoad %float4 %to", {"load bytes": 16}),
+     "OpStore %p %x\nOpStore %p %x", {"load bytes": 4, "store bytes": 8, "loads": 1, "stores": 2}),
+    ("%to = OpBitcast %g_float4 %out\n%x = OpLoad %float4 %to", {"load bytes": 16, "loads": 1}),
     ("%x = OpExtInst %float4 %std vloadn %l1 %out 4\n%y = OpExtInst %void %std vstoren %x %l1 %out",
-     {"load bytes": 16, "store bytes": 16}),
+     {"load bytes": 16, "store bytes": 16, "loads": 1, "stores": 1}),
     ("%from = OpBitcast %g_char %out\n%to = OpBitcast %p_char %var\nOpCopyMemorySized %to %from %l32",
-     {"load bytes": 32}),
+     {"load bytes": 32, "loads": 1}),
     ("%from = OpBitcast %g_char %out\n%to = OpBitcast %p_char %var\nOpCopyMemorySized %from %to %l32",
-     {"store bytes": 32}),
+     {"store bytes": 32, "stores": 1}),
     ("%to = OpBitcast %g_uint %out\n%p = OpPtrCastToGeneric %any_uint %to\n%x = OpLoad %uint %p\n"
-     "%y = OpIAdd %uint %x %x", {"load bytes": 4, SUMS: 1}),
+     "%y = OpIAdd %uint %x %x", {"load bytes": 4, "loads": 1, SUMS: 1}),
     ("%p = OpPtrCastToGeneric %any_uint %var\nOpStore %p %i\n%x = OpLoad %uint %p", {}),
     ("%at = OpLoad %ulong3 %lid\n%x = OpCompositeExtract %ulong %at 0\n%p = OpPtrAccessChain %g_float %out %x\n"
-     "OpStore %p %f1", {"store bytes": 4}),
+     "OpStore %p %f1", {"store bytes": 4, "stores": 1}),
 ])
 def test_what_a_kernel_does_is_counted(assembled, body, mix):
     assert of_a_turn(assembled(body)) == mix
@@ -256,7 +256,7 @@ def module(assembled):
     return assembled("%x = OpExtInst %float %std fma %f1 %f1 %f1\n" + "OpStore %out %x\n%y = OpLoad %float %out")
 
 
-MIX = {"add int32": 1, "fma float32": 1, "load bytes": 4, "store bytes": 4}
+MIX = {"add int32": 1, "fma float32": 1, "load bytes": 4, "store bytes": 4, "loads": 1, "stores": 1}
 
 
 @pytest.mark.parametrize(("before", "behind"), [

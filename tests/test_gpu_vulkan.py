@@ -46,13 +46,14 @@ def recipes():
     yield "launch", shaders.LAUNCH, "launch"
     yield "barrier", shaders.barrier(64), "meet"
     yield "diverge", shaders.DIVERGE, "diverge"
-    yield "local", shaders.local(4096), "local_loads"
     yield "hold", shaders.hold(64), "hold"
-    yield "local write", shaders.local_write(4096), "local_stores"
-    yield "image", shaders.image(64), "image"
-    for spread in (False, True):
-        yield f"constant {spread}", shaders.constant(1024, spread), "constant"
+    for texel, order in ((16, "rows"), (4, "rows"), (8, "columns"), (4, "tiles")):
+        yield f"image {texel} {order}", shaders.image(64, texel, order), "image"
+    for spread, width in ((False, 4), (True, 4), (False, 16)):
+        yield f"constant {spread} {width}", shaders.constant(1024, spread, width), "constant"
     for width in (4, 8, 16):
+        yield f"local {width}", shaders.local(4096, width), "local_loads"
+        yield f"local write {width}", shaders.local_write(4096, width), "local_stores"
         for way in ("read", "write", "copy"):
             yield f"{way} {width}", shaders.stream(width), way
     for element in ("float32", "float16", "int32"):
@@ -166,12 +167,17 @@ def test_every_experiment_computes_what_it_is_to(bench, unhurried):
 
 
 def extras(bench):
-    for stride in (1, 4, 33):
-        yield f"local write {stride}", lambda stride=stride: bench.local_write(stride)
-    for footprint in (1 << 14, 100_000):
-        yield f"image {footprint}", lambda footprint=footprint: bench.image(footprint)
-    for spread in (False, True):
-        yield f"constant {spread}", lambda spread=spread: bench.constant(spread)
+    for stride, width in ((1, 4), (4, 4), (33, 4), (1, 8), (1, 16), (3, 16)):
+        yield f"local write {stride} {width}", lambda s=stride, w=width: bench.local_write(s, w)
+        yield f"local {stride} {width}", lambda s=stride, w=width: bench.local(s, w)
+    for footprint, texel, order in ((1 << 14, 16, "rows"), (100_000, 16, "rows"), (100_000, 4, "rows"),
+                                    (100_000, 8, "columns"), (1 << 14, 4, "columns"), (100_000, 16, "tiles")):
+        yield f"image {texel} {order}", lambda f=footprint, t=texel, o=order: bench.image(f, t, o)
+    for spread, width in ((False, 4), (True, 4), (False, 16), (True, 16)):
+        yield f"constant {spread} {width}", lambda s=spread, w=width: bench.constant(s, w)
+    for way in ("read", "write", "copy"):
+        for width, stride in ((4, 1), (8, 1), (4, 2), (4, 16)):
+            yield f"{way} {width} {stride}", lambda a=(1 << 16, stride, width, way): bench.stream(*a)
 
 
 def test_experiments_that_not_every_bench_does(bench, unhurried):
@@ -229,10 +235,16 @@ SABOTAGED = {
                            lambda b: b.local(1)),
     "local stores, one word": (Shader, "shared_store", lambda s, a, i, v, real=Shader.shared_store:
                                real(s, a, s.constant(0), v), lambda b: b.local_write(1)),
-    "constants, always the first": (Shader, "load_constant", lambda s, i, real=Shader.load_constant:
-                                    real(s, s.constant(0)), lambda b: b.constant(True)),
+    "constants, always the first": (Shader, "load_constant", lambda s, i, lane, real=Shader.load_constant:
+                                    real(s, s.constant(0), lane), lambda b: b.constant(True)),
+    "constants, one word of four": (Shader, "load_constant", lambda s, i, real=Shader.load_constant: s.spread(
+        real(s, i, s.constant(0)), 4), lambda b: b.constant(False, 16)),
+    "local, one word of four": (Shader, "shared_load", lambda s, a, i, real=Shader.shared_load: s.spread(
+        s.lane(real(s, a, i), 0), 4), lambda b: b.local(1, 16)),
     "image, always the first": (Shader, "texel", lambda s, x, y, real=Shader.texel: real(s, s.constant(0), y),
                                 lambda b: b.image(1 << 16)),
+    "image, columns for rows": (Shader, "texel", lambda s, x, y, real=Shader.texel: real(s, y, x),
+                                lambda b: b.image(1 << 16, 4, "columns")),
     "image, once": (Shader, "loop", one_turn, lambda b: b.image(1 << 14)),
     "constants, once": (Shader, "loop", one_turn, lambda b: b.constant(False)),
     "barrier, nobody waits": (Shader, "barrier", lambda s: None, lambda b: b.barrier()),
@@ -333,6 +345,8 @@ def test_what_a_device_has_not(bench):
         bench.chain("special", "int32", 1, 1, 1)
     with pytest.raises(UnsupportedError, match="an image has no such size"):
         bench.image(1 << 40)
+    with pytest.raises(UnsupportedError, match="one word of them is loaded, or all four"):
+        bench.constant(False, 8)
     with pytest.raises(CapacityError, match="has no buffers of this size"):
         bench._buffer(np.broadcast_to(np.uint32(0), (1 << 40,)))
     with pytest.raises(UnsupportedError, match="starts at most 65535 groups at once"):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
 
 def probe(
@@ -77,7 +78,13 @@ def show(result: Mapping[str, Any]) -> None:
     say()
     measured = [q for q in result["quantities"] if q["status"] == "measured"]
     stated = [q for q in measured if q["why"].startswith(NOT_COUNTED)]
-    table(["measured", ">value", ">95 %"], [(q["name"] + " (!)" * (q in stated), *_shown(q)) for q in measured])
+    table(["measured", ">value", ">95 %"], [(q["name"] + " (!)" * (q in stated), *_shown(q)) for q in measured
+                                            if not SHAPED.fullmatch(q["name"])])
+    shapes, rows = _by_shape(result["quantities"], stated)
+    if rows:
+        say()
+        say("GB/s, 4, 8 and 16 bytes a load or store; then 4 bytes, neighbours so many words apart:")
+        table(["bandwidth", *(f">{width} B" if stride == 1 else f">{stride}" for width, stride in shapes)], rows)
     if stated:
         say()
         say(f"(!) {NOT_COUNTED}: {len(stated)} of {len(measured)}. These are as true as the source's count of what it "
@@ -85,11 +92,51 @@ def show(result: Mapping[str, Any]) -> None:
     refused = [q for q in result["quantities"] if q["status"] == "refused"]
     if refused:
         say()
-        table(["refused", "why+"], [(q["name"], q["why"].partition(TRY)[0]) for q in refused])
+        table(["refused+", "why+"], _together((q["name"], q["why"].partition(TRY)[0]) for q in refused))
     tries = dict.fromkeys(q["why"].partition(TRY)[2] for q in refused)
     for each in filter(None, tries):
         say()
         say(f"Where work was not counted, try {each}.")
+
+
+SHAPED = re.compile(r"(?P<of>(?:L\d+|memory|local memory|constant)(?: write| copy)?) bandwidth, "
+                    r"(?:(?P<width>\d+) bytes a (?:load|store)(?:, stride (?P<apart>\d+))?|stride (?P<stride>\d+))")
+"""A bandwidth by width and stride: of words where only a stride is named."""
+WORDS = re.compile(r"(?P<of>local memory|local memory write|constant) bandwidth")
+"""That of words side by side."""
+WOULD_BE = "; by the source's count"
+
+
+def _by_shape(quantities: Iterable[Mapping[str, Any]], stated: Sequence[Mapping[str, Any]]
+              ) -> tuple[list[tuple[int, int]], list[list[str]]]:
+    """(bytes a load and words between neighbours, rows of what was measured of them)."""
+    cells: dict[str, dict[tuple[int, int], str]] = {}
+    base: dict[str, str] = {}
+    marked = set()
+    for q in quantities:
+        value = "-" if q["value"] is None else f"{q['value']:.3g}" if q["value"] < 999.5 else f"{q['value']:.0f}"
+        if m := WORDS.fullmatch(q["name"]):
+            base[m["of"]] = value
+        if m := SHAPED.fullmatch(q["name"]):
+            cells.setdefault(m["of"], {})[int(m["width"] or 4), int(m["apart"] or m["stride"] or 1)] = value
+            marked |= {m["of"]} if q in stated else set()
+    for of, value in base.items():
+        if of in cells:
+            cells[of][4, 1] = value
+    cells = {of: row for of, row in cells.items() if set(row.values()) != {"-"}}
+    shapes = sorted({shape for row in cells.values() for shape in row}, key=lambda shape: shape[::-1])
+    return shapes, [[of + " (!)" * (of in marked), *(row.get(shape, "") for shape in shapes)]
+                    for of, row in sorted(cells.items())]
+
+
+def _together(refused: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Shapes of one bandwidth that were refused for the same reason in one row."""
+    of: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for name, why in refused:
+        m = SHAPED.fullmatch(name)
+        of.setdefault((m["of"] if m else name, why.partition(WOULD_BE)[0] if m else why), []).append((name, why))
+    return [rows[0] if len(rows) == 1 else (f"{key} bandwidth, {len(rows)} shapes", why)
+            for (key, why), rows in of.items()]
 
 
 def _shown(q: Mapping[str, Any]) -> tuple[str, str]:

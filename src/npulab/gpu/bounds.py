@@ -46,6 +46,9 @@ TINY = {"float32": 2.0**-126, "float16": 2.0**-14}
 """The smallest normal number (IEEE 754)."""
 RATE = re.compile(r"(fma|mul|add|special) (float32|float16|int32|int8x4|char4) (rate|latency)$")
 LEVEL = re.compile(r"L(\d+) (bandwidth|latency)$")
+SHAPED = re.compile(r"(?:L(\d+)|memory) bandwidth(, \d+ bytes a load.*)$")
+"""Reads of a level in another shape than the fastest."""
+FASTEST_SHAPE = re.compile(r"L\d+ (write )?bandwidth$")
 
 
 def steps_most(what: str, stated: float) -> float:
@@ -109,12 +112,24 @@ def _bandwidth(name: str, value: float, limits: Limits, clock: float, spoken: st
     if value > most:
         return f"{name} of {1e-9 * value:.4g} GB/s is above a physical bound, {1e-9 * most:.4g}: {spoken}, " \
                f"{LOAD_BYTES} bytes a cycle"
+    for q in others:
+        if q.value and 1e-9 * value > NEARER * q.value and _bounds(q.name, name):
+            return f"{name} of {1e-9 * value:.4g} GB/s is above that of {q.name}, {q.value:.4g}"
     inner = _levels(others, "bandwidth", _level(name))
     slowest = min(inner, key=lambda q: q.value or 0.0, default=None)
     if slowest and slowest.value and 1e-9 * value > NEARER * slowest.value:
         return f"{name} of {1e-9 * value:.4g} GB/s is above that of {slowest.name.split()[0]} before it, " \
                f"{slowest.value:.4g}"
     return ""
+
+
+def _bounds(other: str, name: str) -> bool:
+    """Whether nothing of the one name is faster than the other: the same level in its fastest shape, or one before it
+    in the same."""
+    if FASTEST_SHAPE.match(other) and name.startswith(f"{other}, "):
+        return True
+    near, far = SHAPED.match(other), SHAPED.match(name)
+    return bool(near and far and near[2] == far[2] and float(near[1] or "inf") < float(far[1] or "inf"))
 
 
 def _latency(name: str, value: float, clock: float, others: Sequence[Quantity]) -> str:

@@ -16,19 +16,23 @@ from npulab.errors import UnsupportedError
 from npulab.gpu import counting, kernels
 from npulab.gpu.counting import Asked
 from npulab.gpu.filled import Sums
-from npulab.gpu.types import Timing, Way
+from npulab.gpu.shaders import TILE
+from npulab.gpu.types import Order, Timing, Way
 
 if TYPE_CHECKING:
     from npulab.gpu.opencl import OpenCL
 
-TEXEL = 16  # bytes: four 32-bit integers
-WIDE = (16, 32, 64)
+NARROW, WIDE = (4, 8), (16, 32, 64)
 """Bytes of a load of `stream_parts`."""
 SMALL = 16
 """Threads of a group that reads images on a processor, or multiplies bytes: the code of all of them is followed to be
 counted, and PoCL has a hundred instructions for a texel."""
+TURNS_MAX = 1 << 20
+"""Of a loop, unless memory takes more."""
 READ = 4
 """Texels, words or stores of a turn of each kernel."""
+SAME = kernels.IN_TURN << 10
+"""Bytes that turns of all strides up to 64 words go through whole."""
 PAGE, LINE = 4096, 64
 """Bytes of a processor's smallest page and of a load of PRIME: no processor's lines are shorter."""
 SAMPLED, A_PAGE = 1024, 4
@@ -39,7 +43,7 @@ WORDS = 1024
 
 IMAGE = """
 __constant sampler_t NEAREST = CLK_NORMALIZED_COORDS_FALSE | CLK_ADDRESS_NONE | CLK_FILTER_NEAREST;
-#define TEXEL(at) read_imageui(data, NEAREST, (int2)((int)((at) & (width - 1)), (int)((at) / width)))
+#define TEXEL(at) read_imageui(data, NEAREST, PLACE(at))
 __kernel void image(__read_only image2d_t data, __global uint *out, uint width, uint size, uint offset, uint turns) {
     uint step = get_local_size(0) % size;
     uint at = (uint)(((ulong)get_group_id(0) * offset + (ulong)get_local_id(0)) % size);
@@ -50,39 +54,48 @@ __kernel void image(__read_only image2d_t data, __global uint *out, uint width, 
         x += TEXEL(at); at += step; at -= at >= size ? size : 0;
         x += TEXEL(at); at += step; at -= at >= size ? size : 0;
     }
-    out[get_global_id(0)] = x.s0 + x.s1 + x.s2 + x.s3;
+    out[get_global_id(0)] = SUM;
 }
 """
+PLACES: dict[Order, str] = {
+    "rows": "(int2)((int)((at) & (width - 1)), (int)((at) / width))",
+    "columns": "(int2)((int)((at) / width), (int)((at) & (width - 1)))",
+    "tiles": "(int2)((int)(((at) / 16 & (width - 1)) * 4 + ((at) & 3)), (int)((at) / 16 / width * 4 + ((at) / 4 & 3)))"}
+"""Of texel number `at`. width: texels of a row, or of a column, a power of two; or tiles of a row."""
 
 CONSTANT = """
-__kernel void constants(__constant uint *cells, __global uint *out, uint turns, uint spread) {
-    uint at = get_local_id(0) * spread, x = 0;
-    for (uint i = 0; i < turns; i++) {
-        x += cells[at & 1023]; x += cells[(at + 1) & 1023];
-        x += cells[(at + 2) & 1023]; x += cells[(at + 3) & 1023];
-        at += 4 + (x & turns & 0x80000000u);
-    }
-    out[get_global_id(0)] = x;
-}
+typedef {type} T;
+__kernel void constants(__constant T *cells, __global uint *out, uint turns, uint spread) {{
+    uint at = get_local_id(0) * spread;
+    T x = (T)(0);
+    for (uint i = 0; i < turns; i++) {{
+        x += cells[at & {last}]; x += cells[(at + 1) & {last}];
+        x += cells[(at + 2) & {last}]; x += cells[(at + 3) & {last}];
+        at += 4 + ({first} & turns & 0x80000000u);
+    }}
+    out[get_global_id(0)] = {sum};
+}}
 """
 
 LOCAL_WRITE = """
-#define WORDS {words}
+typedef {type} T;
+#define CELLS {cells}
 __kernel void local_stores(__global uint *out, uint turns, uint stride) {{
-    __local uint cells[WORDS];
+    __local T cells[CELLS];
+    __local uint *words = (__local uint *)cells;
     uint lid = get_local_id(0), at = lid * stride;
-    for (uint i = lid; i < WORDS; i += get_local_size(0)) cells[i] = 0;
+    for (uint i = lid; i < {words}; i += get_local_size(0)) words[i] = 0;
     barrier(CLK_LOCAL_MEM_FENCE);
     for (uint i = 0; i < turns; i++) {{
-        uint w = at & (WORDS - 1); cells[w] = w * 2654435761u;
-        w = (at + 1) & (WORDS - 1); cells[w] = w * 2654435761u;
-        w = (at + 2) & (WORDS - 1); cells[w] = w * 2654435761u;
-        w = (at + 3) & (WORDS - 1); cells[w] = w * 2654435761u;
+        uint w = at & (CELLS - 1); cells[w] = (T)(w * 2654435761u);
+        w = (at + 1) & (CELLS - 1); cells[w] = (T)(w * 2654435761u);
+        w = (at + 2) & (CELLS - 1); cells[w] = (T)(w * 2654435761u);
+        w = (at + 3) & (CELLS - 1); cells[w] = (T)(w * 2654435761u);
         at += 4;
     }}
     barrier(CLK_LOCAL_MEM_FENCE);
     uint x = 0;
-    for (uint i = lid; i < WORDS; i += get_local_size(0)) x += cells[i] + 1;
+    for (uint i = lid; i < {words}; i += get_local_size(0)) x += words[i] + 1;
     out[get_global_id(0)] = x;
 }}
 """
@@ -105,109 +118,145 @@ __kernel void prime(__global const uint16 *data, __global uint *out, uint first,
 """
 
 
-def stream_parts(bench: OpenCL, footprint: int, width: int, way: Way, parts: int, own: bool = False) -> Timing:
-    row = kernels.IN_TURN // parts
+def stream_parts(bench: OpenCL, footprint: int, width: int, way: Way, parts: int, own: bool = False, stride: int = 1
+                 ) -> Timing:
+    spaced = stride > 1 or width not in WIDE
+    row, lanes = kernels.IN_TURN * stride // parts, width // 4
     size = footprint // width // parts // row * row  # vectors of a part
+    if spaced and footprint >= 1 << 20 and SAME % (row * width) == 0:  # filled once for all strides
+        size = (footprint & -SAME) // width
     if parts > 1 and size > row and size // row % 2 == 0:
         size -= row  # parts that are powers of two apart share sets of caches
     if own and way != "write":
         raise UnsupportedError("memory of their own is for stores", got=way)
-    if size < 1 or width not in WIDE:
-        raise UnsupportedError("a stream has no room", got=f"{footprint} bytes in {parts} parts of vectors of {width}")
+    if size < 1 or width not in (*NARROW, *WIDE) or (spaced and parts > 1):
+        raise UnsupportedError("a stream has no room", got=f"{footprint} bytes in {parts} parts of vectors of {width}, "
+                               f"{stride} apart")
     # one for a core where each has its own: of several, one after the other, each would first fetch what is its
     groups = bench.limits.compute_units if own else bench.full_groups
     apart = parts * size if own else 0
-    buffer, sums = bench.filled(bench, way, parts * groups if own else parts, size, width // 4)
+    buffer, sums = bench.filled(bench, way, parts * groups if own else parts, size, lanes)
     out = bench._buffer(np.zeros(groups, np.uint32))
-    kernel = bench._kernel(kernels.parts(width, parts), way)
+    kernel = bench._kernel(kernels.spaced(width, stride) if spaced else kernels.parts(width, parts), way)
     offset = max(row, size // groups // row * row)
     spots = np.arange(groups)
 
     def run(turns: int) -> tuple[float, str]:
         seconds = bench._time(kernel, (groups,), (1,), buffer, out, np.uint32(size), np.uint32(offset),
                               np.uint32(turns), np.uint32(apart))
-        return seconds, bench._checked(way, out, sums, spots, 1, offset, 1, 1, turns, row)
+        wrong = bench._checked(way, out, sums, spots, 1, offset, stride, stride, turns, row // stride)
+        if spaced and way == "write" and not wrong:  # where the loop ends says nothing of what lies between its stores
+            vectors = bench._read(buffer, row * lanes).reshape(-1, stride * lanes) == kernels.stored(stride)
+            if not vectors[:, :lanes].all() or vectors[:, lanes:].any():
+                wrong = f"the memory does not hold what was stored, {stride * width} bytes apart"
+        return seconds, wrong
 
     asked = Asked("bytes", {f"{what} bytes": kernels.IN_TURN * width for what in ("load", "store")
-                            if way in ("copy", {"load": "read", "store": "write"}[what])})
+                            if way in ("copy", {"load": "read", "store": "write"}[what])}, each=width * spaced)
     whole = -(-size // row) if own else -(-size // (groups * row))
-    return bench._measured(run, asked, whole=whole)
+    return bench._measured(run, asked, max(TURNS_MAX, whole), whole)
 
 
-def image(bench: OpenCL, footprint: int) -> Timing:
+def image(bench: OpenCL, footprint: int, texel: int, order: Order) -> Timing:
     cl = bench.cl
     if not bench.device.image_support:
         raise UnsupportedError("the device has no images")
-    texels = footprint // TEXEL
+    texels = footprint // texel
     width = 1
     while width * width < texels and 2 * width <= int(bench.device.image2d_max_width):
         width *= 2
     height = texels // width
-    if height < 1 or height > int(bench.device.image2d_max_height):
+    if order != "rows":
+        height = 1 << height.bit_length() - 1
+    if height < 1 or height > int(bench.device.image2d_max_height) or (order == "tiles" and min(width, height) < TILE):
         raise UnsupportedError("the device has no images of this size", got=f"{footprint} bytes")
     size = width * height
-    data = (np.arange(size * 4, dtype=np.uint32) * np.uint32(2654435761)) >> np.uint32(7)
+    data = (np.arange(size * texel // 4, dtype=np.uint32) * np.uint32(2654435761)) >> np.uint32(7)
     flags = cl.mem_flags.READ_ONLY | cl.mem_flags.COPY_HOST_PTR
-    kind = cl.ImageFormat(cl.channel_order.RGBA, cl.channel_type.UNSIGNED_INT32)
+    channels = {4: cl.channel_order.R, 8: cl.channel_order.RG, 16: cl.channel_order.RGBA}[texel]
+    kind = cl.ImageFormat(channels, cl.channel_type.UNSIGNED_INT32)
+    if kind not in cl.get_supported_image_formats(bench.context, flags, cl.mem_object_type.IMAGE2D):
+        raise UnsupportedError(f"the device has no images of {texel // 4} 32-bit integers a texel")
     make = getattr(cl, "create_image", cl.Image)  # older bindings have the latter alone
     picture = bench._do(lambda: make(bench.context, flags, kind, shape=(width, height), hostbuf=data))
-    kernel = bench._kernel(IMAGE, "image")
+    kernel = bench._kernel(image_source(texel, order), "image")
     group = min(bench.group, SMALL) if bench.device.type & cl.device_type.CPU else bench.group
     groups = bench.full_groups * bench.group // group
     out = bench._buffer(np.zeros(groups * group, np.uint32))
     offset, step = max(1, size // groups), group % size
-    sums = Sums(data.reshape(size, 4).sum(axis=1, dtype=np.uint32))
+    row = {"rows": width, "columns": height, "tiles": width // TILE}[order]
+    sums = Sums(in_order(data.reshape(height, width, texel // 4).sum(axis=2, dtype=np.uint32), order))
     spots = np.random.default_rng(0).integers(0, groups * group, 8)
 
     def run(turns: int) -> tuple[float, str]:
-        seconds = bench._time(kernel, (groups * group,), (group,), picture, out, np.uint32(width), np.uint32(size),
+        seconds = bench._time(kernel, (groups * group,), (group,), picture, out, np.uint32(row), np.uint32(size),
                               np.uint32(offset), np.uint32(turns))
         return seconds, bench._checked("read", out, sums, spots, group, offset, 1, step, turns)
 
-    return bench._measured(run, Asked("bytes", {"load bytes": READ * TEXEL}), whole=-(-size // (groups * group * READ)))
+    return bench._measured(run, Asked("bytes", {"load bytes": READ * texel}, texel=texel),
+                           whole=-(-size // (groups * group * READ)))
 
 
-def constant(bench: OpenCL, spread: bool) -> Timing:
-    kernel = bench._kernel(CONSTANT, "constants")
+def image_source(texel: int, order: Order) -> str:
+    """A read gives four numbers, of which as many are added up as are stored."""
+    total = "x.s0" if texel == 4 else kernels.added("x", texel)
+    return f"#define PLACE(at) {PLACES[order]}\n#define SUM {total}\n{IMAGE}"
+
+
+def in_order(picture: NDArray[np.uint32], order: Order) -> NDArray[np.uint32]:
+    """The texels of a picture one after the other."""
+    if order == "tiles":
+        high, wide = (n // TILE for n in picture.shape)
+        picture = picture.reshape(high, TILE, wide, TILE).swapaxes(1, 2)
+    return np.ascontiguousarray(picture.T if order == "columns" else picture).ravel()
+
+
+def constant(bench: OpenCL, spread: bool, width: int) -> Timing:
+    count = 4 * WORDS // width
+    kernel = bench._kernel(CONSTANT.format(type=kernels.vector(width), last=count - 1, sum=kernels.added("x", width),
+                                           first="x" if width == 4 else "x.s0"), "constants")
     group, threads = bench.group, bench.group * bench.full_groups
     cells = ((np.arange(WORDS, dtype=np.uint64) * 2654435761) % (1 << 32)).astype(np.uint32)
+    sums = cells.reshape(count, -1).sum(axis=1, dtype=np.uint64)
     table, out = bench._buffer(cells), bench._buffer(np.zeros(threads, np.uint32))
 
     def run(turns: int) -> tuple[float, str]:
         seconds = bench._time(kernel, (threads,), (group,), table, out, np.uint32(turns), np.uint32(spread))
         found = bench._read(out, threads)
         for i in (0, group - 1):
-            at = (i * spread + np.arange(turns * READ, dtype=np.uint64)) % WORDS
-            want = int(cells[at].sum(dtype=np.uint64)) % (1 << 32)
+            at = (i * spread + np.arange(turns * READ, dtype=np.uint64)) % count
+            want = int(sums[at].sum(dtype=np.uint64)) % (1 << 32)
             if int(found[i]) != want:
                 return seconds, f"thread {i} read {found[i]}, not {want}"
         return seconds, ""
 
-    return bench._measured(run, Asked("bytes", {"load bytes": 4 * READ}), 1 << 18)
+    return bench._measured(run, Asked("bytes", {"load bytes": width * READ}), 1 << 18)
 
 
-def local_write(bench: OpenCL, stride: int) -> Timing:
-    words = bench.words
-    kernel = bench._kernel(LOCAL_WRITE.format(words=words), "local_stores")
+def local_write(bench: OpenCL, stride: int, width: int) -> Timing:
+    words, lanes = bench.words, width // 4
+    count = words // lanes
+    kernel = bench._kernel(LOCAL_WRITE.format(words=words, cells=count, type=kernels.vector(width)), "local_stores")
     group, threads = bench.group, bench.group * bench.full_groups
     out = bench._buffer(np.zeros(threads, np.uint32))
-    written = (np.arange(words, dtype=np.uint64) * 2654435761) % (1 << 32)
+    written = (np.arange(count, dtype=np.uint64) * 2654435761) % (1 << 32)
 
     def run(turns: int) -> tuple[float, str]:
         seconds = bench._time(kernel, (threads,), (group,), out, np.uint32(turns), np.uint32(stride))
         found = bench._read(out, threads)
-        cells = np.zeros(words, np.uint64)
-        many = min(turns * READ, words)
-        for lane in range(group if many < words else 1):
-            at = (lane * stride + np.arange(many)) % words
-            cells[at] = written[at]
+        vectors = np.zeros(count, np.uint64)
+        many = min(turns * READ, count)
+        for lane in range(group if many < count else 1):
+            at = (lane * stride + np.arange(many)) % count
+            vectors[at] = written[at]
+        cells = vectors.repeat(lanes)
         for i in (0, group - 1):
             want = int((cells[i::group] + 1).sum(dtype=np.uint64)) % (1 << 32)
             if int(found[i]) != want:
                 return seconds, f"thread {i} found {found[i]} in local memory, not {want}"
         return seconds, ""
 
-    return bench._measured(run, Asked("stores", {"store bytes": 4 * READ}, 4), 1 << 18)
+    return bench._measured(run, Asked("stores", {"store bytes": width * READ}, 4), 1 << 18)
 
 
 def map_buffer(bench: OpenCL, size: int, repeats: int) -> Timing:

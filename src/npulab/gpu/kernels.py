@@ -61,18 +61,21 @@ MET = 2
 instruction for a barrier, but a word that was exchanged is seen in their code, and where it ends in the result."""
 
 LOCAL = """
-#define WORDS {words}
+typedef {type} T;
+#define CELLS {cells}
 __kernel void local_loads(__global uint *out, uint turns, uint stride) {{
-    __local uint cells[WORDS];
-    uint lid = get_local_id(0), at = lid * stride, x = 0;
-    for (uint i = lid; i < WORDS; i += get_local_size(0)) cells[i] = i * 2654435761u;
+    __local T cells[CELLS];
+    __local uint *words = (__local uint *)cells;
+    uint lid = get_local_id(0), at = lid * stride;
+    T x = (T)(0);
+    for (uint i = lid; i < {words}; i += get_local_size(0)) words[i] = i * 2654435761u;
     barrier(CLK_LOCAL_MEM_FENCE);
     for (uint i = 0; i < turns; i++) {{
-        x += cells[at & (WORDS - 1)]; x += cells[(at + 1) & (WORDS - 1)];
-        x += cells[(at + 2) & (WORDS - 1)]; x += cells[(at + 3) & (WORDS - 1)];
-        at += 4 + (x & turns & 0x80000000u);
+        x += cells[at & (CELLS - 1)]; x += cells[(at + 1) & (CELLS - 1)];
+        x += cells[(at + 2) & (CELLS - 1)]; x += cells[(at + 3) & (CELLS - 1)];
+        at += 4 + ({first} & turns & 0x80000000u);
     }}
-    out[get_global_id(0)] = x;
+    out[get_global_id(0)] = {sum};
 }}
 """
 LOADED = 4
@@ -131,14 +134,22 @@ __kernel void copy(__global T *data, __global uint *out, uint size, uint offset,
 STREAMED = {"read": 4, "write": 4, "copy": 2}
 """Vectors of a turn of STREAM."""
 IN_TURN = 16
-"""Vectors of a turn of `parts`."""
+"""Vectors of a turn of `parts` and `spaced`."""
+
+
+def vector(width: int) -> str:
+    """The type of `width` bytes: 4, 8, 16, 32, 64."""
+    return "uint" if width == 4 else f"uint{width // 4}"
+
+
+def added(name: str, width: int) -> str:
+    """The sum of the lanes of a variable of `width` bytes."""
+    return name if width == 4 else " + ".join(f"{name}.s{i:x}" for i in range(width // 4))
 
 
 def stream(width: int) -> str:
     """The three kernels for vectors of `width` bytes: 4, 8, 16, 32, 64."""
-    lanes = width // 4
-    return STREAM.format(type="uint" if lanes == 1 else f"uint{lanes}",
-                         sum="x" if lanes == 1 else " + ".join(f"x.s{i:x}" for i in range(lanes)))
+    return STREAM.format(type=vector(width), sum=added("x", width))
 
 
 def parts(width: int, number: int) -> str:
@@ -151,14 +162,33 @@ def parts(width: int, number: int) -> str:
     begins with a function's result: for processors that have registers of 64 bytes compilers take those of 32 (LLVM
     prefers them for skylake-avx512, for which PoCL compiles) unless a function of whole vectors was called.
     """
-    lanes, row = width // 4, IN_TURN // number
+    row = IN_TURN // number
     at = [f"at + {j}u * size + {k}u" for k in range(row) for j in range(number)]
     read = "\n        ".join(f"x{i % 4} += data[{a}];" for i, a in enumerate(at))
     write = "\n        ".join(f"data[{a}] = x;" for a in at)
     copy = "\n        ".join(f"data[{number}u * size + {a}] = data[{a}];" for a in at)
-    vector = "uint" if lanes == 1 else f"uint{lanes}"
-    total = "x0" if lanes == 1 else " + ".join(f"x0.s{i:x}" for i in range(lanes))
+    return _of_one_thread(width, row, "T x0 = min((T)(0), (T)(turns))", read, write, copy)
 
+
+def spaced(width: int, stride: int) -> str:
+    """As `parts`, with loads and stores of `width` bytes, neighbours `stride` such vectors apart. size, offset:
+    multiples of IN_TURN * stride. They are volatile: compilers put four of four bytes side by side in one of 16. What
+    is stored says the stride."""
+    p = "__global volatile T *p = data + at;"
+    read = "\n        ".join((f"const {p}", *(f"x{k % 4} += p[{k * stride}];" for k in range(IN_TURN))))
+    write = "\n        ".join((p, *(f"p[{k * stride}] = x;" for k in range(IN_TURN))))
+    copy = "\n        ".join((p, "__global volatile T *q = p + size;",
+                              *(f"q[{k * stride}] = p[{k * stride}];" for k in range(IN_TURN))))
+    return _of_one_thread(width, IN_TURN * stride, "T x0 = (T)(0)", read, write, copy, stored(stride))
+
+
+def stored(stride: int) -> int:
+    """The number that `spaced` stores."""
+    return 6 + stride
+
+
+def _of_one_thread(width: int, row: int, start: str, read: str, write: str, copy: str, number: int = 7) -> str:
+    """Kernels for groups of one thread, by their turns; a turn goes `row` vectors further. number: that is stored."""
     def kernel(way: str, const: str, start: str, turn: str, out: str) -> str:
         return f"""
 __kernel void {way}(__global {const}T *data, __global uint *out, uint size, uint offset, uint turns, uint apart) {{
@@ -173,10 +203,10 @@ __kernel void {way}(__global {const}T *data, __global uint *out, uint size, uint
 }}
 """
 
-    return f"typedef {vector} T;" + "".join((
-        kernel("read", "const ", "T x0 = min((T)(0), (T)(turns)), x1 = x0, x2 = x0, x3 = x0;", read,
-               f"x0 += x1 + x2 + x3; out[get_global_id(0)] = {total}"),
-        kernel("write", "", "T x = (T)(7);", write, "out[get_global_id(0)] = at"),
+    return f"typedef {vector(width)} T;" + "".join((
+        kernel("read", "const ", f"{start}, x1 = x0, x2 = x0, x3 = x0;", read,
+               f"x0 += x1 + x2 + x3; out[get_global_id(0)] = {added('x0', width)}"),
+        kernel("write", "", f"T x = (T)({number});", write, "out[get_global_id(0)] = at"),
         kernel("copy", "", "", copy, "out[get_global_id(0)] = at")))
 
 
@@ -185,9 +215,10 @@ def barrier(group: int) -> str:
     return BARRIER.format(group=group)
 
 
-def local(words: int) -> str:
-    """`words`: a power of two."""
-    return LOCAL.format(words=words)
+def local(words: int, width: int = 4) -> str:
+    """`words`: a power of two, loaded `width` bytes at once."""
+    return LOCAL.format(words=words, cells=4 * words // width, type=vector(width), sum=added("x", width),
+                        first="x" if width == 4 else "x.s0")
 
 
 def chain(operation: Operation, element: Element, width: int, chains: int) -> str:

@@ -18,7 +18,7 @@ from npulab.gpu import bounds, counting, extras, kernels
 from npulab.gpu.counting import Asked, Counted
 from npulab.gpu.exact import chained, congruential, operands
 from npulab.gpu.filled import Filled, Sums, available
-from npulab.gpu.types import OPERATIONS_A_STEP, Element, Identity, Limits, Operation, Timing, Way
+from npulab.gpu.types import OPERATIONS_A_STEP, Element, Identity, Limits, Operation, Order, Timing, Way
 
 ENOUGH = 2e-3
 """Seconds of a repetition: a thousand ticks of a clock of microseconds, and little to wait for."""
@@ -28,7 +28,7 @@ WAITED = 0.1
 """Seconds by the host's clock, of which the device's own must have seen a hundredth: events of Mesa 22.3's rusticl took
 a nanosecond, whatever they did."""
 REPEATS = 7
-TURNS_MAX = 1 << 20
+TURNS_MAX = extras.TURNS_MAX
 TURNS_TRIED = 1 << 17
 """Of a loop that shows whether the driver ends loops early: llvmpipe does after 65535 turns of all loops of a thread
 (Mesa, LP_MAX_TGSI_LOOP_ITERATIONS), over Vulkan and OpenCL."""
@@ -217,8 +217,9 @@ class OpenCL:
     @shrinking
     def stream(self, footprint: int, stride: int, width: int, way: Way) -> Timing:
         size = footprint // width
-        if self.one_by_one and stride == 1 and width in extras.WIDE and size % kernels.IN_TURN == 0 and size:
-            return extras.stream_parts(self, footprint, width, way, 1)
+        if self.one_by_one and size >= kernels.IN_TURN * stride and (
+                stride > 1 or width in extras.NARROW or (width in extras.WIDE and size % kernels.IN_TURN == 0)):
+            return extras.stream_parts(self, footprint, width, way, 1, stride=stride)
         group = 1 if self.one_by_one else self.group  # neighbouring loads follow each other, as a CPU likes them
         if size < 1 or width not in (4, 8, 16, 32, 64):
             raise UnsupportedError("a stream has no room", got=f"{footprint} bytes in vectors of {width}")
@@ -335,25 +336,25 @@ class OpenCL:
         return self._measured(run, Asked("operations", {"fma float32": registers}))
 
     @shrinking
-    def local(self, stride: int) -> Timing:
+    def local(self, stride: int, width: int = 4) -> Timing:
         words = self.words
-        kernel = self._kernel(self.kernels.local(words), "local_loads")
+        kernel = self._kernel(self.kernels.local(words, width), "local_loads")
         group = self.group
         threads = group * self.full_groups
         out = self._buffer(np.zeros(threads, np.uint32))
-        cells = (np.arange(words, dtype=np.uint64) * 2654435761) % (1 << 32)
+        cells = ((np.arange(words, dtype=np.uint64) * 2654435761) % (1 << 32)).reshape(-1, width // 4).sum(axis=1)
 
         def run(turns: int) -> tuple[float, str]:
             seconds = self._time(kernel, (threads,), (group,), out, np.uint32(turns), np.uint32(stride))
             found = self._read(out, threads)
             for i in (0, group - 1):
-                at = (i * stride + np.arange(turns * kernels.LOADED, dtype=np.uint64)) % words
+                at = (i * stride + np.arange(turns * kernels.LOADED, dtype=np.uint64)) % len(cells)
                 want = int(cells[at].sum(dtype=np.uint64)) % (1 << 32)
                 if int(found[i]) != want:
                     return seconds, f"thread {i} read {found[i]}, not {want}"
             return seconds, ""
 
-        return self._measured(run, Asked("loads", {"load bytes": 4 * kernels.LOADED}, 4), 1 << 18)
+        return self._measured(run, Asked("loads", {"load bytes": width * kernels.LOADED}, 4), 1 << 18)
 
     def launch(self) -> Timing:
         kernel = self._kernel(self.kernels.LAUNCH, "launch")
@@ -408,10 +409,11 @@ class OpenCL:
         return np.resize(np.random.default_rng(0).integers(0, 256, min(size, (1 << 20) - 1), np.uint8), size)
 
     @shrinking
-    def stream_parts(self, footprint: int, width: int, way: Way, parts: int, own: bool = False) -> Timing:
+    def stream_parts(self, footprint: int, width: int, way: Way, parts: int, own: bool = False, stride: int = 1
+                     ) -> Timing:
         if not self.one_by_one:
             raise UnsupportedError("neighbouring threads share what they load: parts are for devices without")
-        return extras.stream_parts(self, footprint, width, way, parts, own)
+        return extras.stream_parts(self, footprint, width, way, parts, own, stride)
 
     def primed(self, footprint: int, behind: int) -> Timing:
         if not self.one_by_one:
@@ -419,16 +421,16 @@ class OpenCL:
         return self._proven(extras.primed(self, footprint, behind, REPEATS))
 
     @shrinking
-    def image(self, footprint: int) -> Timing:
-        return extras.image(self, footprint)
+    def image(self, footprint: int, texel: int = 16, order: Order = "rows") -> Timing:
+        return extras.image(self, footprint, texel, order)
 
     @shrinking
-    def constant(self, spread: bool) -> Timing:
-        return extras.constant(self, spread)
+    def constant(self, spread: bool, width: int = 4) -> Timing:
+        return extras.constant(self, spread, width)
 
     @shrinking
-    def local_write(self, stride: int) -> Timing:
-        return extras.local_write(self, stride)
+    def local_write(self, stride: int, width: int = 4) -> Timing:
+        return extras.local_write(self, stride, width)
 
     def map(self, size: int) -> Timing:
         return extras.map_buffer(self, size, 8 * REPEATS)

@@ -13,12 +13,14 @@ from functools import partial
 from npulab.errors import UnsupportedError
 from npulab.gpu.kernels import CHASED, DIVERGED, LOADED, MET, STEPS, STREAMED
 from npulab.gpu.spirv_builder import Kind, Shader, Type, Value, Variable
-from npulab.gpu.types import Element, Operation
+from npulab.gpu.types import Element, Operation, Order
 
 __all__ = ["CHASE", "CHASED", "DIVERGE", "DIVERGED", "LAUNCH", "LOADED", "MET", "STEPS", "STREAMED",
            "Recipe", "barrier", "chain", "constant", "hold", "image", "local", "local_write", "stream"]
 
 KINDS: dict[Element, Kind] = {"float32": "float", "float16": "half", "int32": "uint"}
+TILE = 4
+"""Texels of a side of what neighbours read in order "tiles"."""
 LANES = (1, 2, 4)
 """Vectors of a shader: those of 8 and 16 are of OpenCL's kernels alone (SPIR-V, capability Vector16)."""
 
@@ -94,70 +96,76 @@ def barrier(group: int) -> Recipe:
     return Recipe("meet", (group,), _barrier)
 
 
-def local(words: int) -> Recipe:
-    """`words`: a power of two."""
-    return Recipe("local_loads", (words,), partial(_local, words))
+def local(words: int, width: int = 4) -> Recipe:
+    """`words`: a power of two, loaded `width` bytes at once."""
+    return Recipe("local_loads", (words, width), partial(_local, words, width // 4))
 
 
-def _local(words: int, _: str, group: int) -> bytes:
+def _local(words: int, lanes: int, _: str, group: int) -> bytes:
     s = Shader(group, ("uint",), ("uint", "uint"))
     turns, stride = s.arguments
-    cells = s.shared("uint", words)
-    with s.loop(words, group, s.local_id) as i:
-        s.shared_store(cells, i, i * 2654435761)
+    count = words // lanes
+    cells = s.shared(Type("uint", lanes), count)
+    with s.loop(count, group, s.local_id) as i:
+        numbers = [((i * lanes + k) if lanes > 1 else i) * 2654435761 for k in range(lanes)]
+        s.shared_store(cells, i, s.vector(*numbers) if lanes > 1 else numbers[0])
     s.barrier()
-    at, x = s.variable(s.local_id * stride), s.variable(s.constant(0))
+    at, x = s.variable(s.local_id * stride), s.variable(s.constant(0, "uint", lanes))
     with s.loop(turns):
         now, total = at.get(), x.get()
         for step in range(LOADED):
-            total = total + s.shared_load(cells, ((now + step) if step else now) & (words - 1))
+            total = total + s.shared_load(cells, ((now + step) if step else now) & (count - 1))
         x.set(total)
-        at.set(now + (s.constant(LOADED) + (total & turns & 0x80000000)))  # no load can be done before its turn
-    s.store(0, s.global_id, x.get())
+        # no load can be done before its turn
+        at.set(now + (s.constant(LOADED) + (s.lane(total, 0) & turns & 0x80000000)))
+    s.store(0, s.global_id, s.sum(x.get()))
     return s.assemble()
 
 
-def local_write(words: int) -> Recipe:
-    """`words`: a power of two. A word's content is its place times a number; LOADED stores a turn."""
-    return Recipe("local_stores", (words,), partial(_local_write, words))
+def local_write(words: int, width: int = 4) -> Recipe:
+    """`words`: a power of two, stored `width` bytes at once, all of the place times a number; LOADED stores a turn."""
+    return Recipe("local_stores", (words, width), partial(_local_write, words, width // 4))
 
 
-def _local_write(words: int, _: str, group: int) -> bytes:
+def _local_write(words: int, lanes: int, _: str, group: int) -> bytes:
     s = Shader(group, ("uint",), ("uint", "uint", "uint"))
     turns, stride, factor = s.arguments
-    cells = s.shared("uint", words)
-    with s.loop(words, group, s.local_id) as i:
-        s.shared_store(cells, i, s.constant(0))
+    count = words // lanes
+    cells = s.shared(Type("uint", lanes), count)
+    with s.loop(count, group, s.local_id) as i:
+        s.shared_store(cells, i, s.constant(0, "uint", lanes))
     s.barrier()
     at = s.variable(s.local_id * stride)
     with s.loop(turns):
         now = at.get()
         for _step in range(LOADED):
-            place = now & (words - 1)
-            s.shared_store(cells, place, place * factor)
+            place = now & (count - 1)
+            s.shared_store(cells, place, s.spread(place * factor, lanes))
             now = now + 1
         at.set(now)
     s.barrier()
     x = s.variable(at.get())
-    with s.loop(words, group, s.local_id) as i:
-        x.set(x.get() + s.shared_load(cells, i))
+    with s.loop(count, group, s.local_id) as i:
+        x.set(x.get() + s.sum(s.shared_load(cells, i)))
     s.store(0, s.global_id, x.get())
     return s.assemble()
 
 
-def constant(vectors: int, spread: bool) -> Recipe:
-    """`vectors` of four words, a power of two. spread: neighbours read neighbours, else all threads the same one."""
-    return Recipe("constant", (vectors, spread), partial(_constant, vectors, spread))
+def constant(vectors: int, spread: bool, width: int = 4) -> Recipe:
+    """`vectors` of four words, a power of two, loaded whole or a word at once (`width` 4). spread: neighbours read
+    neighbours, else all threads the same one."""
+    return Recipe("constant", (vectors, spread, width), partial(_constant, vectors, spread, width // 4))
 
 
-def _constant(vectors: int, spread: bool, _: str, group: int) -> bytes:
+def _constant(vectors: int, spread: bool, lanes: int, _: str, group: int) -> bytes:
     s = Shader(group, ("uint",), ("uint",), vectors)
-    turns = s.arguments[0]
-    at, x = s.variable(s.local_id if spread else s.constant(0)), s.variable(s.constant(0, "uint", 4))
+    turns, count = s.arguments[0], vectors * 4 // lanes
+    at, x = s.variable(s.local_id if spread else s.constant(0)), s.variable(s.constant(0, "uint", lanes))
     with s.loop(turns):
         now, total = at.get(), x.get()
         for step in range(LOADED):
-            total = total + s.load_constant(((now + step) if step else now) & (vectors - 1))
+            place = ((now + step) if step else now) & (count - 1)
+            total = total + (s.load_constant(place) if lanes == 4 else s.load_constant(place >> 2, place & 3))
         x.set(total)
         at.set(now + LOADED)
     s.store(0, s.global_id, s.sum(x.get()))
@@ -191,26 +199,39 @@ def _stream(lanes: int, way: str, group: int) -> bytes:
     return s.assemble()
 
 
-def image(columns: int) -> Recipe:
-    """As reading in `stream`, of an image with so many columns, a power of two, and `size` texels in all."""
-    return Recipe("image", (columns,), partial(_image, columns), 2)
+def image(row: int, texel: int = 16, order: Order = "rows") -> Recipe:
+    """As reading in `stream`, of an image of `size` texels in all. row, a power of two: texels of a row or, in order
+    "columns", of a column; in order "tiles" the tiles of a row."""
+    return Recipe("image", (row, texel, order), partial(_image, row, texel // 4, order), 2)
 
 
-def _image(columns: int, _: str, group: int) -> bytes:
+def _image(row: int, lanes: int, order: Order, _: str, group: int) -> bytes:
     s = Shader(group, ("uint",), ("uint", "uint", "uint"), image=True)
     size, offset, turns = s.arguments
     step = s.constant(group) % size
     at = s.variable((s.group_id * offset + s.local_id) % size)
     x = s.variable(s.constant(0, "uint", 4))
+
+    def place(at: Value) -> tuple[Value, Value]:
+        if order == "tiles":
+            tile = at >> 4
+            return (tile & (row - 1)) * TILE + (at & 3), (tile >> (row.bit_length() - 1)) * TILE + (at >> 2 & 3)
+        along, across = at & (row - 1), at >> (row.bit_length() - 1)
+        return (along, across) if order == "rows" else (across, along)
+
     with s.loop(turns):
         now, total = at.get(), x.get()
         for _step in range(STREAMED["read"]):
-            total = total + s.texel(now & (columns - 1), now >> (columns.bit_length() - 1))
+            total = total + s.texel(*place(now))
             now = now + step
             now = now - s.select(now >= size, size, s.constant(0))
         at.set(now)
         x.set(total)
-    s.store(0, s.global_id, s.sum(x.get()))
+    total = x.get()
+    of_texel = s.lane(total, 0)
+    for k in range(1, lanes):  # a read gives four numbers, whatever is stored
+        of_texel = of_texel + s.lane(total, k)
+    s.store(0, s.global_id, of_texel)
     return s.assemble()
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from npulab.errors import UnsupportedError
-from npulab.gpu.types import OPERATIONS_A_STEP, Element, Identity, Limits, Operation, Timing, Way
+from npulab.gpu.types import OPERATIONS_A_STEP, Element, Identity, Limits, Operation, Order, Timing, Way
 
 REPETITIONS = 9
 CHASE_LOADS = 1 << 14
@@ -29,7 +29,12 @@ KERNEL_START = 1.5e-6  # seconds between a kernel's first and last moment that a
 class Cache:
     """One level. size, line: bytes. latency: cycles of the core. bandwidth: bytes a cycle, of the whole device: of a
     level that each core has for itself, of all together. ways: lines of a set, of least recent use; 0: any line goes
-    anywhere."""
+    anywhere.
+
+    narrow  shares of the bandwidth that loads of 4 and of 8 bytes reach; None: in the first level, whose queue a narrow
+            load takes a place of as well as a wide one, a quarter and half, in the others all of it.
+    sector  bytes of a line that come at least where less of it is asked for; 0: all of it.
+    """
 
     size: int
     line: int
@@ -37,6 +42,8 @@ class Cache:
     bandwidth: float
     replacement: Literal["lru", "random"] = "lru"
     ways: int = 0
+    narrow: tuple[float, float] | None = None
+    sector: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +70,9 @@ class Hidden:
     throttle_*  busy seconds until the clock begins to fall, how long it falls, and the share of it that remains.
     memory_throttles  whether DRAM slows with the cores.
     translation  of addresses, where it costs.
-    image_share  of the first cache's bandwidth that reads of images reach.
+    image_share  of the first cache's bandwidth that reads of images reach, of 16 bytes a texel and along rows.
+    image_texels, image_orders  shares of that which texels of 4 and 8 bytes reach, and neighbours in columns and tiles.
+    local_wide, constant_wide   how many times what words reach loads of 8 and 16 bytes do.
     constant_spread  constant memory gives a word a lane and cycle where all read the same, this share of it where each
                  reads another.
     map_cost     seconds, whatever the size: host and device share memory.
@@ -97,6 +106,10 @@ class Hidden:
     memory_throttles: bool = False
     translation: Translation | None = None
     image_share: float = 1.0
+    image_texels: tuple[float, float] = (0.25, 0.5)
+    image_orders: tuple[float, float] = (1.0, 1.0)
+    local_wide: tuple[float, float] = (1.0, 1.0)
+    constant_wide: tuple[float, float] = (1.0, 1.0)
     constant_spread: float = 1.0
     map_cost: float = 10e-6
 
@@ -152,20 +165,33 @@ def hits(cache: Cache, count: int, stride: int, piece: float = math.inf) -> floa
 
 
 def streamed(h: Hidden, footprint: int, stride: int, width: int, way: Way) -> tuple[float, float]:
-    """Seconds of a byte in the caches and in DRAM, side by side; each fetches lines, of which wide strides waste some.
+    """Seconds of a byte in the caches and in DRAM, side by side; each fetches lines, caches sectors of them, of which
+    wide strides waste some. Strides wider than a line leave some lines out, and a cache keeps the more of the others.
     """
     read = {"read": 1.0, "write": 0.0, "copy": 0.5}[way]
     cost = read + (1 - read) / h.write_share
     missed, core = 1.0, 0.0
     for c in h.caches:
-        waste = max(1.0, min(stride, c.line / width))
-        narrow = 16 / width if c is h.caches[0] else 1.0  # a narrow load takes its place in the queue all the same
-        core = max(core, missed * waste * narrow * cost / c.bandwidth / h.clock)
-        lines = footprint / c.line
-        kept = hits(c, math.ceil(lines), c.line) if c.ways else hit_rate(lines, c.size / c.line, 1, c.replacement)
+        waste = max(1.0, min(stride, (c.sector or c.line) / width))
+        shares = c.narrow or ((0.25, 0.5) if c is h.caches[0] else (1.0, 1.0))
+        narrow = {4: shares[0], 8: shares[1]}.get(width, 1.0)
+        core = max(core, missed * waste / narrow * cost / c.bandwidth / h.clock)
+        apart = max(c.line, stride * width)
+        lines = footprint / apart
+        kept = hits(c, math.ceil(lines), apart) if c.ways else hit_rate(lines, c.size / c.line, 1, c.replacement)
         missed = min(missed, 1 - kept)  # each group reads all of it
     waste = max(1.0, min(stride, h.caches[-1].line / width))
     return core, missed * waste * cost / h.memory_bandwidth
+
+
+def _wide(times: tuple[float, float], width: int) -> float:
+    return {8: times[0], 16: times[1]}.get(width, 1.0)
+
+
+def _image_share(h: Hidden, texel: int, order: Order) -> float:
+    """Of the first cache's bandwidth."""
+    texels = {4: h.image_texels[0], 8: h.image_texels[1]}.get(texel, 1.0)
+    return h.image_share * texels * {"columns": h.image_orders[0], "tiles": h.image_orders[1]}.get(order, 1.0)
 
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(48)
@@ -253,26 +279,26 @@ class Simulated:
         waves = math.ceil(math.ceil(math.ceil(threads / h.warp) / h.cores) / most)
         return self._timing(0.0, {"operations": 2048.0 * threads}, memory=2048 * waves * h.memory_latency)
 
-    def local(self, stride: int) -> Timing:
+    def local(self, stride: int, width: int = 4) -> Timing:
         h = self._h
         at_once = min(h.warp, h.local_banks)
         conflicts = max(1, at_once * math.gcd(stride, h.local_banks) / h.local_banks)
-        cycles = STEPS * h.group_max / at_once * conflicts
+        cycles = STEPS * h.group_max / at_once * conflicts / _wide(h.local_wide, width)
         return self._timing(cycles / h.clock, {"loads": STEPS * h.group_max})
 
-    def local_write(self, stride: int) -> Timing:
-        t = self.local(stride)
+    def local_write(self, stride: int, width: int = 4) -> Timing:
+        t = self.local(stride, width)
         return replace(t, work={"stores": t.work["loads"]})
 
-    def image(self, footprint: int) -> Timing:
+    def image(self, footprint: int, texel: int = 16, order: Order = "rows") -> Timing:
         h, size = self._h, 1 << 22
         t = self.stream(footprint, 1, 16, "read")
-        core = size / (h.image_share * h.caches[0].bandwidth) / h.clock
+        core = size / (_image_share(h, texel, order) * h.caches[0].bandwidth) / h.clock
         return t if footprint > h.caches[0].size else self._timing(core, {"bytes": size})
 
-    def constant(self, spread: bool) -> Timing:
+    def constant(self, spread: bool, width: int = 4) -> Timing:
         h = self._h
-        cycles = STEPS * h.group_max / h.warp / (h.constant_spread if spread else 1.0)
+        cycles = STEPS * h.group_max / h.warp / (h.constant_spread if spread else 1.0) / _wide(h.constant_wide, width)
         return self._timing(cycles / h.clock, {"bytes": 4.0 * STEPS * h.group_max * h.cores})
 
     def map(self, size: int) -> Timing:
@@ -387,8 +413,18 @@ def random_hidden(seed: int) -> Hidden:
         if r.random() < 0.4 else None
     while translation and translation.entries * translation.page in [c.size for c in levels]:
         translation = replace(translation, entries=2 * translation.entries)
-    return replace(made, caches=tuple(levels), translation=translation, image_share=float(r.uniform(0.3, 1)),
+    made = replace(made, translation=translation, image_share=float(r.uniform(0.3, 1)),
                    constant_spread=1 / pick(1, 2, 8, 32), map_cost=between(3e-6, 50e-6))
+    for i, c in enumerate(levels):
+        eight = float(r.uniform(0.4, 1))
+        four = eight * float(r.uniform(0.4, 1))
+        levels[i] = replace(c, narrow=(four, eight) if i == 0 or r.random() < 0.3 else None,
+                            sector=pick(0, 32) if c.line > 32 and i + 1 < len(levels) else 0)
+    most = max(1.0, 64 / warp)  # no core hands out more than 256 bytes a cycle
+    return replace(made, caches=tuple(levels), image_texels=(pick(0.25, 0.5, 1.0), pick(0.5, 1.0)),
+                   image_orders=(float(r.uniform(0.1, 1)), float(r.uniform(0.5, 1))),
+                   local_wide=(pick(1.0, 2.0), pick(1.0, 2.0, 4.0)),
+                   constant_wide=(min(pick(1.0, 2.0), most), min(pick(1.0, 4.0), most)))
 
 
 def truth(h: Hidden) -> dict[str, float]:
@@ -406,19 +442,40 @@ def truth(h: Hidden) -> dict[str, float]:
     for way in ("to", "from"):
         known[f"transfer {way} device cost"] = h.transfer_start
         known[f"transfer {way} device bandwidth"] = h.transfer_bandwidth / 1e9
-    known["local memory write bandwidth"] = known["local memory bandwidth"]
     at_once = min(h.warp, h.local_banks)
-    for s in (2, 4, 8, 16, 32):
-        conflicts = max(1, at_once * math.gcd(s, h.local_banks) / h.local_banks)
-        known[f"local memory bandwidth, stride {s}"] = known["local memory bandwidth"] / conflicts
+    for name, unit in (("local memory bandwidth", "load"), ("local memory write bandwidth", "store")):
+        known[name] = known["local memory bandwidth"]
+        for s in (2, 4, 8, 16, 32):
+            conflicts = max(1, at_once * math.gcd(s, h.local_banks) / h.local_banks)
+            known[f"{name}, stride {s}"] = known[name] / conflicts
+        for width in (8, 16):
+            known[f"{name}, {width} bytes a {unit}"] = known[name] * _wide(h.local_wide, width)
     known["constant bandwidth"] = 4 * h.cores * h.warp * h.clock / 1e9
+    for width in (8, 16):
+        known[f"constant bandwidth, {width} bytes a load"] = known["constant bandwidth"] * _wide(h.constant_wide, width)
     known["constant bandwidth, spread"] = known["constant bandwidth"] * h.constant_spread
-    known["image bandwidth"] = h.image_share * h.caches[0].bandwidth * h.clock / 1e9
+    first = h.caches[0].bandwidth * h.clock / 1e9
+    known["image bandwidth"] = h.image_share * first
+    known["image bandwidth, 4 bytes a texel"] = _image_share(h, 4, "rows") * first
+    known["image bandwidth, 8 bytes a texel"] = _image_share(h, 8, "rows") * first
+    known["image bandwidth, columns"] = _image_share(h, 16, "columns") * first
+    known["image bandwidth, tiles of 4x4"] = _image_share(h, 16, "tiles") * first
     known["map cost"] = h.map_cost
     known["fma against mul float32"] = h.rates["fma", "float32"] / h.rates["mul", "float32"]
-    for width, stride in ((4, 1), (8, 1), (4, 2), (4, 4), (4, 8), (4, 16)):
-        name = f"memory bandwidth, {width} bytes a load" + (f", stride {stride}" if stride > 1 else "")
-        known[name] = 1e-9 / max(streamed(h, 1 << 30, stride, width, "read"))
+    shapes = ((4, 1), (8, 1), (4, 2), (4, 4), (4, 8), (4, 16))
+    ways: tuple[tuple[Way, str, str], ...] = (("read", "", "load"), ("write", " write", "store"))
+
+    def shaped(unit: str, width: int, stride: int) -> str:
+        return f", {width} bytes a {unit}" + (f", stride {stride}" if stride > 1 else "")
+
+    for width, stride in shapes:
+        for way, named, unit in (*ways, *((("copy", " copy", "load"),) if stride == 1 else ())):
+            known[f"memory{named} bandwidth{shaped(unit, width, stride)}"] = 1e-9 / max(
+                streamed(h, 1 << 30, stride, width, way))
+            for i, c in enumerate(h.caches if way != "copy" else (), 1):
+                if i == 1 or stride * width <= h.caches[i - 2].line:  # else lines are left out
+                    known[f"L{i}{named} bandwidth{shaped(unit, width, stride)}"] = 1e-9 / max(
+                        streamed(h, int(0.75 * c.size), stride, width, way))
     for (operation, element), rate in h.rates.items():
         known[f"{operation} {element} rate"] = rate * h.cores * h.clock
         known[f"{operation} {element} latency"] = h.latencies[operation, element] / h.clock

@@ -157,11 +157,14 @@ class Shader:
         assert value.type == self.buffers[buffer]
         self.do("Store", self._element(buffer, index), value.id)
 
-    def load_constant(self, index: Value) -> Value:
-        pointer = self._once("TypePointer", CLASSES["Uniform"], self.type_id(CONSTANT))
+    def load_constant(self, index: Value, lane: Value | None = None) -> Value:
+        """A vector, or one word of it."""
+        type_ = CONSTANT if lane is None else Type("uint")
+        pointer = self._once("TypePointer", CLASSES["Uniform"], self.type_id(type_))
         at = self.new()
-        self.do("AccessChain", pointer, at, self._constants, self.constant(0).id, index.id)
-        return self.typed("Load", CONSTANT, at)
+        self.do("AccessChain", pointer, at, self._constants, self.constant(0).id, index.id,
+                *([lane.id] if lane is not None else []))
+        return self.typed("Load", type_, at)
 
     def texel(self, x: Value, y: Value) -> Value:
         """Four uints of the image."""

@@ -21,6 +21,8 @@ Operation = Literal["fma", "mul", "add", "special"]
 """A dependent step of a chain: a * b + c, a * b, a + b, 1 / sqrt(a). Of int8x4 and char4 only "fma", of int32 no
 "special"."""
 Way = Literal["read", "write", "copy"]
+Order = Literal["rows", "columns", "tiles"]
+"""How neighbouring threads read an image: along a row, down a column, tiles of four by four texels."""
 Status = Literal["measured", "refused"]
 
 
@@ -94,7 +96,8 @@ class Bench(Protocol):
 
     def stream(self, footprint: int, stride: int, width: int, way: Way) -> Timing:
         """All threads go through `footprint` bytes of global memory again and again, `width` bytes a load (4..16),
-        neighbours `stride` loads apart (1: side by side). work: "bytes", as far as they are asked for."""
+        neighbours `stride` loads apart (1: side by side): all of its lines in each turn through it, and of their bytes
+        one in `stride`. work: "bytes", as far as they are asked for."""
         ...
 
     def chain(self, operation: Operation, element: Element, width: int, chains: int, threads: int) -> Timing:
@@ -111,8 +114,9 @@ class Bench(Protocol):
         32-bit registers; only what fits at once runs side by side. work: "operations"."""
         ...
 
-    def local(self, stride: int) -> Timing:
-        """A group's threads load words of local memory, neighbours `stride` words apart. work: "loads"."""
+    def local(self, stride: int, width: int = 4) -> Timing:
+        """A group's threads load `width` bytes of local memory (4, 8, 16), neighbours `stride` loads apart. work:
+        "loads", of words."""
         ...
 
     def launch(self) -> Timing:
@@ -136,9 +140,12 @@ class Extra(Protocol):
         that is no larger than what address translation keeps makes translation cost next to nothing."""
         ...
 
-    def stream_parts(self, footprint: int, width: int, way: Way, parts: int, own: bool = False) -> Timing:
+    def stream_parts(self, footprint: int, width: int, way: Way, parts: int, own: bool = False, stride: int = 1
+                     ) -> Timing:
         """As `Bench.stream` with neighbours side by side and 16, 32 or 64 bytes a load, but each thread goes through
         `parts` (1, 2, 4, 8, 16) parts of the footprint at once. Of devices that do a group's threads one by one.
+
+        In one part also with 4 and 8 bytes a load, and neighbours `stride` loads apart: as they are, none put together.
 
         own: each thread through as much memory of its own ("write" alone): caches of cores that store to the same
         lines take them from each other, which is no bandwidth of theirs."""
@@ -150,18 +157,19 @@ class Extra(Protocol):
         cache with others: what chases leave behind is thrown out before they come again, this is read too quickly."""
         ...
 
-    def image(self, footprint: int) -> Timing:
-        """All threads read `footprint` bytes of a two-dimensional image (four 32-bit integers a texel) again and again,
-        a group side by side. work: "bytes"."""
+    def image(self, footprint: int, texel: int = 16, order: Order = "rows") -> Timing:
+        """All threads read `footprint` bytes of a two-dimensional image (of 32-bit integers, `texel` bytes a texel: 4,
+        8, 16) again and again, a group's threads side by side in an order. work: "bytes"."""
         ...
 
-    def constant(self, spread: bool) -> Timing:
-        """All threads read words of constant memory, all of a group the same one or (`spread`) each another.
-        work: "bytes"."""
+    def constant(self, spread: bool, width: int = 4) -> Timing:
+        """All threads read `width` bytes of constant memory (4, 8, 16), all of a group the same or (`spread`) each
+        others. work: "bytes"."""
         ...
 
-    def local_write(self, stride: int) -> Timing:
-        """A group's threads store words in local memory, neighbours `stride` words apart. work: "stores"."""
+    def local_write(self, stride: int, width: int = 4) -> Timing:
+        """A group's threads store `width` bytes in local memory (4, 8, 16), neighbours `stride` stores apart. work:
+        "stores", of words."""
         ...
 
     def map(self, size: int) -> Timing:

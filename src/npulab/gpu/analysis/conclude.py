@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from npulab.errors import NpulabError
 from npulab.gpu import bounds
-from npulab.gpu.analysis import caches, drift, groups, local, rates, registers
+from npulab.gpu.analysis import caches, drift, groups, local, rates, registers, widths
 from npulab.gpu.analysis.meter import Meter, Refused, reason
 from npulab.gpu.counting import STATED, UNREAD
 from npulab.gpu.counting.opencl import NO_CAPSTONE
@@ -98,14 +98,21 @@ def conclude(bench: Bench, progress: Progress | None = None, quick: bool = False
             keep(made)
 
     total, again = len(first) + len(then), ""
+
+    def named(name: str) -> Quantity | None:
+        return next((q for q in found if q.name == name), None)
+
     for i, (name, unit, task) in enumerate(first):
         do(name, unit, task, i / total)
     ways: tuple[Way, ...] = ("read",) if quick else ("read", "write")
     of_levels = [(rates.name_of(i, way), i, way) for i in range(_levels(found)) for way in ways]
-    if not hierarchy and not done.issuperset(name for name, *_ in of_levels):
+    shapes = [] if quick else widths.of_levels(_levels(found))
+    if not hierarchy and not done.issuperset(name for name, *_ in (*of_levels, *shapes)):
         again = tried(meter, "L1 size", "bytes", levels)[0].why  # what was known of it is not all that follows needs
     for name, index, way in of_levels:
         do(name, "GB/s", lambda index=index, way=way: bandwidth(index, way), len(first) / total)  # type: ignore[misc]
+    then += [] if quick else widths.tasks(meter, hierarchy, _levels(found), named)
+    total = len(first) + len(then)
     for i, (name, unit, task) in enumerate(then, len(first)):
         do(name, unit, task, i / total)
     do("lowest clock", "of the first", lambda: [drift.drift(meter)], 1.0)
@@ -115,16 +122,14 @@ def conclude(bench: Bench, progress: Progress | None = None, quick: bool = False
 
 
 def _more(meter: Meter, hierarchy: list[caches.Hierarchy], found: list[Quantity]) -> list[Task]:
-    """What a quick run leaves out: bandwidths by width and stride, of stores, and ratios."""
+    """What a quick run leaves out, beside what `widths` has: memory by width and stride, stores, and ratios."""
     def named(name: str) -> Quantity | None:
         return next((q for q in found if q.name == name), None)
 
     return [
         ("fma against mul float32", "times", lambda: [rates.against_multiply(
             meter, named("fma float32 rate"), named("mul float32 rate"))]),
-        ("local memory write bandwidth", "GB/s", lambda: [local.write_bandwidth(meter)]),
-        *((f"local memory bandwidth, stride {s}", "GB/s", lambda s=s: [local.strided(meter, s)])
-          for s in local.TABLE),
+        ("local memory write bandwidth", "GB/s", lambda: [local.bandwidth(meter, "write")]),
         ("constant bandwidth, spread", "GB/s", lambda: [rates.constant_bandwidth(meter, True)]),
         *((f"memory bandwidth, {w} bytes a load", "GB/s",
            lambda w=w: [rates.memory_bandwidth(meter, _one(hierarchy), "read", w)]) for w in rates.WIDTHS),

@@ -5,30 +5,29 @@ from __future__ import annotations
 from functools import partial
 
 from npulab.gpu.analysis.meter import Meter, Refused
-from npulab.gpu.types import Quantity
+from npulab.gpu.analysis.rates import PRECISE, SHAPED, shaped_as
+from npulab.gpu.types import Quantity, Way
 
 STRIDES = tuple(1 << i for i in range(9))
 TABLE = (2, 4, 8, 16, 32)
 
 
-def bandwidth(meter: Meter) -> Quantity:
-    took = meter.seconds(lambda: meter.bench.local(1), "loads", spread=0.005)
-    return Quantity("local memory bandwidth", 4 / took.value / 1e9, "GB/s",
+def name(way: Way, width: int = 4, stride: int = 1) -> str:
+    """Of words side by side, or in another width or stride."""
+    found = "local memory bandwidth" if way == "read" else f"local memory {way} bandwidth"
+    return found + (shaped_as(way, width) if width != 4 else "") + (f", stride {stride}" if stride != 1 else "")
+
+
+def bandwidth(meter: Meter, way: Way = "read", width: int = 4, stride: int = 1) -> Quantity:
+    """work is counted in words, whatever a load has."""
+    took = meter.seconds(lambda: meter.bench.local(stride, width) if way == "read" else
+                         meter.extra.local_write(stride, width), "loads" if way == "read" else "stores", calls=2,
+                         spread=PRECISE if (width, stride) == (4, 1) else SHAPED)
+    each = "words" if width == 4 else f"{width} bytes"
+    return Quantity(name(way, width, stride), 4 / took.value / 1e9, "GB/s",
                     (4 / took.high / 1e9, 4 / took.low / 1e9), "measured",
-                    "words side by side, in all the groups that the experiment starts")
-
-
-def write_bandwidth(meter: Meter) -> Quantity:
-    took = meter.seconds(lambda: meter.extra.local_write(1), "stores", spread=0.005)
-    return Quantity("local memory write bandwidth", 4 / took.value / 1e9, "GB/s",
-                    (4 / took.high / 1e9, 4 / took.low / 1e9), "measured",
-                    "words side by side, in all the groups that the experiment starts")
-
-
-def strided(meter: Meter, stride: int) -> Quantity:
-    took = meter.seconds(lambda: meter.bench.local(stride), "loads", spread=0.005)
-    return Quantity(f"local memory bandwidth, stride {stride}", 4 / took.value / 1e9, "GB/s",
-                    (4 / took.high / 1e9, 4 / took.low / 1e9), "measured", f"neighbours {stride} words apart")
+                    f"{each} side by side, in all the groups that the experiment starts" if stride == 1 else
+                    f"neighbours {stride} words apart")
 
 
 def banks(meter: Meter) -> Quantity:

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 from npulab.errors import CapacityError, NpulabError, UnsupportedError
 from npulab.gpu import bounds, counting
 from npulab.gpu.analysis.statistics import Estimate, estimate
-from npulab.gpu.types import Bench, Element, Extra, Operation, Timing
+from npulab.gpu.types import Bench, Element, Extra, Operation, Timing, Way
 
 Kind = Literal["core", "alone", "memory", "host"]
 ATTEMPTS, MOVES = 3, 8
@@ -65,6 +65,7 @@ class Meter:
     stream through memory for what DRAM does. References that scatter too much from the first correct nothing.
 
     paces  of each kind of reference, how much slower than at first, one entry an experiment.
+    plateaus  of each level and way, what a thread goes through where the level answers, and whether it is its own.
     """
 
     def __init__(self, bench: Bench, quick: bool = False, trust_source: bool = False) -> None:
@@ -81,6 +82,7 @@ class Meter:
         # width, chains and threads that reach most operations a second
         self.shapes: dict[tuple[Operation, Element], tuple[int, int, int]] = {}
         self.cores_bound = 0.0  # seconds of a byte at first that the caches take: streams through memory wait for them
+        self.plateaus: dict[tuple[int, Way], tuple[int, bool]] = {}
         self._streamed = min(MEMORY_FOOTPRINT // (8 if quick else 1), self.limits.buffer_max // 2)
         self._source = ""
         self._first: dict[Kind, float] = {}

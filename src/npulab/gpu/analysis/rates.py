@@ -16,11 +16,13 @@ from npulab.gpu import bounds
 from npulab.gpu.analysis.caches import Hierarchy
 from npulab.gpu.analysis.meter import STILL, Meter, Refused
 from npulab.gpu.analysis.statistics import Estimate
-from npulab.gpu.types import OPERATIONS_A_STEP, Element, Operation, Quantity, Timing, Way
+from npulab.gpu.types import OPERATIONS_A_STEP, Element, Operation, Order, Quantity, Timing, Way
 
 ELEMENTS: tuple[Element, ...] = get_args(Element)
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 SMALLEST_MEMORY = 1 << 24  # bytes: a device whose buffers are smaller is asked no more
+UNIT: dict[Way, str] = {"read": "load", "write": "store", "copy": "load"}
+ORDERS: dict[Order, str] = {"rows": "rows", "columns": "columns", "tiles": "tiles of 4x4"}
 WIDTHS, STRIDES = (4, 8), (2, 4, 8, 16)
 """Bytes a load beside 16; words of 4 bytes from a thread's to its neighbour's."""
 SHAPES = ((32, 1), (64, 1), (64, 8))
@@ -29,6 +31,7 @@ reaches its caches' bandwidth with its widest loads, and memory's with several w
 reached 0.73, 4 0.90, 8 and 16 1.0 times clpeak's bandwidth of a server processor)."""
 ATTEMPTS = 2  # more at a comparison that something disturbed
 PRECISE = 0.005  # half of an interval, relative
+SHAPED = 0.02  # the same of what is measured beside the fastest shape: there are many
 AGAIN = 5  # at most that footprints of one level, or of memory, are asked again
 EVEN, EVEN_GRADUAL, EVEN_MEMORY = 0.04, 0.1, 0.05
 """How far apart they may be; of a level that is shared, and of memory, the interval says how far they are."""
@@ -153,11 +156,34 @@ def name_of(index: int, way: Way) -> str:
 
 def level_bandwidth(meter: Meter, found: Hierarchy, index: int, way: Way = "read") -> Quantity:
     """Of level `index` of the hierarchy: footprints that it holds and the one before does not must agree."""
+    gradual = found.levels[index].cliff.shape == "gradual"
+    footprints, asked, own = _footprints(meter, found, index, way)
+    shape = _shape(meter, asked[0], way, own=own)
+    if not shape[1]:  # a bench that has no such streams
+        asked = footprints
+    even = EVEN_GRADUAL if index and gradual else EVEN
+    times = _agreed([lambda spread, f=f: _shaped(meter, f, shape, way, own=own, spread=spread)  # type: ignore[misc]
+                     for f in asked], EVEN, _at_least)
+    if index and apart(times) > even:
+        rates = ", ".join(f"{1e-9 / t.value:.4g}" for t in times)
+        raise Refused(f"no plateau: footprints of {', '.join(map(str, footprints))} bytes reach {rates} GB/s")
+    took = min(times, key=lambda t: t.spread)
+    at = max(i for i, t in enumerate(times) if t is took)  # `_at_least` gives smaller ones what the last of them took
+    why = f"{way}, {_spoken(shape)}, {footprints[at]} bytes again and again"
+    meter.plateaus[index, way] = asked[at], own and shape[1] > 0
+    if own and shape[1]:
+        why += f", each thread {asked[at]} of its own"
+    if index and gradual:
+        took = replace(took, low=min(t.low for t in times), high=max(t.high for t in times))
+    return per_second(name_of(index, way), took, why)
+
+
+def _footprints(meter: Meter, found: Hierarchy, index: int, way: Way) -> tuple[list[int], list[int], bool]:
+    """(that a level holds and the one before does not, what each thread goes through of them, whether of its own)."""
     size = found.levels[index].size
     inner = found.levels[index - 1].size if index else 0
     shares = (0.65, 0.75, 0.85) if index else (0.5, 0.7)
-    gradual = found.levels[index].cliff.shape == "gradual"
-    if index and gradual:  # of which others may have much
+    if index and found.levels[index].cliff.shape == "gradual":  # of which others may have much
         shares = tuple((inner / size) ** (1 - s) for s in BETWEEN)
     footprints = [max(1024, int(size * s) // 1024 * 1024) for s in shares]
     if index and footprints[0] < 1.5 * inner:
@@ -167,30 +193,39 @@ def level_bandwidth(meter: Meter, found: Hierarchy, index: int, way: Way = "read
         asked = [f // meter.limits.compute_units for f in footprints]
         own = asked[0] >= 1.5 * inner
         asked = asked if own else footprints
-    shape = _shape(meter, asked[0], way, own=own)
-    if not shape[1]:  # a bench that has no such streams
-        asked = footprints
-    even = EVEN_GRADUAL if index and gradual else EVEN
-    times = _agreed([lambda spread, f=f: _shaped(meter, f, shape, way, own=own, spread=spread)  # type: ignore[misc]
-                     for f in asked], EVEN, _at_least)
-    if index and _apart(times) > even:
-        rates = ", ".join(f"{1e-9 / t.value:.4g}" for t in times)
-        raise Refused(f"no plateau: footprints of {', '.join(map(str, footprints))} bytes reach {rates} GB/s")
-    took = min(times, key=lambda t: t.spread)
-    at = max(i for i, t in enumerate(times) if t is took)  # `_at_least` gives smaller ones what the last of them took
-    why = f"{way}, {_spoken(shape)}, {footprints[at]} bytes again and again"
-    if own and shape[1]:
-        why += f", each thread {asked[at]} of its own"
-    if index and gradual:
-        took = replace(took, low=min(t.low for t in times), high=max(t.high for t in times))
-    return _per_second(name_of(index, way), took, why)
+    return footprints, asked, own
+
+
+def plateau(meter: Meter, found: Hierarchy, index: int, way: Way) -> tuple[int, bool]:
+    """What each thread goes through of a level whose bandwidth an earlier run has found, and whether of its own."""
+    footprints, asked, own = _footprints(meter, found, index, way)
+    own = own and _shape(meter, asked[0], way, own=own)[1] > 0
+    return (asked if own else footprints)[len(footprints) // 2], own
+
+
+def shaped_as(way: Way, width: int, stride: int = 1) -> str:
+    """Behind the name of what is measured in another shape than the fastest."""
+    return f", {width} bytes a {UNIT[way]}" + (f", stride {stride}" if stride != 1 else "")
+
+
+def memory_name(way: Way, width: int = 16, stride: int = 1) -> str:
+    name = {"read": "memory bandwidth", "write": "memory write bandwidth", "copy": "memory copy bandwidth"}[way]
+    return name + (shaped_as(way, width, stride) if (width, stride) != (16, 1) else "")
+
+
+def image_name(texel: int = 16, order: Order = "rows") -> str:
+    return "image bandwidth" + (f", {texel} bytes a texel" if texel != 16 else "") + (
+        f", {ORDERS[order]}" if order != "rows" else "")
+
+
+def constant_name(width: int = 4) -> str:
+    return "constant bandwidth" + (shaped_as("read", width) if width != 4 else "")
 
 
 def memory_bandwidth(meter: Meter, found: Hierarchy | None, way: Way, width: int = 16, stride: int = 1) -> Quantity:
     """By all threads, `width` bytes a load, neighbours `stride` loads apart. A device that has no buffers of the size
     that it states is asked for half of it, and so on."""
-    name = {"read": "memory bandwidth", "write": "memory write bandwidth", "copy": "memory copy bandwidth"}[way]
-    name += (f", {width} bytes a load" if width != 16 else "") + (f", stride {stride}" if stride != 1 else "")
+    name = memory_name(way, width, stride)
     largest = min(meter.limits.buffer_max // (2 if way == "copy" else 1), 1 << (29 if meter.quick else 30))
     while True:
         try:
@@ -204,13 +239,17 @@ def memory_bandwidth(meter: Meter, found: Hierarchy | None, way: Way, width: int
 def _memory_bandwidth(meter: Meter, found: Hierarchy | None, way: Way, width: int, stride: int, name: str,
                       largest: int) -> Quantity:
     known = found is not None and not found.fault
-    need = 4 * found.levels[-1].size if found and known else min(largest, 1 << (27 if meter.quick else 28))
+    need = min(largest, 1 << (27 if meter.quick else 28))
+    if found and known:  # of the lines that a wide stride leaves out the caches keep nothing
+        need = 4 * found.levels[-1].size * max(1, stride * width // found.levels[-1].line)
     if need > largest:
         raise Refused(f"buffers of at most {largest} bytes are not large enough to miss the caches")
     footprint = min(largest, max(int(2.6 * need), 1 << 26)) if known else need
+    fastest = (width, stride) == (16, 1)
     while True:
-        shape = _shape(meter, footprint, way, True) if (width, stride) == (16, 1) else (width, 0)
-        ask = [lambda spread, size=size, shape=shape: _shaped(meter, size, shape, way, True, stride, spread=spread)
+        shape = _shape(meter, footprint, way, True) if fastest else (width, 0)
+        ask = [lambda spread, size=size, shape=shape: _shaped(
+            meter, size, shape, way, True, stride, spread=spread if fastest or not spread else SHAPED)
                for size in (footprint, footprint // 2)]
         if known and footprint // 2 <= 1.25 * need:
             took, more = ask[0](PRECISE), ""
@@ -218,7 +257,7 @@ def _memory_bandwidth(meter: Meter, found: Hierarchy | None, way: Way, width: in
         took, half = _agreed(ask, EVEN_MEMORY)
         more = f"; half as many reach {1e-9 / half.value:.4g}"
         slower = half.value > took.value
-        if _apart([took, half]) <= EVEN_MEMORY:
+        if apart([took, half]) <= EVEN_MEMORY:
             took = replace(took, low=min(took.low, half.low), high=max(took.high, half.high))
             break
         if known or slower or 2 * footprint > largest:
@@ -228,14 +267,15 @@ def _memory_bandwidth(meter: Meter, found: Hierarchy | None, way: Way, width: in
     why = f"{way}, {_spoken(shape)}, through {footprint} bytes again and again"
     why += (f", neighbours {stride * width} bytes apart" if stride > 1 else "") + more
     if width != 16 and abs(meter.pace("core") / meter.pace("memory") - 1) > STILL:
-        took = _either(meter, found, footprint, width, stride, took)
-    return _per_second(name, took, why)
+        took = _either(meter, found, footprint, width, stride, took, way)
+    return per_second(name, took, why)
 
 
-def _either(meter: Meter, found: Hierarchy | None, footprint: int, width: int, stride: int, took: Estimate) -> Estimate:
+def _either(meter: Meter, found: Hierarchy | None, footprint: int, width: int, stride: int, took: Estimate,
+            way: Way = "read") -> Estimate:
     """Narrow loads are bound by the cores or by memory, whose clocks differ by now. By memory, if they reach what wide
     loads do, less what they leave of their lines; else by the cores, and by memory at most."""
-    wide = _shaped(meter, footprint, (16, 0), "read", True).value
+    wide = _shaped(meter, footprint, (16, 0), way, True).value
     line = found.levels[-1].line if found and found.levels else 64
     least = wide * max(1.0, min(stride, line / width))
     if took.value < 1.02 * least:
@@ -243,7 +283,7 @@ def _either(meter: Meter, found: Hierarchy | None, footprint: int, width: int, s
     clocks = meter.pace("core") / meter.pace("memory")
     most = took.value * max(clocks, 1 / clocks) * (1 + EVEN_GRADUAL)  # the same, but for what the clocks make of it
     for _ in range(1 + ATTEMPTS):
-        cores = meter.seconds(lambda: meter.bench.stream(footprint, stride, width, "read"), "bytes", "core", 2, 0.005)
+        cores = meter.seconds(lambda: meter.bench.stream(footprint, stride, width, way), "bytes", "core", 2, 0.005)
         if cores.value <= most:
             break
     else:
@@ -254,18 +294,22 @@ def _either(meter: Meter, found: Hierarchy | None, footprint: int, width: int, s
     return Estimate(least, least * (1 - cores.spread), least * (1 + cores.spread))
 
 
-def image_bandwidth(meter: Meter, found: Hierarchy | None) -> Quantity:
+def image_bandwidth(meter: Meter, found: Hierarchy | None, texel: int = 16, order: Order = "rows") -> Quantity:
     """Of an image that half of the first cache holds."""
     footprint = max(1024, found.levels[0].size // 2 if found else 1 << 13)
-    took = meter.seconds(lambda: meter.extra.image(footprint), "bytes", "core", 2, 0.005)
-    return _per_second("image bandwidth", took, f"texels of 16 bytes, {footprint} bytes again and again")
+    spread = PRECISE if (texel, order) == (16, "rows") else SHAPED
+    took = meter.seconds(lambda: meter.extra.image(footprint, texel, order), "bytes", "core", 2, spread)
+    why = f"texels of {texel} bytes, {footprint} bytes again and again"
+    return per_second(image_name(texel, order), took, why + (f", neighbours in {ORDERS[order]}" * (order != "rows")))
 
 
-def constant_bandwidth(meter: Meter, spread: bool) -> Quantity:
-    took = meter.seconds(lambda: meter.extra.constant(spread), "bytes", "core", 2, 0.005)
+def constant_bandwidth(meter: Meter, spread: bool, width: int = 4) -> Quantity:
+    precise = PRECISE if width == 4 else SHAPED
+    took = meter.seconds(lambda: meter.extra.constant(spread, width), "bytes", "core", 2, precise)
+    each = "words" if width == 4 else f"{width} bytes a load"
     if spread:
-        return _per_second("constant bandwidth, spread", took, "words, each thread of a group another one")
-    return _per_second("constant bandwidth", took, "words, all threads of a group the same one")
+        return per_second("constant bandwidth, spread", took, f"{each}, each thread of a group another one")
+    return per_second(constant_name(width), took, f"{each}, all threads of a group the same one")
 
 
 def mapped(meter: Meter) -> Quantity:
@@ -309,7 +353,7 @@ def _agreed(asks: Sequence[Callable[[float], Estimate]], even: float,
     adds to it."""
     times = [ask(PRECISE) for ask in asks]
     for _ in range(AGAIN):
-        if _apart(seen(times)) <= even:
+        if apart(seen(times)) <= even:
             break
         times = [min(t, ask(0.0), key=_value) for t, ask in zip(times, asks, strict=True)]
     return seen(times)
@@ -325,7 +369,7 @@ def _value(of: Estimate) -> float:
     return of.value
 
 
-def _apart(times: Sequence[Estimate]) -> float:
+def apart(times: Sequence[Estimate]) -> float:
     """Of the least, how much more the most is."""
     values = [t.value for t in times]
     return max(values) / min(values) - 1
@@ -343,7 +387,7 @@ def _spoken(shape: tuple[int, int]) -> str:
     return f"{shape[0]} bytes a load" + (f" in {shape[1]} parts at once" if shape[1] > 1 else "")
 
 
-def _per_second(name: str, took: Estimate, why: str) -> Quantity:
+def per_second(name: str, took: Estimate, why: str) -> Quantity:
     return Quantity(name, 1e-9 / took.value, "GB/s", (1e-9 / took.high, 1e-9 / took.low), "measured", why)
 
 

@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 
 Mix = dict[str, float]
 """How many of each: "fma float32" (scalars: lanes of vectors count each), "mul int32", "sqrt float32"..., "load bytes"
-and "store bytes" of memory that is not the thread's own, "spill bytes" of its own, "calls" of what is not seen,
-"masked" instructions that leave some lanes as they are."""
+and "store bytes" of memory that is not the thread's own, "loads" and "stores" that move them (of a gather each lane's),
+"texel bytes" that reads of images give, "spill bytes" of the thread's own memory, "calls" of what is not seen, "masked"
+instructions that leave some lanes as they are."""
+TEXELS = "texels"
+"""Reads of images as instructions of their own: each gives four numbers, however many bytes are stored of them."""
 SUMS = "add int32 on data"
 """Of "add int32", those whose result is not known: a loop's count of its turns and what leads to places in memory are,
 what begins with the content of a buffer is not."""
@@ -46,6 +49,8 @@ class Asked:
     pads   what is done at once does not fill a vector register of four: lanes that nothing needs may come with it.
     most   so many times what is stated may be done for it: products of bytes, which compilers make of wider ones.
     besides  what is no work of its own, and must be there where the code has instructions for it.
+    each   bytes of a load or store, 0: whichever. More at once are several put together.
+    texel  bytes of a texel as it is stored: what a read of one counts for where it is an instruction.
     """
 
     work: str
@@ -54,6 +59,8 @@ class Asked:
     pads: bool = False
     most: float = 1.0
     besides: Mapping[str, float] = field(default_factory=dict)
+    each: int = 0
+    texel: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from npulab.gpu.counting.mix import OWN, SUMS, Argument, Counted, Mix, NotRead, add
+from npulab.gpu.counting.mix import OWN, SUMS, TEXELS, Argument, Counted, Mix, NotRead, add
 from npulab.gpu.counting.turns import of_a_turn
 
 CODE = "PTX"
@@ -152,11 +152,12 @@ def kinds(line: Line) -> Mix:
             return {}
         lanes = next((int(p[1:]) for p in line.parts if p in ("v2", "v4", "v8")), 1)
         way = "spill" if space == "local" else "store" if name == "st" else "load"
-        return {f"{way} bytes": lanes * _bits(kind) / 8}
+        moved = {f"{way} bytes": lanes * _bits(kind) / 8}
+        return moved if way == "spill" else {**moved, f"{way}s": 1}
     if name in ("tex", "suld"):  # the type of what is read, before that of the coordinates
         found = [p for p in line.parts if BITS.fullmatch(p)]
         lanes = next((int(p[1:]) for p in line.parts if p in ("v2", "v4")), 1)
-        return {"load bytes": lanes * _bits(found[0]) / 8} if found else {}
+        return {"texel bytes": lanes * _bits(found[0]) / 8, TEXELS: 1} if found else {}
     if name == "bar" or name == "barrier":
         return {"barriers": 1}
     if name == "call":

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from npulab.gpu.counting.mix import OWN, SUMS, Argument, Counted, Mix, NotRead, add
+from npulab.gpu.counting.mix import OWN, SUMS, TEXELS, Argument, Counted, Mix, NotRead, add
 from npulab.gpu.counting.spirv_module import Module, parse
 from npulab.gpu.counting.turns import of_a_turn
 
@@ -218,17 +218,17 @@ class _Thread:
         elif op in (63, 64):
             bytes_ = m.size(values[a[0]].type) if op == 63 else values[a[2]]
             if values[a[1]].storage not in OWN_CLASSES:
-                add(out, {"load bytes": bytes_})
+                add(out, {"load bytes": bytes_, "loads": 1})
             self._store(values[a[0]], bytes_, None, out)
         elif op in (65, 66, 67, 70):
             values[a[1]] = self._part(values[a[2]], a[3:], m.types[a[0]].of[0], op > 66)
         elif op == 224:
             add(out, {"barriers": 1})
         elif op in (88, 95, 98):  # of images
-            add(out, {"load bytes": m.size(a[0])})
+            add(out, {"texel bytes": m.size(a[0]), TEXELS: 1})
             values[a[1]] = None
         elif op == 99:
-            add(out, {"store bytes": m.size(m.result[a[2]])})
+            add(out, {"store bytes": m.size(m.result[a[2]]), "stores": 1})
         elif op in DOTS:
             add(out, {"fma int8": 4})
             values[a[1]] = None
@@ -258,7 +258,7 @@ class _Thread:
             if number in HALVES:
                 add(out, {"calls": 1})
             elif number == VLOAD and self.values[a[5]].storage not in OWN_CLASSES:
-                add(out, {"load bytes": self.m.size(a[0])})
+                add(out, {"load bytes": self.m.size(a[0]), "loads": 1})
             elif number == VSTORE:
                 self._store(self.values[a[6]], self.m.size(self.m.result[a[4]]), None, out)
         if number in LEAST.get(set_, {}):
@@ -352,12 +352,12 @@ class _Thread:
             offset = self._offset(type_of_all, pointer.path)
             return None if offset is None else self._read(offset, type_)
         if self.m.types[type_].kind != "other":
-            add(out, {"load bytes": self.m.size(type_)})
+            add(out, {"load bytes": self.m.size(type_), "loads": 1})
         return None
 
     def _store(self, pointer: Pointer, bytes_: float, value: Any, out: Mix) -> None:
         if pointer.storage not in OWN_CLASSES:
-            add(out, {"store bytes": bytes_})
+            add(out, {"store bytes": bytes_, "stores": 1})
         else:  # of a part none of it is known
             self.memory[pointer.variable] = None if pointer.path else value
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from npulab.gpu.counting.mix import MACHINE, Asked, Counted, Follow, Mix, NotRead
+from collections.abc import Mapping
+
+from npulab.gpu.counting.mix import MACHINE, TEXELS, Asked, Counted, Follow, Mix, NotRead
 
 TURNS = (8, 16, 32)
 """Followed: the more of the last over the second must be twice the more of that over the first."""
@@ -56,24 +58,38 @@ def objection(counted: Counted, asked: Asked) -> str:
     """
     if counted.mix is None or counted.mix.get("calls"):
         return ""
-    besides = {} if counted.code == MACHINE else asked.besides
+    mix, besides = _with_texels(counted.mix, asked), {} if counted.code == MACHINE else asked.besides
     for kind, want in (*asked.kinds.items(), *besides.items()):
         if kind in counted.uneven:
             return f"the compiled loop does not do the same {kind} in each turn: {counted.uneven[kind]}"
-        have = counted.mix.get(kind, 0.0)
+        have = mix.get(kind, 0.0)
         if have == want or _padding(asked, have / want):
             continue
         seen = ", ".join(f"{n:g} {k}" for k, n in sorted(counted.mix.items())) or "nothing"
         return (f"the compiled loop has {have:g} {kind} a turn, not {want:g}: {_reason(kind, have, want)} (it has "
                 f"{seen})")
+    for way in ("load", "store") if asked.each else ():
+        moved, times = mix.get(f"{way} bytes", 0.0), mix.get(f"{way}s", 0.0)
+        if f"{way} bytes" in asked.kinds and moved != asked.each * times:
+            put = "put several together" if moved > asked.each * times else "made several of one"
+            return (f"the compiled loop moves {moved:g} bytes in {times:g} {way}s a turn, not {asked.each} in each: "
+                    f"the compiler {put}")
     return ""
 
 
 def work(counted: Counted, asked: Asked) -> float:
     """Of a turn and work item, in the unit of `asked`; as the source states where the code was not read."""
-    have = {} if counted.mix is None or counted.mix.get("calls") else counted.mix
+    have = {} if counted.mix is None or counted.mix.get("calls") else _with_texels(counted.mix, asked)
     return sum(want if _padding(asked, have.get(kind, want) / want) else have.get(kind, want)
                for kind, want in asked.kinds.items()) / asked.unit
+
+
+def _with_texels(mix: Mapping[str, float], asked: Asked) -> Mapping[str, float]:
+    """With what reads of images load, as it is stored."""
+    if TEXELS not in mix:
+        return mix
+    read = asked.texel * mix[TEXELS] if asked.texel else mix["texel bytes"]
+    return {**mix, "load bytes": mix.get("load bytes", 0.0) + read}
 
 
 def _padding(asked: Asked, ratio: float) -> bool:

@@ -160,6 +160,7 @@ class Machine(State):
         """Before a load or store: whether it is of a constant of the program, or of the stack by an index."""
         address = self.address(i, op)
         loaded, stored = counted.get("load bytes", 0.0), counted.get("store bytes", 0.0)
+        loads, stores = counted.get("loads", 0.0), counted.get("stores", 0.0)
 
         def look() -> None:
             if (at := address()) is None:
@@ -167,8 +168,10 @@ class Machine(State):
             if own := STACK - STACK_BYTES <= at <= STACK:
                 self.besides("spill bytes", loaded + stored)
                 self.besides("store bytes", -stored)
+                self.besides("stores", -stores)
             if own or self.elf.bytes_at(at, 1, constant=True) is not None:
                 self.besides("load bytes", -loaded)
+                self.besides("loads", -loads)
 
         return look
 
@@ -189,8 +192,12 @@ class Machine(State):
             for kind, count in counted.items():
                 if kind.endswith("bytes") and (own or constant):
                     kind = "spill bytes" if own else ""
+                if kind in ("loads", "stores"):  # of a vector one, however much of it
+                    kind, of = "" if own or constant else kind, share if count > 1 else float(share > 0)
+                else:
+                    of = share
                 if kind:
-                    self.besides(kind, count * share)
+                    self.besides(kind, count * of)
 
         return look
 

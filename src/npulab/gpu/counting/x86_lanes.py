@@ -223,7 +223,19 @@ def _whole(s: State, i: Any, name: str, ops: Sequence[Any], under: str) -> Step 
     if name in ("vpternlogd", "vpternlogq") and last.imm == 0xff and not under:
         write = _writer(s, i, first, "", 32)
         return lambda: write((0xffff_ffff,) * (size // 4))
+    if name in ("vpternlogd", "vpternlogq"):
+        return elementwise(BITS[name[-1]], ops[:3], _of_three(int(last.imm)))
     return None
+
+
+def _of_three(table: int) -> Callable[..., int]:
+    """Bit by bit, the bit of a table that three bits are the number of."""
+    def compute(*x: int) -> int:
+        a, b, c = x
+        return sum((a if k & 4 else ~a) & (b if k & 2 else ~b) & (c if k & 1 else ~c)
+                   for k in range(8) if table >> k & 1)  # no two of these have a bit in common
+
+    return compute
 
 
 def _something_in_common(a: int, b: int) -> bool:

@@ -68,7 +68,10 @@ def _memory(i: Any, cs: Any, k: int, o: Any, own: Callable[[str], bool], vector:
                                                           "vpcompress", "vpscatter", "vscatter"))
     stores = k == 0 and not i.mnemonic.startswith(READS_FIRST)
     loads = k > 0 or not stores or not moves
+    places = size // (8 if i.mnemonic.endswith(("q", "pd")) else 4) if gathers else 1
     for way, does in (("load", loads), ("store", stores)):
         if does:
             kind = "spill bytes" if where else f"{way} bytes"
             out[kind] = out.get(kind, 0.0) + size
+            if not where:
+                out[f"{way}s"] = out.get(f"{way}s", 0.0) + places

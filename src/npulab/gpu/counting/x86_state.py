@@ -136,6 +136,7 @@ class State:
         if (first := self.memory.get(address)) is not None:
             if self.described and any(address in places for places in self.described):
                 self.besides("load bytes", -size)
+                self.besides("loads", -1)
             value = first
             for k in range(1, size):
                 byte = self.memory.get(address + k)
