@@ -32,7 +32,8 @@ def drawn(wanted: int, total: int, *seed: int) -> NDArray[np.int64]:
     start: NDArray[np.uint64] = np.zeros(1, np.uint64)
     for number in seed:
         start = _mixed(np.add(start, number, dtype=np.uint64))
-    return np.sort(np.argpartition(_mixed(start + np.arange(total, dtype=np.uint64)), wanted - 1)[:wanted])
+    numbers = _mixed(np.add(start, np.arange(total), dtype=np.uint64, casting="unsafe"))
+    return np.sort(np.argpartition(numbers, wanted - 1)[:wanted])
 
 
 def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
