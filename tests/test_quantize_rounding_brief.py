@@ -1,6 +1,8 @@
 """Rounding of weights of 8 bits: loops against exact algebra, sums against those in full, results against ONNX Runtime.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -106,7 +108,8 @@ def roundings(net, data, file):
     readings = [Reading.of(net, layer, len(data)) for layer in net.layers]
     model = upto(reference(net).model(), [net.name(r.layer.data) for r in readings])
     _read(net, readings, model, data, file, None)
-    return [(_Rounding(net, r, file), r) for r in readings]
+    with ThreadPoolExecutor(2) as pool:
+        return [(_Rounding(net, r, file, pool), r) for r in readings]
 
 
 @pytest.mark.parametrize("make", [every_kind, small])

@@ -139,7 +139,7 @@ def round_briefly(net: Network, layers: Sequence[Layer], samples: Samples, aim: 
             give_back()
             with ThreadPoolExecutor(WORKERS) as pool:
                 for r in readings:
-                    notes.append(_Rounding(net, r, file).run(biases[number[r.layer.node]], scales, pool))
+                    notes.append(_Rounding(net, r, file, pool).run(biases[number[r.layer.node]], scales))
                     give_back()
     for layer, codes in zip(layers, arrays_away([layer.codes for layer in layers if layer.codes is not None]),
                             strict=True):
@@ -189,8 +189,8 @@ def ranges_tried(net: Network, layer: Layer, weight: Array, shares: Sequence[flo
 class _Rounding:
     """Of one layer. Weights of a channel are sorted by the variance that they read, ascending."""
 
-    def __init__(self, net: Network, reading: Reading, file: Scratch) -> None:
-        self.net, self.layer, self.file = net, reading.layer, file
+    def __init__(self, net: Network, reading: Reading, file: Scratch, pool: ThreadPoolExecutor) -> None:
+        self.net, self.layer, self.file, self.pool = net, reading.layer, file, pool
         self.weight = grouped(reading.layer)
         let_go(reading.layer.weight)
         n = max(1, reading.count)
@@ -219,16 +219,21 @@ class _Rounding:
         groups, k = self.order.shape
         found = np.zeros((groups, k, k), np.float32)
         mean = (self.mean_q * self.centred).astype(np.float32)
+        parts = _slices(k, PANEL) if groups == 1 else _slices(groups, -(-groups // WORKERS))
         for q in reading.patches(self.file):
             q -= mean
-            if groups > 1:
-                by_group = np.take_along_axis(q.transpose(1, 0, 2), self.order[:, None, :], axis=2)
-                found += by_group.transpose(0, 2, 1) @ by_group
-                continue
-            rows = q[:, 0, self.order[0]]
-            for i in range(0, k, PANEL):
-                end = min(i + PANEL, k)
-                found[0, i:end, :end] += rows[:, i:end].T @ rows[:, :end]
+            rows = q[:, 0, self.order[0]] if groups == 1 else q.transpose(1, 0, 2)
+
+            def add(at: slice, rows: F32 = rows) -> None:
+                if groups == 1:
+                    found[0, at, : at.stop] += rows[:, at].T @ rows[:, : at.stop]
+                else:
+                    found[at] += rows[at].transpose(0, 2, 1) @ rows[at]
+
+            list(self.pool.map(add, parts))
+        if groups > 1:  # small ones, sorted at the end
+            found = np.take_along_axis(found, self.order[:, :, None], axis=1)
+            found = np.take_along_axis(found, self.order[:, None, :], axis=2)
         found /= max(1, reading.count)
         diagonal = np.arange(k)
         power = found[:, diagonal, diagonal].mean(axis=1, dtype=np.float64)
@@ -238,7 +243,7 @@ class _Rounding:
             raise InvariantError(f"second moments of '{self.layer.name}' are not positive definite")
         return found, damping[:, None]
 
-    def run(self, bias: Array | None, scales: bool, pool: ThreadPoolExecutor) -> str:
+    def run(self, bias: Array | None, scales: bool) -> str:
         """Codes, params and bias of the layer; `bias`: the float network's. Returns: the note."""
         layer = self.layer
         assert layer.scheme is not None
@@ -247,7 +252,7 @@ class _Rounding:
         tried = ranges_tried(self.net, layer, self.weight, shares)
         groups, rows, k = self.weight.shape
         each = max(ROWS, ROWS_BYTES // (4 * groups * k) // ROWS * ROWS)
-        parts = [slice(i, min(i + each, rows)) for i in range(0, rows, each)]
+        parts = _slices(rows, each)
         codes = np.empty((len(tried), groups, rows, k), layer.scheme.holder)
         costs = np.empty((len(tried), groups, rows))
         signal, before, after, drift = (np.empty((groups, rows)) for _ in range(4))
@@ -261,7 +266,7 @@ class _Rounding:
             for i, p in enumerate(tried):
                 codes[i, :, at], costs[i, :, at] = sequential(self.lower, target, *self._grid(p, at), p.scheme)
 
-        list(pool.map(solved, parts))
+        list(self.pool.map(solved, parts))
         if layer.params.axis is None:
             best = np.full((groups, rows), np.argmin(costs.sum(axis=(1, 2))))
             params = tried[int(best.flat[0])]
@@ -281,7 +286,7 @@ class _Rounding:
             drift[:, at] = _dot(w, self._sorted(self.mean_x)) - _dot(shown, self._sorted(self.mean_q))
             np.put_along_axis(chosen[:, at], np.broadcast_to(self.order[:, None], picked.shape), picked, axis=2)
 
-        list(pool.map(settled, parts))
+        list(self.pool.map(settled, parts))
         layer.params, layer.codes = params, layer.from_rows(chosen.reshape(layer.channels, -1))
         if self.centred:
             start = np.zeros(layer.channels) if bias is None else bias.astype(np.float64)
@@ -326,6 +331,10 @@ class _Rounding:
         """Mean squared error of rows whose weights are `off` beside W b."""
         square = np.square(off).sum(axis=2, dtype=np.float64)
         return np.asarray(lengths(self.lower, off) - self.damping * square + _dot(np.square(w), self.left))
+
+
+def _slices(count: int, each: int) -> list[slice]:
+    return [slice(i, min(i + each, count)) for i in range(0, count, each)]
 
 
 def _dot(rows: Array, by: Sums) -> Sums:
