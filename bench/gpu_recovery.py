@@ -69,6 +69,8 @@ def kind(name: str) -> str:
         if name.endswith(end) and name[0] != "L" and not name.startswith("memory"):
             return f"operation {end}"
     base, _, shape = name.partition(", ")
+    if shape.startswith("vectors"):
+        return f"operation {base.rpartition(' ')[2]}, vectors"
     return f"{base}, shapes" if "bytes a" in shape or "stride" in shape else name.replace(
         " to device", "").replace(" from device", "")
 

@@ -79,7 +79,13 @@ def show(result: Mapping[str, Any]) -> None:
     measured = [q for q in result["quantities"] if q["status"] == "measured"]
     stated = [q for q in measured if q["why"].startswith(NOT_COUNTED)]
     table(["measured", ">value", ">95 %"], [(q["name"] + " (!)" * (q in stated), *_shown(q)) for q in measured
-                                            if not SHAPED.fullmatch(q["name"])])
+                                            if not SHAPED.fullmatch(q["name"]) and not VECTORS.fullmatch(q["name"])])
+    for what, said, scale in (("rate", "G operations/s", 1e-9), ("latency", "ns from a step to the next", 1e9)):
+        widths, rows = _by_vector(result["quantities"], stated, what, scale)
+        if rows:
+            say()
+            say(f"{said}, vectors of so many:")
+            table([what, *(f">{width}" for width in widths)], rows)
     shapes, rows = _by_shape(result["quantities"], stated)
     if rows:
         say()
@@ -102,6 +108,8 @@ def show(result: Mapping[str, Any]) -> None:
 SHAPED = re.compile(r"(?P<of>(?:L\d+|memory|local memory|constant)(?: write| copy)?) bandwidth, "
                     r"(?:(?P<width>\d+) bytes a (?:load|store)(?:, stride (?P<apart>\d+))?|stride (?P<stride>\d+))")
 """A bandwidth by width and stride: of words where only a stride is named."""
+VECTORS = re.compile(r"(?P<of>\w+ \w+) (?P<what>rate|latency), vectors of (?P<width>\d+)")
+"""An operation by width of its vectors."""
 WORDS = re.compile(r"(?P<of>local memory|local memory write|constant) bandwidth")
 """That of words side by side."""
 WOULD_BE = "; by the source's count"
@@ -129,13 +137,28 @@ def _by_shape(quantities: Iterable[Mapping[str, Any]], stated: Sequence[Mapping[
                     for of, row in sorted(cells.items())]
 
 
+def _by_vector(quantities: Iterable[Mapping[str, Any]], stated: Sequence[Mapping[str, Any]], what: str, scale: float
+               ) -> tuple[list[int], list[list[str]]]:
+    """(widths, rows of what was measured of each operation)."""
+    cells: dict[str, dict[int, str]] = {}
+    for q in quantities:
+        m = VECTORS.fullmatch(q["name"])
+        if m and m["what"] == what:
+            value = "-" if q["value"] is None else f"{scale * q['value']:.3g}" + " (!)" * (q in stated)
+            cells.setdefault(m["of"], {})[int(m["width"])] = value
+    cells = {of: row for of, row in cells.items() if set(row.values()) != {"-"}}
+    widths = sorted({width for row in cells.values() for width in row})
+    return widths, [[of, *(row.get(width, "") for width in widths)] for of, row in cells.items()]
+
+
 def _together(refused: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     """Shapes of one bandwidth that were refused for the same reason in one row."""
     of: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for name, why in refused:
-        m = SHAPED.fullmatch(name)
-        of.setdefault((m["of"] if m else name, why.partition(WOULD_BE)[0] if m else why), []).append((name, why))
-    return [rows[0] if len(rows) == 1 else (f"{key} bandwidth, {len(rows)} shapes", why)
+        m, v = SHAPED.fullmatch(name), VECTORS.fullmatch(name)
+        key = f"{m['of']} bandwidth, shapes" if m else f"{v['of']} {v['what']}, vectors" if v else name
+        of.setdefault((key, why.partition(WOULD_BE)[0] if m or v else why), []).append((name, why))
+    return [rows[0] if len(rows) == 1 else (key.replace(", ", f", {len(rows)} "), why)
             for (key, why), rows in of.items()]
 
 

@@ -84,7 +84,7 @@ def objection(found: Quantity, limits: Limits, others: Sequence[Quantity] = ()) 
     spoken = f"{limits.compute_units} compute units at " + (
         f"{FASTEST:g} times the stated {1e-9 * limits.clock_hz:.3g} GHz" if limits.clock_hz else
         f"{1e-9 * CLOCK_MOST:g} GHz, as no clock is stated")
-    if m := RATE.match(found.name):
+    if m := RATE.match(what):
         if m[3] == "latency":
             clock = steps_most(f"{m[1]} {m[2]}", limits.clock_hz)
         return _compute(found.name, value, m[2], m[3] == "rate", limits, clock, spoken)

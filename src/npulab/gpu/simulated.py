@@ -61,7 +61,8 @@ class Hidden:
 
     register_file, register_grain  bytes a core; registers a thread are given in multiples of the grain.
     rates       scalar operations a cycle and core; float16 reaches it with vectors of two, alone half of it.
-    latencies   cycles from an operation to the next of its chain.
+    vectors     shares of a rate that vectors of 4, 8 and 16 reach.
+    latencies   cycles from an operation to the next of its chain; of a vector at least what the units take for it.
     local_banks words (4 bytes) a cycle of a core's local memory.
     memory_*    DRAM: seconds of a load, the way through the caches (their last latency) with it, bytes a second; writes
                 reach `write_share` of the reads' bandwidth.
@@ -106,6 +107,7 @@ class Hidden:
     memory_throttles: bool = False
     translation: Translation | None = None
     image_share: float = 1.0
+    vectors: tuple[float, float, float] = (1.0, 1.0, 1.0)
     image_texels: tuple[float, float] = (0.25, 0.5)
     image_orders: tuple[float, float] = (1.0, 1.0)
     local_wide: tuple[float, float] = (1.0, 1.0)
@@ -188,6 +190,12 @@ def _wide(times: tuple[float, float], width: int) -> float:
     return {8: times[0], 16: times[1]}.get(width, 1.0)
 
 
+def _vector_rate(h: Hidden, operation: Operation, element: Element, width: int) -> float:
+    """Operations a cycle and core by vectors of a width."""
+    share = {4: h.vectors[0], 8: h.vectors[1], 16: h.vectors[2]}.get(width, 1.0)
+    return h.rates[operation, element] * share / (2 if element == "float16" and width == 1 else 1)
+
+
 def _image_share(h: Hidden, texel: int, order: Order) -> float:
     """Of the first cache's bandwidth."""
     texels = {4: h.image_texels[0], 8: h.image_texels[1]}.get(texel, 1.0)
@@ -254,7 +262,7 @@ class Simulated:
         if what not in h.rates:
             raise UnsupportedError(f"The device has no {operation} of {element}")
         each = chains * width * OPERATIONS_A_STEP[element]
-        rate = h.rates[what] / (2 if element == "float16" and width == 1 else 1)
+        rate = _vector_rate(h, operation, element, width)
         warps = math.ceil(math.ceil(threads / h.warp) / h.cores)
         cycles, most = 0.0, h.max_threads // h.warp
         while warps > 0:
@@ -424,7 +432,8 @@ def random_hidden(seed: int) -> Hidden:
     return replace(made, caches=tuple(levels), image_texels=(pick(0.25, 0.5, 1.0), pick(0.5, 1.0)),
                    image_orders=(float(r.uniform(0.1, 1)), float(r.uniform(0.5, 1))),
                    local_wide=(pick(1.0, 2.0), pick(1.0, 2.0, 4.0)),
-                   constant_wide=(min(pick(1.0, 2.0), most), min(pick(1.0, 4.0), most)))
+                   constant_wide=(min(pick(1.0, 2.0), most), min(pick(1.0, 4.0), most)),
+                   vectors=(pick(1.0, 0.8), pick(1.0, 0.5), pick(1.0, 0.6, 0.25)))
 
 
 def truth(h: Hidden) -> dict[str, float]:
@@ -479,6 +488,12 @@ def truth(h: Hidden) -> dict[str, float]:
     for (operation, element), rate in h.rates.items():
         known[f"{operation} {element} rate"] = rate * h.cores * h.clock
         known[f"{operation} {element} latency"] = h.latencies[operation, element] / h.clock
+        for width in (1, 2, 4, 8, 16):
+            reached, each = _vector_rate(h, operation, element, width), width * OPERATIONS_A_STEP[element]
+            known[f"{operation} {element} rate, vectors of {width}"] = reached * h.cores * h.clock
+            if width > 1:
+                known[f"{operation} {element} latency, vectors of {width}"] = max(
+                    h.latencies[operation, element], h.warp * each / reached) / h.clock
     for i, c in enumerate(h.caches, 1):
         known[f"L{i} size"], known[f"L{i} line"] = c.size, c.line
         known[f"L{i} latency"], known[f"L{i} bandwidth"] = c.latency / h.clock, c.bandwidth * h.clock / 1e9

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from npulab.errors import NpulabError
 from npulab.gpu import bounds
-from npulab.gpu.analysis import caches, drift, groups, local, rates, registers, widths
+from npulab.gpu.analysis import caches, drift, groups, local, rates, registers, vectors, widths
 from npulab.gpu.analysis.meter import Meter, Refused, reason
 from npulab.gpu.counting import STATED, UNREAD
 from npulab.gpu.counting.opencl import NO_CAPSTONE
@@ -111,7 +111,7 @@ def conclude(bench: Bench, progress: Progress | None = None, quick: bool = False
         again = tried(meter, "L1 size", "bytes", levels)[0].why  # what was known of it is not all that follows needs
     for name, index, way in of_levels:
         do(name, "GB/s", lambda index=index, way=way: bandwidth(index, way), len(first) / total)  # type: ignore[misc]
-    then += [] if quick else widths.tasks(meter, hierarchy, _levels(found), named)
+    then += [] if quick else [*vectors.tasks(meter), *widths.tasks(meter, hierarchy, _levels(found), named)]
     total = len(first) + len(then)
     for i, (name, unit, task) in enumerate(then, len(first)):
         do(name, unit, task, i / total)

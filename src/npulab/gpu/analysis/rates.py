@@ -68,7 +68,7 @@ def rate(meter: Meter, operation: Operation, element: Element) -> Quantity:
     core's vector unit for itself (a CPU) it takes vectors of 16 and eight chains to fill it; a GPU fills its own."""
     _one_chain(meter, operation, element)
     shape = {"width": 1, "chains": 4, "threads": 4 * meter.limits.compute_units * meter.limits.group_max}
-    most = CHAINED_MOST if OPERATIONS_A_STEP[element] == 1 else PACKED_MOST
+    most = chained_most(element)
     tried = {"width": (2, 4, 8, 16), "threads": (2 * shape["threads"], shape["threads"] // 4),
              "chains": (8, 12, 16, 2, 1)}
 
@@ -103,6 +103,10 @@ def rate(meter: Meter, operation: Operation, element: Element) -> Quantity:
         took = Estimate(best, best, took.high)
     return Quantity(f"{operation} {element} rate", 1 / took.value, "operations/s", (1 / took.high, 1 / took.low),
                     "measured", why)
+
+
+def chained_most(element: Element) -> int:
+    return CHAINED_MOST if OPERATIONS_A_STEP[element] == 1 else PACKED_MOST
 
 
 def latency(meter: Meter, operation: Operation, element: Element) -> Quantity:
