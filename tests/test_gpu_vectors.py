@@ -42,6 +42,14 @@ def test_wide_vectors_wait_for_narrow_units():
     assert got["fma float32 latency, vectors of 16"].value == pytest.approx(256e-9, rel=0.01)
 
 
+def test_narrow_vectors_fill_the_units_too():
+    """The fastest shape has few threads where wide vectors fill long waits; a scalar needs more of them."""
+    machine = replace(random_hidden(108078), jitter=0.0, outliers=0.0)
+    got = found(Simulated(machine, 108078), "add", "float32")
+    name = "add float32 rate, vectors of 1"
+    assert got[name].value == pytest.approx(truth(machine)[name], rel=0.03)
+
+
 def test_halves_come_in_pairs():
     machine = next(h for h in map(random_hidden, range(40)) if ("fma", "float16") in h.rates)
     got = found(Simulated(replace(machine, throttle_after=float("inf"), vectors=(1.0, 1.0, 1.0))), "fma", "float16")

@@ -1,6 +1,6 @@
 """Rates and latencies of operations by width of vectors, beside the fastest shape of `rates`.
 
-A rate of a width is reached with the threads of the fastest shape, and as many of its chains as registers take. A
+A rate of a width is that of the quickest of a few shapes, of no more chains than registers take. A
 latency is the time from a step on a whole vector to the next one that needs it, of one thread alone: wide vectors that
 go through narrow units take several times a scalar's.
 """
@@ -12,12 +12,12 @@ from functools import partial
 
 from npulab.gpu.analysis import rates
 from npulab.gpu.analysis.meter import Meter
-from npulab.gpu.types import OPERATIONS_A_STEP, Element, Operation, Quantity
+from npulab.gpu.types import OPERATIONS_A_STEP, Element, Operation, Quantity, Timing
 
 WIDTHS = (1, 2, 4, 8, 16)
 CALLS = 2
-CHAINS = 4
-"""Where an earlier run has found the fastest shape."""
+CHAINS, MOST_CHAINS = 4, 12
+"""Where an earlier run has found the fastest shape; beside it."""
 Task = tuple[str, str, Callable[[], list[Quantity]]]
 
 
@@ -38,11 +38,20 @@ def tasks(meter: Meter) -> list[Task]:
 
 
 def rate(meter: Meter, operation: Operation, element: Element, width: int) -> list[Quantity]:
-    units = meter.limits.compute_units * meter.limits.group_max
-    _, chains, threads = meter.shapes.get((operation, element), (1, CHAINS, 4 * units))
-    chains = max(1, min(chains, rates.chained_most(element) // width))
-    took = meter.seconds(lambda: meter.bench.chain(operation, element, width, chains, threads), "operations",
-                         calls=CALLS, spread=rates.SHAPED)
+    """Of the quickest of a few shapes: narrow vectors need more chains or threads to fill the same units."""
+    device = meter.limits.compute_units * meter.limits.group_max
+    _, own, threads = meter.shapes.get((operation, element), (1, CHAINS, 4 * device))
+    most = max(1, rates.chained_most(element) // width)
+    shapes = [(c, t) for c in sorted({min(own, most), min(MOST_CHAINS, most)})
+              for t in sorted({threads, 4 * device, 8 * device})]
+
+    def ask(shape: tuple[int, int]) -> Callable[[], Timing]:
+        return lambda: meter.bench.chain(operation, element, width, *shape)
+
+    times = {shape: meter.seconds(ask(shape), "operations").value for shape in shapes}
+    meter.counted.clear()  # nothing rests on what was only tried
+    chains, threads = min(times, key=lambda shape: times[shape])
+    took = meter.seconds(ask((chains, threads)), "operations", calls=CALLS, spread=rates.SHAPED)
     return [Quantity(name(operation, element, "rate", width), 1 / took.value, "operations/s",
                      (1 / took.high, 1 / took.low), "measured",
                      f"{threads} threads of {chains} chains of vectors of {width}, on the whole device")]
