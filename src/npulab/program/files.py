@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from npulab.errors import ModelError, UsageError
+
+NAMELESS: int = getattr(os, "O_TMPFILE", 0)
+"""Opens a new file without a name in a folder. Linux."""
+OPEN_FILES = "/proc/self/fd"
+"""Where Linux has the process's open files by number."""
 
 
 def read_bounded(path: str | os.PathLike[str], what: str, limit: int) -> bytes:
@@ -35,12 +42,13 @@ def read_bounded(path: str | os.PathLike[str], what: str, limit: int) -> bytes:
 def write_atomically(path: str | os.PathLike[str], content: bytes | Callable[[BinaryIO], None]) -> None:
     """Write a file so that readers see the old one or the whole new one, and a failure leaves nothing behind.
 
-    The bytes go to a hidden name in the same folder, reach the disk, and then take the real name. `content` is the
-    bytes or a function that writes them. A process killed outright may leave the hidden file, never half the real one.
+    The bytes go to a file without a name (Linux; elsewhere with a hidden one) in the same folder, reach the disk, and
+    then take the real name. `content` is the bytes or a function that writes them. Of a process killed outright nothing
+    is left, or, where files need a name, the hidden one; never half the real one.
 
     Raises: UsageError if the place cannot be written.
     """
-    target, hidden, handle = _hidden(path)
+    target, hidden, handle, named = _opened(path)
     try:
         with open(handle, "wb") as f:
             if callable(content):
@@ -49,7 +57,16 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | Callable[[Bi
                 f.write(content)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(hidden, target)
+            if not named:
+                try:
+                    named = not _linked(f.fileno(), target)
+                    if named:  # no name is taken from another file but by `replace`
+                        _linked(f.fileno(), hidden)
+                except OSError:  # a system that opens such files and gives them no names
+                    named = True
+                    _copied(f.fileno(), hidden)
+        if named:
+            os.replace(hidden, target)
     except OSError as e:
         hidden.unlink(missing_ok=True)
         raise UsageError(f"cannot write {path}", got=e.strerror or e,
@@ -61,13 +78,14 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | Callable[[Bi
 
 def check_place(path: str | os.PathLike[str]) -> None:
     """Whether a file can be written there, asked before long work. Raises: UsageError as `write_atomically`."""
-    _, hidden, handle = _hidden(path)
+    _, hidden, handle, named = _opened(path)
     os.close(handle)
-    hidden.unlink(missing_ok=True)
+    if named:
+        hidden.unlink(missing_ok=True)
 
 
-def _hidden(path: str | os.PathLike[str]) -> tuple[Path, Path, int]:
-    """The file behind the links, a new one with a hidden name beside it, and that one opened."""
+def _opened(path: str | os.PathLike[str]) -> tuple[Path, Path, int, bool]:
+    """The file behind the links, a new hidden name beside it, a new file, opened, and whether it has that name."""
     target = Path(path)
     try:
         if target.exists() and not target.is_file():
@@ -75,7 +93,30 @@ def _hidden(path: str | os.PathLike[str]) -> tuple[Path, Path, int]:
                              try_="name a file in a folder you may write to")
         target = Path(os.path.realpath(target))  # a link keeps pointing at the file it names
         hidden = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
-        return target, hidden, os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        if NAMELESS and os.path.isdir(OPEN_FILES):
+            with suppress(OSError):  # not every file system has them; what else is wrong is said below
+                return target, hidden, os.open(target.parent, os.O_RDWR | NAMELESS, 0o666), False
+        return target, hidden, os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), True
     except (OSError, ValueError) as e:
         raise UsageError(f"cannot write {path}", got=getattr(e, "strerror", None) or e,
                          try_="name a file in a folder you may write to") from e
+
+
+def _linked(handle: int, name: Path) -> bool:
+    """Whether an open file has a name now; not if there is such a file."""
+    folder = os.open(OPEN_FILES, os.O_RDONLY)
+    try:
+        os.link(str(handle), name, src_dir_fd=folder)  # by linkat, which follows the link there
+    except FileExistsError:
+        return False
+    finally:
+        os.close(folder)
+    return True
+
+
+def _copied(handle: int, name: Path) -> None:
+    with open(os.dup(handle), "rb") as source, open(name, "xb") as to:
+        source.seek(0)
+        shutil.copyfileobj(source, to)
+        to.flush()
+        os.fsync(to.fileno())
