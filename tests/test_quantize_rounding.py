@@ -38,6 +38,18 @@ def ready(scheme=PER_CHANNEL, graph=None, count=12):
     return net, data
 
 
+def keeps(layer, scheme):
+    """What was rounded is of the scheme."""
+    assert layer.codes.dtype == scheme.holder
+    assert layer.codes.shape == layer.weight.shape
+    assert layer.codes.min() >= scheme.low
+    assert layer.codes.max() <= scheme.high
+    assert layer.params.scheme == scheme
+    assert (layer.params.axis is None) == (not scheme.per_channel)
+    assert not scheme.power_of_two or np.all(np.frexp(layer.params.scales)[0] == 0.5)
+    assert not scheme.symmetric or np.all(layer.params.zeros == scheme.middle)
+
+
 def every_kind():
     """A strided convolution with uneven pads, a grouped, a dilated and a transposed one, a matrix product."""
     net = Net("kinds", 3)
@@ -230,14 +242,7 @@ def test_every_scheme_is_kept_and_noise_shrinks(scheme, solver, monkeypatch):
     notes = adaround(net, data, solver=solver)
     assert [n.split(":")[0] for n in notes] == [layer.name for layer in net.layers]
     for layer in net.layers:
-        assert layer.codes.dtype == scheme.holder
-        assert layer.codes.shape == layer.weight.shape
-        assert layer.codes.min() >= scheme.low
-        assert layer.codes.max() <= scheme.high
-        assert layer.params.scheme == scheme
-        assert (layer.params.axis is None) == (not scheme.per_channel)
-        assert not scheme.power_of_two or np.all(np.frexp(layer.params.scales)[0] == 0.5)
-        assert not scheme.symmetric or np.all(layer.params.zeros == scheme.middle)
+        keeps(layer, scheme)
     assert _noise(net, data, truth) < before
     for note in notes:
         start, end = (float(x) for x in note.split("noise ")[1].removesuffix(" dB").split(" -> "))

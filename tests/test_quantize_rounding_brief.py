@@ -17,7 +17,7 @@ from npulab.quantization.sampling import drawn
 from npulab.quantization.session import runner
 from npulab.quantization.types import ListedSamples, Scheme
 from quantized import small
-from test_quantize_rounding import _noise, _truth, every_kind, ready
+from test_quantize_rounding import _noise, _truth, every_kind, keeps, ready
 
 pytest.importorskip("onnx", reason="pip install 'npulab[onnx]'")
 pytest.importorskip("onnxruntime", reason="pip install 'npulab[onnx]'")
@@ -148,14 +148,7 @@ def test_every_scheme_is_kept_and_noise_shrinks(loops, scheme):
     notes = adaround(net, data)
     assert [n.split(":")[0] for n in notes] == [layer.name for layer in net.layers]
     for layer in net.layers:
-        assert layer.codes.dtype == scheme.holder
-        assert layer.codes.shape == layer.weight.shape
-        assert layer.codes.min() >= scheme.low
-        assert layer.codes.max() <= scheme.high
-        assert layer.params.scheme == scheme
-        assert (layer.params.axis is None) == (not scheme.per_channel)
-        assert not scheme.power_of_two or np.all(np.frexp(layer.params.scales)[0] == 0.5)
-        assert not scheme.symmetric or np.all(layer.params.zeros == scheme.middle)
+        keeps(layer, scheme)
     assert _noise(net, data, truth) < before
 
 
