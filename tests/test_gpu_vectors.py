@@ -107,3 +107,23 @@ def test_they_are_shown_as_tables_that_fit_80_columns(capsys):
     rows = [line.split() for line in text.splitlines() if line.startswith("fma float32")]
     assert [len(r) for r in rows] == [7, 6]
     assert float(rows[0][2]) == pytest.approx(1e-9 * truth(HIDDEN)["fma float32 rate, vectors of 1"], rel=0.01)
+
+
+def test_who_shares_the_device_for_a_while_does_not_halve_a_rate():
+    """Two of three experiments run on half of the device, without the reference seeing it."""
+    class Shared(Simulated):
+        asked = 0
+
+        def chain(self, operation, element, width, chains, threads):
+            t = super().chain(operation, element, width, chains, threads)
+            if (operation, width) != ("mul", 16):
+                return t
+            self.asked += 1
+            return t if self.asked % 3 == 0 else replace(t, seconds=[2 * s for s in t.seconds])
+
+    name = "mul float32 rate, vectors of 16"
+    machine = replace(HIDDEN, vectors=(1.0, 1.0, 1.0))
+    meter = Meter(Shared(machine))
+    meter.shapes["mul", "float32"] = 16, 8, 4 * machine.cores * machine.group_max
+    (got,) = vectors.rate(meter, "mul", "float32", 16)
+    assert got.value == pytest.approx(truth(machine)[name], rel=0.01)

@@ -94,15 +94,21 @@ def rate(meter: Meter, operation: Operation, element: Element) -> Quantity:
     meter.shapes[operation, element] = shape["width"], shape["chains"], shape["threads"]
     meter.counted.clear()  # nothing rests on what was only tried
     why = f"{shape['threads']} threads of {shape['chains']} chains of vectors of {shape['width']}, on the whole device"
-    for _ in range(1 + ATTEMPTS):
-        took = meter.seconds(ask(shape), "operations", calls=3, spread=0.005)  # anew: the best of many is flattered
-        if took.value < SLOWER * best:
-            break
-    else:
-        why += f"; {1 / took.value:.4g} when asked again: something else has the device"
-        took = Estimate(best, best, took.high)
+    took, more = again(meter, ask(shape), best, 3, 0.005)
+    why += more
     return Quantity(f"{operation} {element} rate", 1 / took.value, "operations/s", (1 / took.high, 1 / took.low),
                     "measured", why)
+
+
+def again(meter: Meter, ask: Callable[[], Timing], best: float, calls: int, spread: float) -> tuple[Estimate, str]:
+    """What the quickest of several shapes takes, asked anew, for the best of many is flattered; and what is to be said
+    of it."""
+    for _ in range(1 + ATTEMPTS):
+        took = meter.seconds(ask, "operations", calls=calls, spread=spread)
+        if took.value < SLOWER * best:
+            return took, ""
+    return Estimate(best, best, took.high), \
+        f"; {1 / took.value:.4g} when asked again: something else has the device"
 
 
 def chained_most(element: Element) -> int:
