@@ -156,7 +156,7 @@ class Job:
             schemes = [layer.scheme for layer in self.net.layers if layer.scheme is not None]
             coarse = self.budget is not None or any(s.bits < 8 or not s.per_channel for s in schemes)
             return ["ranges", *(s for s in AUTO.steps if self.options.seconds or not STEPS[s].slow
-                                or (coarse and s in ("equalize", "adaround", "correct-full")))]
+                                or (coarse and s in ("equalize", "correct-full")))]
         return [*(s for s in self.recipe.steps if STEPS[s].stage == "before"), "ranges",
                 *(s for s in self.recipe.steps if STEPS[s].stage == "after")]
 

@@ -141,7 +141,7 @@ STEPS: Mapping[str, Step] = {s.name: s for s in (
          gain=1.0),
     Step("absorb", "before", "bias absorption", DFQ, 1.2, _absorb),
     Step("clip", "after", "clipping of activations", "", 2, _clip, slow=True, samples=64),
-    Step("adaround", "after", "adaptive rounding", ADAROUND, 4, _adaround, slow=True),
+    Step("adaround", "after", "adaptive rounding", ADAROUND, 4, _adaround),
     Step("adaround-full", "after", "adaptive rounding, in groups", ADAROUND, 15, _adaround_full, slow=True),
     Step("correct", "after", "bias correction", DFQ, 1.5, _correct, samples=64, spared_by=("adaround",)),
     Step("correct-full", "after", "bias correction, layer by layer", DFQ, 4, _correct_full, slow=True,
