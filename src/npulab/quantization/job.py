@@ -155,8 +155,12 @@ class Job:
         if self.searches:
             schemes = [layer.scheme for layer in self.net.layers if layer.scheme is not None]
             coarse = self.budget is not None or any(s.bits < 8 or not s.per_channel for s in schemes)
-            return ["ranges", *(s for s in AUTO.steps if self.options.seconds or not STEPS[s].slow
-                                or (coarse and s in ("equalize", "correct-full")))]
+            steps = [s for s in AUTO.steps if self.options.seconds or not STEPS[s].slow
+                     or (coarse and s in ("equalize", "correct-full"))]
+            if not coarse:  # means are most of what fine weights lose: rounding has to do better than biases alone
+                steps.remove("correct")
+                steps.insert(steps.index("adaround"), "correct")
+            return ["ranges", *steps]
         return [*(s for s in self.recipe.steps if STEPS[s].stage == "before"), "ranges",
                 *(s for s in self.recipe.steps if STEPS[s].stage == "after")]
 
